@@ -1,0 +1,49 @@
+# make demo | test | check | bench: each first brings .venv to what requirements.lock says, and does nothing more
+# where it already is. `make lock` makes the lock anew from pyproject.toml.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test check bench format lock
+
+# The first of these that is Python 3.11 or 3.12; PYTHON=... names another.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& echo $$python && break; done)
+UV := .venv/uv/bin/uv
+BIN := .venv/bin
+STAMP := .venv/up-to-date
+
+demo: $(STAMP)
+	$(BIN)/tcan demo --out demo
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(UV)
+	$(UV) pip compile --universal --generate-hashes --no-emit-index-url --extra dev --python-version 3.11 \
+		pyproject.toml -o requirements.lock
+
+# deepspeed comes as source: its build asks torch for nothing when told that there is no GPU code to compile.
+$(STAMP): requirements.lock pyproject.toml $(UV)
+	$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+# uv lives apart from the environment that it brings up to date.
+$(UV):
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed; name one with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv/uv
+	.venv/uv/bin/pip install --quiet 'uv>=0.8,<1'

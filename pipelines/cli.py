@@ -1,0 +1,216 @@
+"""The command line: `tcan preprocess | train | animate | evaluate | demo | ui`, or `python -m pipelines.cli ...`.
+
+A job's modules are imported when it runs, so that `tcan --help` answers at once.
+"""
+
+import difflib
+import errno
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from tcan.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    help: str
+    arguments: dict[str, dict[str, Any]]  # what the parser's add_argument takes
+    run: Callable[[Any, Any], None]  # (arguments, configuration)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs and files are closed
+    _quiet_libraries()
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if message := _mendable(error):
+            print(f"tcan: error: {message}", file=sys.stderr)
+            return 2
+        raise
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"tcan {version('tcan')}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UserError(f"no such command: {name}; " + (f"did you mean {near[0]}?" if near else "see tcan --help"))
+
+    from pipelines.config import make_parser, parse
+
+    command = COMMANDS[name]
+    parser = make_parser(f"tcan {name}", command.help)
+    for argument, options in command.arguments.items():
+        parser.add_argument(argument, **options)
+    config, values = parse(parser, rest)
+    command.run(values, config)
+    return 0
+
+
+def _help() -> str:
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: tcan COMMAND ... [--config mini|sd15|FILE.yaml] [--key.path VALUE ...]", "", *lines, ""]
+        + ["tcan COMMAND --help explains its arguments and every key of the configuration."]
+    )
+
+
+def _mendable(error: BaseException) -> str | None:
+    """The one line for an error that the user can mend, None for a bug.
+
+    An error of a worker arrives wrapped: Ray keeps the original in `cause`, Ray Train in `worker_failures`.
+    """
+    pending, seen = [error], set()
+    while pending:
+        error = pending.pop()
+        if id(error) in seen:
+            continue
+        seen.add(id(error))
+        inner = [getattr(error, "cause", None), error.__cause__, *getattr(error, "worker_failures", {}).values()]
+        inner = [cause for cause in inner if isinstance(cause, BaseException)]
+        if isinstance(error, UserError) and not inner:
+            return " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            where = f" while writing {error.filename}" if error.filename else ""
+            return f"the disk is full{where}; free some space and run the same command again"
+        pending += inner
+    return None
+
+
+def _quiet_libraries() -> None:
+    """The terminal shows our lines: notices of the libraries below are for their developers. Each stays open to the
+    environment, which Ray's workers inherit."""
+    categories = (FutureWarning, DeprecationWarning, UserWarning)
+    for category in categories:
+        warnings.filterwarnings("ignore", category=category)
+    for name, value in {
+        "PYTHONWARNINGS": ",".join(f"ignore::{category.__name__}" for category in categories),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray announces a change of default at every start
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def _preprocess(arguments: Any, config: Any) -> None:
+    from pipelines.preprocess.job import preprocess
+
+    preprocess(Path(arguments.videos), Path(arguments.out), config)
+
+
+def _train(arguments: Any, config: Any) -> None:
+    from pipelines.train.job import train
+
+    train(Path(arguments.dataset), Path(arguments.out), config, stage=arguments.stage)
+
+
+def _animate(arguments: Any, config: Any) -> None:
+    from pipelines.animate import animate
+
+    paths = [Path(path) for path in (arguments.image, arguments.driving, arguments.model, arguments.out)]
+    animate(*paths, config, side_by_side=arguments.side_by_side)
+
+
+def _evaluate(arguments: Any, config: Any) -> None:
+    from pipelines.evaluate import evaluate
+
+    evaluate(Path(arguments.videos), Path(arguments.model), Path(arguments.out), config)
+
+
+def _demo(arguments: Any, config: Any) -> None:
+    from pipelines.demo import demo
+
+    demo(Path(arguments.out), config)
+
+
+def _ui(arguments: Any, config: Any) -> None:
+    from pipelines.ui import ui
+
+    ui(config, arguments.port)
+
+
+def _path(text: str, **options: Any) -> dict[str, Any]:
+    return {"type": str, "help": text, **options}
+
+
+def _required_path(text: str) -> dict[str, Any]:
+    return _path(text, required=True)
+
+
+COMMANDS = {
+    "preprocess": Command(
+        "Turn a folder of videos into a clip dataset.",
+        {"videos": _path("Folder of videos, searched through."), "out": _path("Folder of the clip dataset.")},
+        _preprocess,
+    ),
+    "train": Command(
+        "Train TCAN on a clip dataset: stage 1 (pictures), then stage 2 (motion).",
+        {
+            "dataset": _path("Folder that `tcan preprocess` made."),
+            "--out": _required_path("Folder of the checkpoints and the trained model; run again, it goes on from there."),
+            "--stage": {"type": Literal[1, 2], "help": "Only this stage; without it both, one after the other."},
+        },
+        _train,
+    ),
+    "animate": Command(
+        "Animate the person in a picture with the motion of a video.",
+        {
+            "--image": _required_path("Picture of the person."),
+            "--driving": _required_path("Video whose motion to take."),
+            "--model": _required_path("Folder of a trained model."),
+            "--out": _required_path("The mp4 to write."),
+            "--side_by_side": {
+                "action": "store_true",
+                "help": "Write picture, driving pose and result beside each other.",
+            },
+        },
+        _animate,
+    ),
+    "evaluate": Command(
+        "Measure a model on held-out videos: each one's first frame animated by its own motion.",
+        {
+            "videos": _path("Folder of held-out videos."),
+            "--model": _required_path("Folder of a trained model."),
+            "--out": _required_path("Folder of the measures and the videos made."),
+        },
+        _evaluate,
+    ),
+    "demo": Command(
+        "Run all of it on rendered puppets, from videos to animated videos.",
+        {"--out": _path("Folder of all it makes; run again, it goes on from there.", default="demo")},
+        _demo,
+    ),
+    "ui": Command(
+        "Open the page of the recorded runs (MLflow).",
+        {"--port": {"type": int, "default": 5000, "help": "The port to serve it on."}},
+        _ui,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,454 @@
+"""Every setting of every job, a dataclass a job; the docstring under a field is its `--help`.
+
+The values come from a preset (`pipelines/configs/mini.yaml`, `sd15.yaml`), then from YAML files, then from the
+command line (`--train.workers 2`), each overriding the ones before. Defaults below are those that no size changes;
+a field without a default is one that every preset must give.
+
+This file imports neither torch nor ray nor mlflow, so that `tcan --help` is quick.
+"""
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from tcan.errors import UserError
+
+PRESETS = {name: Path(__file__).parent / "configs" / f"{name}.yaml" for name in ("mini", "sd15")}
+
+
+# --- bases -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BasesConfig:
+    """Where the frozen, pretrained networks come from.
+
+    Each is one of: mini (the weights in this package); a local folder in diffusers' layout, of the part itself or with
+    the part as a subfolder; a hub id owner/name[/subfolder][@revision].
+    """
+
+    vae: str
+    """AutoencoderKL."""
+
+    unet: str
+    """UNet2DConditionModel."""
+
+    controlnet: str
+    """ControlNetModel for OpenPose's poses."""
+
+    motion_adapter: str
+    """MotionAdapter: AnimateDiff's motion modules."""
+
+    text_encoder: str
+    """CLIPTextModel; only its answer to the empty prompt is used."""
+
+    scheduler: str
+    """The noise schedule, as DDIMScheduler reads it."""
+
+    pose: str
+    """The pose network: mini, a local folder or file, or a hub id with body_pose_model.pth."""
+
+
+# --- preprocess ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PreprocessConfig:
+    """Videos -> clip dataset."""
+
+    clip_frames: int = 64
+    """Frames of a clip, at most: a row of the dataset, and what is held in memory at a time."""
+
+    min_clip_frames: int = 16
+    """A shorter rest of a video is dropped, a shorter video rejected; not below the window that is trained on."""
+
+    fps: float | None = None
+    """Frames a second to resample to; unset: each video's own."""
+
+    min_person_share: float = 0.8
+    """A video in which fewer of the frames (0 to 1) show a person is rejected."""
+
+    validation_share: float = 0.1
+    """Share of the videos (0 to 1) kept for validation, drawn by their content: stable when videos are added."""
+
+    batch_frames: int = 16
+    """Frames that the pose network and the VAE take at a time; as many as the device's memory allows."""
+
+    gpus_per_actor: float = 1.0
+    """GPUs, or the share of one, that an actor (pose network and VAE) reserves; only where the cluster has GPUs."""
+
+    decode_timeout: float = 120.0
+    """Seconds that opening a video, and then each of its clips, may take before the video is rejected."""
+
+    shard_megabytes: int = 256
+    """Size of a Parquet file of clips, about."""
+
+    commit_seconds: float = 60.0
+    """Finished videos wait no longer than about this for their file: what a job that dies has to do again."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_clip_frames <= self.clip_frames:
+            raise UserError(
+                f"preprocess.min_clip_frames = {self.min_clip_frames}: must be from 1 to clip_frames ({self.clip_frames})"
+            )
+        for name in ("fps", "batch_frames", "gpus_per_actor", "decode_timeout", "shard_megabytes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"preprocess.{name} = {value}: must be more than 0")
+        for name in ("min_person_share", "validation_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"preprocess.{name} = {getattr(self, name)}: must be from 0 to 1")
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StageConfig:
+    """One stage of training. What comes at a step depends on the seed, the step and these, not on the workers."""
+
+    steps: int
+    """Optimizer steps of the whole stage."""
+
+    batch_size: int
+    """Pictures (stage 1) or clips (stage 2) of one optimizer step, over all workers and accumulation together."""
+
+    micro_batch: int
+    """What one worker takes through the model at once: batch_size = workers x micro_batch x accumulation."""
+
+    lr: float = 1e-5
+    """AdamW's learning rate, constant after the warm-up."""
+
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to `lr`."""
+
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always makes one."""
+
+    picture_every: int = 500
+    """Steps between sample pictures in the run (reference, pose, prediction, truth); 0: none."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "micro_batch", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                raise UserError(f"train: {key} = {getattr(self, key)}: must be at least 1")
+        if self.lr <= 0:
+            raise UserError(f"train: lr = {self.lr}: must be above 0")
+
+
+@dataclass
+class TrainConfig:
+    """Clip dataset -> model folder."""
+
+    stage1: StageConfig
+    """Appearance UNet and APPA, on pictures."""
+
+    stage2: StageConfig
+    """Temporal layers, on clips."""
+
+    stick_width: int
+    """Stick width and joint radius of the drawn poses in pixels; goes into the model folder."""
+
+    frames: int = 16
+    """Consecutive frames of a clip in stage 2."""
+
+    drop_reference: float = 0.1
+    """Share of stage 1's samples without a reference: what guidance needs."""
+
+    lora_rank: int = 16
+    """Rank of APPA."""
+
+    lora_alpha: int = 16
+    """Alpha of APPA: its weight is alpha / rank."""
+
+    weight_decay: float = 0.01
+    """AdamW's."""
+
+    clip_norm: float = 1.0
+    """The gradient's norm is clipped to this."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and arithmetic; with bf16 the optimizer keeps fp32 copies of what it trains."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 1 shards the optimizer's state over the workers, 2 the gradients too, 3 the weights too."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass rather than keep them: less memory, a third more time."""
+
+    workers: int = 1
+    """Workers of Ray Train, each with a DeepSpeed engine."""
+
+    cpus_per_worker: int = 1
+    """CPU cores of a worker; without a GPU also its threads."""
+
+    gpus_per_worker: Literal[0, 1] = 0
+    """1: a worker trains on a GPU."""
+
+    max_failures: int = 3
+    """How often dead workers are replaced, from the last checkpoint, before the job gives up."""
+
+    keep_checkpoints: int = 2
+    """The last so many checkpoints stay."""
+
+    log_every: int = 10
+    """Steps between lines of progress; each step's numbers are recorded."""
+
+    cache_mb: int = 1024
+    """Memory of a worker for clips already read from the dataset."""
+
+    def __post_init__(self) -> None:
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            if stage.batch_size % (self.workers * stage.micro_batch):
+                raise UserError(
+                    f"train.{name}.batch_size = {stage.batch_size} is no multiple of train.workers x micro_batch = "
+                    f"{self.workers} x {stage.micro_batch}; change one of them"
+                )
+
+
+# --- animate ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AnimateConfig:
+    """Picture + driving video -> video."""
+
+    steps: int = 25
+    """DDIM steps."""
+
+    guidance_scale: float = 7.5
+    """Of the appearance; 1: none, at half the time."""
+
+    window: int = 16
+    """Frames that attend to each other."""
+
+    overlap: int = 4
+    """Frames that neighbouring windows share."""
+
+    ptm: bool = True
+    """The pose-driven temperature map: less flicker away from the person."""
+
+    retarget: bool = True
+    """Fit the poses to the character's proportions and place."""
+
+    decode_batch: int = 8
+    """Frames that the VAE decodes at once."""
+
+    device: str = "auto"
+    """Such as cpu, cuda, cuda:1; auto: a GPU if there is one."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of weights and arithmetic."""
+
+    bases: Literal["model", "config"] = "model"
+    """Take the bases from where the model folder says, or from where `bases` of this configuration says."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.decode_batch < 1:
+            raise UserError("animate: steps and decode_batch must be at least 1")
+        if not 0 <= self.overlap < self.window:
+            raise UserError(f"animate: overlap = {self.overlap}: must be from 0 to below window = {self.window}")
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvaluateConfig:
+    """Model folder + held-out videos -> measures. The results are made as `animate` says."""
+
+    frames: int = 48
+    """First frames of each video that are animated and measured."""
+
+    videos: int = 0
+    """At most so many videos, in the order of their names; 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.videos < 0:
+            raise UserError("evaluate: frames must be at least 1, videos at least 0")
+
+
+# --- tracking --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs are recorded (MLflow)."""
+
+    experiment: str = "tcan"
+    """The MLflow experiment that all runs belong to."""
+
+    folder: str = "tcan-mlflow"
+    """Folder of the SQLite store and the artifacts, used when neither `uri` nor MLFLOW_TRACKING_URI names a server."""
+
+    uri: str | None = None
+    """MLflow tracking URI, e.g. http://mlflow:5000; unset: MLFLOW_TRACKING_URI, else the folder above."""
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Every job"""
+
+    size: int
+    """Height and width of the canvas in pixels; a multiple of 64."""
+
+    bases: BasesConfig
+
+    train: TrainConfig
+
+    seed: int = 0
+    """Every random choice of every job follows from it."""
+
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    animate: AnimateConfig = field(default_factory=AnimateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.size <= 0 or self.size % 64:
+            raise UserError(f"size = {self.size}: must be a multiple of 64, such as 128 or 512")
+
+
+# --- from the command line -------------------------------------------------------------------------------------------
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """jsonargparse's parser, with a help for those who run the jobs."""
+
+    def format_help(self, *arguments: Any) -> str:
+        text = super().format_help(*arguments)
+        text = re.sub(r"default config file locations:.*?\n\n", "", text, flags=re.DOTALL)
+        return text.replace("(required, type: ", "(type: ")
+
+
+def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
+    """A parser for one job: it knows `--config` and every key; the job's own arguments are added to it."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    usage = "%(prog)s ARGUMENTS [--config mini|sd15|FILE.yaml] [--key.path VALUE ...]"
+    parser = _Parser(prog=prog, description=description, usage=usage, exit_on_error=False)
+    parser.add_argument(
+        "--config",
+        action=_ConfigFile,
+        metavar="mini|sd15|FILE.yaml",
+        help="A preset, or a YAML file of the keys that differ from it (from mini, unless a preset stands before it). "
+        "Keys on the command line override both.",
+    )
+    parser.add_class_arguments(Config)
+    for action in parser._actions:
+        if action.dest in {key.rpartition(".")[0] for key in _all_keys(Config)}:  # a file for one section only: no use
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def parse(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
+    """The configuration and the job's own arguments.
+
+    Raises UserError, in one line: a file that is missing or no YAML, a key that is not known, a value of another type,
+    an argument that is missing or too many.
+    """
+    files, others = _split_config_files(arguments)
+    preset = files.pop(0) if files and files[0] in PRESETS else "mini"
+    parser.default_config_files = [PRESETS[preset]]  # so that --help shows the values of the preset
+    try:
+        namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
+    except jsonargparse.ArgumentError as error:
+        raise UserError(_one_line(str(error.message), parser, files, others)) from None
+    values = parser.instantiate_classes(namespace)
+    config = Config(**{name.name: values.pop(name.name) for name in fields(Config)})
+    return config, values
+
+
+def load_config(*arguments: str) -> Config:
+    """The same from Python: `load_config("--config", "sd15", "--train.workers", "2")`; no arguments: mini."""
+    return parse(make_parser("config", ""), arguments)[0]
+
+
+def _split_config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--config X` and `--config=X` taken out of the arguments: they apply before the keys, wherever they stand."""
+    files, others = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            files.append(next(rest, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            others.append(argument)
+    return files, others
+
+
+class _ConfigFile(jsonargparse.ActionConfigFile):
+    """`--config`: a preset's name or a file, its keys checked before its values."""
+
+    def __call__(self, parser, cfg, values, option_string=None):
+        path = PRESETS.get(values) or Path(values)
+        try:
+            keys = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise UserError(f"--config {values}: {error.strerror}; give {', '.join(PRESETS)} or a YAML file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not YAML: {' '.join(str(error).split()).rstrip(' ^')}") from None
+        if not isinstance(keys, dict):
+            raise UserError(f"{path}: must hold keys and values, such as `seed: 1`")
+        _check_keys(keys, Config, str(path))
+        super().__call__(parser, cfg, str(path), option_string)
+
+
+def _check_keys(values: dict[str, Any], config: type, where: str, prefix: str = "") -> None:
+    known = {item.name: item.type for item in fields(config)}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{where}: no such key: {prefix}{key}{_nearest(f'{prefix}{key}', _all_keys(Config))}")
+        section = known[key]
+        if is_dataclass(section) and isinstance(section, type):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {prefix}{key} must hold keys and values")
+            _check_keys(value, section, where, f"{prefix}{key}.")
+
+
+def _all_keys(config: type, prefix: str = "") -> list[str]:
+    keys = []
+    for item in fields(config):
+        if is_dataclass(item.type) and isinstance(item.type, type):
+            keys += _all_keys(item.type, f"{prefix}{item.name}.")
+        else:
+            keys.append(prefix + item.name)
+    return keys
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
+
+
+def _one_line(message: str, parser: jsonargparse.ArgumentParser, files: list[str], arguments: list[str]) -> str:
+    """jsonargparse's error as one line that names the key and where it was given, and the nearest key for one unknown."""
+    message = " ".join(message.split())
+    options = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    if unknown := re.match(r"unrecognized arguments: (\S+)", message, re.IGNORECASE):
+        key = unknown[1].split("=")[0]
+        if not key.startswith("--"):
+            return f"unexpected argument: {unknown[1]}; {parser.prog} --help lists what it takes"
+        sections = {name.split(".")[0] for name in _all_keys(Config) if "." in name}
+        return f"no such key: {key}{_nearest(key.removeprefix('--'), [o for o in options if o not in sections])}"
+    if missing := re.match(r"the following arguments are required: (.+)", message):
+        names = [f"--{name}" if name in options else name.upper() for name in missing[1].split(", ")]
+        return f"missing: {', '.join(names)}; {parser.prog} --help explains"
+    message = re.sub(r"Does not validate .*? Subtypes: \[(.+?)\] Errors: .* Given value: ", r"Expected a \1. Got value: ", message)
+    message = re.sub(r"<class '(.+?)'>", r"\1", message).replace("typing.", "")
+    message = message.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+    if typed := re.match(r'Parser key "([^"]+)": (.+)', message):
+        on_command_line = any(argument.split("=")[0] == f"--{typed[1]}" for argument in arguments)
+        where = "" if on_command_line or not files else f"{', '.join(files)}: "
+        return f"{where}{typed[1]}: {typed[2]}"
+    return message

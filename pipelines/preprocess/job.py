@@ -1,0 +1,296 @@
+"""`tcan preprocess VIDEOS OUT`: a folder of videos -> a clip dataset, on Ray Data.
+
+    sources -> [decode: tasks] -> [pose and latents: actors] -> whole videos -> Parquet shards
+    sources.py  decode.py          models.py, pose.py, latents.py  shards.py
+
+Clips stream through, so memory holds a few of them, not videos. Every source ends as a video in `clips/` or as a row
+in `rejected/`; run again, the job does what is missing.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from tqdm import tqdm
+
+from pipelines import tracking
+from pipelines.config import Config
+from pipelines.dataset import INFO_FILE, SCHEMA_VERSION
+from pipelines.preprocess.decode import decode
+from pipelines.preprocess.models import PoseAndLatents, load_models
+from pipelines.preprocess.preview import contact_sheet
+from pipelines.preprocess.shards import Contents, ShardWriter, VideoAssembler, read_contents, write_info, writing
+from pipelines.preprocess.sources import Source, identify, list_sources
+from tcan.errors import UserError
+from tcan.weights import fingerprint
+
+# Ray Data moves blocks. Small ones let the models begin while a video is still being decoded and keep what is in
+# flight small; a clip of 64 frames is 3 MiB at 128 px and 48 MiB (a block of its own) at 512.
+BLOCK_BYTES = 16 * 2**20
+MAX_BLOCKS = 10_000  # a video a task, so that one lost with its machine costs one video; bounded for Ray's bookkeeping
+LINE_SECONDS = 10  # between two lines of progress in a log
+
+
+def preprocess(videos: str, out: str, config: Config) -> dict[str, Any]:
+    """Adds what is not there yet of `videos` to the dataset `out`.
+
+    videos: a folder, a glob pattern, a file or a list (.txt); see `sources.list_sources`.
+
+    Returns the summary: counts {sources, videos, clips, frames, rejected} and reasons {reason: count} of the whole
+    dataset; of this run new_videos, new_rejected, new_frames, seconds, frames_per_second.
+
+    Raises:
+        UserError: no videos there; not one of them usable; `out` cannot be written, is being written by another job, or
+            holds a dataset of other settings or models.
+    """
+    began = time.monotonic()
+    folder = Path(out).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{out}: is a file; give a folder for the dataset")
+    sources = identify(list_sources(videos))
+    detector, vae = load_models(config.bases, "cpu")
+    identity = dataset_identity(config, fingerprint(vae), detector.fingerprint)
+
+    with writing(folder):
+        before = read_contents(folder, identity)
+        pending, rejected = plan(sources, before)
+        if not pending and not rejected and (folder / INFO_FILE).exists():
+            print(f"{out}: all {len(sources)} sources are done, nothing to add")
+            return _summary(before, before, began)
+        done = len(sources) - len(pending) - len(rejected)
+        print(f"{out}: {len(sources)} sources, {done} of them done before", flush=True)
+        settings = config.preprocess
+        writer = ShardWriter(folder, identity, settings.shard_megabytes * 2**20, settings.commit_seconds)
+        for source, reason in rejected:
+            writer.add_rejected(source.path, source.video_id, "list", reason)
+        writer.commit()
+        if not pending:
+            _check_not_empty(videos, read_contents(folder, identity))
+        with tracking.run("preprocess", folder.name, config.tracking, dataclasses.asdict(config)) as run:
+            if pending:
+                _process(pending, writer, config, run)
+                writer.commit()
+            contents = read_contents(folder, identity)
+            summary = _summary(contents, before, began)
+            run.metrics({name: value for name, value in summary.items() if name != "reasons"})
+            _check_not_empty(videos, contents)
+            write_info(folder, _info(config, identity, contents, vae.config.scaling_factor, run.id))
+            run.file(folder / INFO_FILE)
+            run.picture(contact_sheet(folder, vae), "clips.png")
+    _print(out, summary)
+    return summary
+
+
+def _check_not_empty(videos: str, contents: Contents) -> None:
+    if not contents.kept:
+        first = [f"{path}: {stage}: {reason}" for (path, _), (stage, reason) in contents.rejected.items()][:3]
+        raise UserError(f"{videos}: none of {len(contents.rejected)} sources can be used: {'; '.join(first)}")
+
+
+def dataset_identity(config: Config, vae_fingerprint: str, pose_fingerprint: str) -> dict[str, Any]:
+    """What all clips of a dataset have in common: whatever their numbers depend on, but nothing of how they are made."""
+    settings = config.preprocess
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "size": config.size,
+        "clip_frames": settings.clip_frames,
+        "min_clip_frames": settings.min_clip_frames,
+        "fps": settings.fps,
+        "min_person_share": settings.min_person_share,
+        "validation_share": settings.validation_share,
+        "vae_fingerprint": vae_fingerprint,
+        "pose_fingerprint": pose_fingerprint,
+    }
+
+
+def plan(sources: list[Source], done: Contents) -> tuple[list[Source], list[tuple[Source, str]]]:
+    """What there is to do: (videos to process, sources to reject at once with the reason).
+
+    A source is done when it is in the dataset with the content it has now. Of equal contents the first is used, by the
+    order of paths, and one that is in the dataset already goes before all.
+    """
+    first = {video_id: path for (path, video_id), _ in done.rejected.items() if video_id is not None}
+    first |= done.kept
+    pending, rejected = [], []
+    for source in sources:
+        if (source.path, source.video_id) in done.rejected or done.kept.get(source.video_id) == source.path:
+            continue
+        if source.problem is not None:
+            rejected.append((source, source.problem))
+        elif source.video_id in first:
+            rejected.append((source, f"duplicate of {first[source.video_id]}"))
+        else:
+            first[source.video_id] = source.path
+            pending.append(source)
+    return pending, rejected
+
+
+def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tracking.Run) -> None:
+    """Streams the videos through Ray and hands every one of them to the writer, kept or rejected."""
+    settings = config.preprocess
+    assembler = VideoAssembler(writer, config.size, settings.min_person_share, settings.validation_share)
+    progress = _Progress(len(pending), run)
+    try:
+        for row in encoded_clips(pending, config):
+            progress.add(row["num_frames"] or 0, row["reason"] is None, assembler.add(row))
+    finally:
+        progress.close()
+    lost = {source.video_id for source in pending} - assembler.finished
+    if lost:
+        raise RuntimeError(f"{len(lost)} videos went in and did not come out, such as {sorted(lost)[:3]}")
+
+
+def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, Any]]:
+    """The Ray Data pipeline: rows of ENCODED_SCHEMA, in no order, as they are ready."""
+    if not ray.is_initialized():
+        # A cluster is used when it is named, never one that happens to run on this machine.
+        ray.init(os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, logging_level=logging.WARNING)
+    settings = config.preprocess
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    if gpus:
+        # The models are where the time goes: as many actors as the GPUs hold, each with a CPU that feeds it.
+        actors, num_gpus = max(1, int(gpus / settings.gpus_per_actor)), settings.gpus_per_actor
+    else:
+        # Pose and VAE take many times the decoder's time, so all CPUs but one in four, at least one, belong to them.
+        actors, num_gpus = max(1, int(cpus * 3 / 4)), 0.0
+    # An actor and a decoder need one CPU each (decord runs with one thread), and half of one where there is but one:
+    # both have to be there at once, or neither gets on.
+    share = 1.0 if cpus >= 2 else cpus / 2
+
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    with ray.data.DataContext.current(context):
+        items = [{"video_id": source.video_id, "source": source.path} for source in pending]
+        clips = (
+            ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
+            .map_batches(
+                functools.partial(
+                    decode,
+                    size=config.size,
+                    fps=settings.fps,
+                    clip_frames=settings.clip_frames,
+                    min_clip_frames=settings.min_clip_frames,
+                    timeout=settings.decode_timeout,
+                ),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.TaskPoolStrategy(size=max(1, int(cpus - actors * share))),
+                num_cpus=share,
+            )
+            .map_batches(
+                PoseAndLatents,
+                fn_constructor_kwargs={
+                    "bases": config.bases,
+                    "size": config.size,
+                    "batch_frames": settings.batch_frames,
+                    "device": "cuda" if num_gpus else "cpu",
+                    "num_threads": max(1, int(share)),
+                },
+                batch_size=1,  # a clip; the models take it in batches of frames
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+                num_cpus=share,
+                num_gpus=num_gpus,
+            )
+        )
+        for block in clips.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            yield from block.to_pylist()
+
+
+class _Progress:
+    """Videos, clips, frames/s and rejections: a bar on a terminal, a line now and then in a log, and in the run."""
+
+    def __init__(self, videos: int, run: tracking.Run) -> None:
+        self.run = run
+        self.began = self.last = time.monotonic()
+        self.videos = self.clips = self.frames = self.rejected = 0
+        self.bar = tqdm(total=videos, unit="video", disable=not sys.stderr.isatty())
+
+    def add(self, frames: int, is_clip: bool, outcome: str | None) -> None:
+        self.frames += frames
+        self.clips += is_clip
+        self.rejected += outcome == "rejected"
+        if outcome is not None:
+            self.videos += 1
+            self.bar.set_postfix_str(f"{self.clips} clips, {self.frames_per_second:.0f} frames/s, {self.rejected} rejected")
+            self.bar.update()
+        if time.monotonic() - self.last >= LINE_SECONDS:
+            self._report()
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.frames / max(1e-9, time.monotonic() - self.began)
+
+    def _report(self) -> None:
+        self.last = time.monotonic()
+        measures = {
+            "videos_done": self.videos,
+            "clips_done": self.clips,
+            "rejected_so_far": self.rejected,
+            "stream_frames_per_second": self.frames_per_second,
+        }
+        self.run.metrics(measures, step=self.videos)
+        if self.bar.disable:
+            print(
+                f"{self.videos} of {self.bar.total} videos, {self.clips} clips, {self.frames_per_second:.0f} frames/s, "
+                f"{self.rejected} rejected",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self.bar.close()
+        self._report()
+
+
+def _summary(contents: Contents, before: Contents, began: float) -> dict[str, Any]:
+    seconds = time.monotonic() - began
+    frames = contents.frames - before.frames
+    return contents.counts | {
+        "new_videos": len(contents.kept) - len(before.kept),
+        "new_rejected": len(contents.rejected) - len(before.rejected),
+        "new_frames": frames,
+        "seconds": seconds,
+        "frames_per_second": frames / seconds,
+        "reasons": contents.histogram(),
+    }
+
+
+def _info(
+    config: Config, identity: dict[str, Any], contents: Contents, vae_scaling_factor: float, run_id: str
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "counts": contents.counts,
+        "height": config.size,
+        "width": config.size,
+        "clip_frames": config.preprocess.clip_frames,
+        "fps": config.preprocess.fps,
+        "vae_fingerprint": identity["vae_fingerprint"],
+        "vae_scaling_factor": vae_scaling_factor,
+        "pose_fingerprint": identity["pose_fingerprint"],
+        "settings": dataclasses.asdict(config.preprocess),
+        "mlflow_run_id": run_id,
+    }
+
+
+def _print(out: str, summary: dict[str, Any]) -> None:
+    print(
+        f"{out}: {summary['videos']} videos in {summary['clips']} clips ({summary['frames']} frames), "
+        f"{summary['rejected']} of {summary['sources']} sources rejected; this run: {summary['new_videos']} videos, "
+        f"{summary['new_frames']} frames in {summary['seconds']:.0f} s"
+    )
+    width = max(map(len, summary["reasons"]), default=0)
+    for reason, count in summary["reasons"].items():
+        print(f"  {reason:{width}}  {count:6d}  {'#' * min(40, count)}")

@@ -1,0 +1,84 @@
+"""Stages 3 and 4 in one actor: decoded clips -> poses and latents.
+
+Fused, since both read the same frames: between two stages these would cross the object store once more, and each
+would need a device of its own.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import AutoencoderKL
+
+from pipelines.config import BasesConfig
+from pipelines.preprocess.latents import encode_frames
+from pipelines.preprocess.pose import pack_people
+from tcan.errors import UserError
+from tcan.pose import OpenPose, PoseDetector
+from tcan.weights import locate
+
+# What flows from the models to the shards: DECODED_SCHEMA with the frames replaced by what was made of them.
+ENCODED_SCHEMA = pa.schema(
+    [
+        ("video_id", pa.string()),
+        ("source", pa.string()),
+        ("num_clips", pa.int32()),
+        ("start", pa.int32()),
+        ("num_frames", pa.int32()),
+        ("fps", pa.float32()),
+        ("crop", pa.list_(pa.float32())),
+        ("people_per_frame", pa.list_(pa.int32())),
+        ("people", pa.large_binary()),  # float32 [sum, 18, 3]
+        ("latent_mean", pa.large_binary()),  # float16 [F, 4, h, w]
+        ("latent_logvar", pa.large_binary()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+
+def load_models(bases: BasesConfig, device: str) -> tuple[PoseDetector, AutoencoderKL]:
+    """The pose detector and the VAE (float32).
+
+    Raises:
+        UserError: a source that is not there or holds something else.
+    """
+    where, options = locate(bases.vae, "vae")
+    try:
+        vae = AutoencoderKL.from_pretrained(where, torch_dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"vae: cannot be loaded from {bases.vae}: {str(error).strip().splitlines()[0]}") from None
+    return OpenPose.from_pretrained(bases.pose, device=device), vae.to(device).requires_grad_(False).eval()
+
+
+class PoseAndLatents:
+    """The actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA; rejections pass through."""
+
+    def __init__(self, bases: BasesConfig, size: int, batch_frames: int, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)  # the CPUs that Ray reserved; torch would take all of the machine's
+        self.detector, self.vae = load_models(bases, device)
+        self.size = size
+        self.batch_frames = batch_frames
+
+    def __call__(self, clips: pa.Table) -> pa.Table:
+        frames = clips["frames"]
+        rows = clips.drop_columns(["frames"]).to_pylist()
+        for i, row in enumerate(rows):
+            if row["reason"] is None:
+                # as_buffer: a view of the object store, no copy.
+                pictures = np.frombuffer(frames[i].as_buffer(), np.uint8)
+                row.update(self._encode(pictures.reshape(-1, self.size, self.size, 3)))
+        return pa.Table.from_pylist(rows, ENCODED_SCHEMA)
+
+    def _encode(self, frames: np.ndarray) -> dict[str, Any]:
+        mean, logvar = encode_frames(self.vae, frames, self.batch_frames)
+        if not (np.isfinite(mean).all() and np.isfinite(logvar).all()):
+            return {"stage": "latents", "reason": "the VAE's latents are not finite in float16"}
+        people_per_frame, people = pack_people(self.detector.detect(frames, self.batch_frames))
+        return {
+            "people_per_frame": people_per_frame,
+            "people": people,
+            "latent_mean": mean.tobytes(),
+            "latent_logvar": logvar.tobytes(),
+        }

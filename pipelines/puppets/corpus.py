@@ -1,0 +1,88 @@
+"""Rendered frames of the puppet world on disk, for training the mini weights."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.puppets.world import sample_clip
+
+SIZE = 128
+CHARACTERS = 5000
+"""Characters of the picture corpus: many, since looks are what a frame-wise part has to generalise over."""
+FRAMES_EACH = 3
+CLIPS = 1200
+CLIP_FRAMES = 16
+HELD_OUT_SEED = 10_000_000
+"""Seeds from here on are never rendered for training."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Frames of one kind: `frames` uint8 `[N, F, H, W, 3]`, `keypoints` `[N, F, 18, 3]`, `masks` bool `[N, F, H, W]`."""
+
+    frames: np.ndarray
+    keypoints: np.ndarray
+    masks: np.ndarray
+
+
+def render(seeds: range, frames_each: int, every: int, distribution: str = "wide") -> Rendered:
+    """`frames_each` frames of a clip for each seed, `every` frames apart."""
+    clips = [sample_clip(distribution, seed, frames_each, SIZE, every=every) for seed in seeds]
+    return Rendered(
+        np.stack([clip.frames for clip in clips]),
+        np.stack([clip.keypoints for clip in clips]),
+        np.stack([clip.mask for clip in clips]),
+    )
+
+
+def render_held_out(distribution: str, count: int) -> Rendered:
+    """Three frames of each of `count` characters that training never sees."""
+    return render(range(HELD_OUT_SEED, HELD_OUT_SEED + count), FRAMES_EACH, every=17, distribution=distribution)
+
+
+def cached(folder: Path, name: str, count: int, frames_each: int, every: int, first_seed: int) -> Rendered:
+    """As `render`, kept in `folder` as memory-mapped arrays, rendered on all cores in pieces of 100 clips."""
+    paths = [folder / f"{name}-{part}.npy" for part in ("frames", "keypoints", "masks")]
+    if not all(path.exists() for path in paths):
+        pieces = [range(first_seed + i, first_seed + min(i + 100, count)) for i in range(0, count, 100)]
+        shapes = [(count, frames_each, SIZE, SIZE, 3), (count, frames_each, 18, 3), (count, frames_each, SIZE, SIZE)]
+        kinds = [np.uint8, np.float32, np.bool_]
+        arrays = [
+            np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype=kind, shape=shape)
+            for path, kind, shape in zip(paths, kinds, shapes, strict=True)
+        ]
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            done = 0
+            futures = [pool.submit(render, piece, frames_each, every) for piece in pieces]
+            for piece, future in zip(pieces, futures, strict=True):
+                rendered = future.result()
+                for array, part in zip(arrays, (rendered.frames, rendered.keypoints, rendered.masks), strict=True):
+                    array[done : done + len(piece)] = part
+                done += len(piece)
+        for array, path in zip(arrays, paths, strict=True):
+            array.flush()
+            os.replace(path.with_suffix(".tmp"), path)
+    return Rendered(*(np.load(path, mmap_mode="r") for path in paths))
+
+
+class Corpus:
+    """The training frames, rendered once into `folder`: pictures (three poses of each character) and clips."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        # 17 frames are 0.7 s: far enough apart for another pose, one dance.
+        self.pictures = cached(folder, "pictures", CHARACTERS, FRAMES_EACH, every=17, first_seed=0)
+        self.clips = cached(folder, "clips", CLIPS, CLIP_FRAMES, every=1, first_seed=CHARACTERS)
+
+    def random_pictures(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Frames `[B, H, W, 3]`, keypoints `[B, 18, 3]` and masks `[B, H, W]` of `count` different characters."""
+        which = np.sort(rng.choice(CHARACTERS, count, replace=False))
+        frame = rng.integers(FRAMES_EACH)
+        return (
+            self.pictures.frames[which, frame],
+            self.pictures.keypoints[which, frame],
+            self.pictures.masks[which, frame],
+        )

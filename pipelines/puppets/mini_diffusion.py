@@ -1,0 +1,215 @@
+"""The mini preset's diffusion parts: UNet, then, with the UNet frozen, the OpenPose ControlNet and the motion modules.
+
+One thing differs from how Stable Diffusion was made. There, text tells the UNet what a picture shows; here there is no
+text, so the UNet learns with a *reference*: another frame of the same character, joined into its self-attention just as
+TCAN's appearance UNet will be (method: appearance into denoising), in three samples of four. TCAN's stage 1 then starts
+from a UNet that can use a reference, as the authors' started from one that could use a prompt.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from pipelines.puppets.corpus import SIZE, Corpus
+from pipelines.puppets.fit import fit
+from pipelines.puppets.mini_vae import zero_last_convolutions
+from tcan.appearance import capture_features, install_appearance
+from tcan.attention import Appearance
+from tcan.model import TCAN
+from tcan.pose.draw import draw_poses
+
+CHANNELS = (48, 96, 128, 128)
+HEADS = 4
+NORM_GROUPS = 16
+PROMPT_WIDTH = 64
+STICK_WIDTH = 2
+REFERENCE_SHARE = 0.75
+
+STEPS = {"unet": 1300, "controlnet": 800, "motion": 600}
+LEARNING_RATE = {"unet": 2e-3, "controlnet": 2e-3, "motion": 1.5e-3}
+PICTURES = 32
+"""Pictures a step, for UNet and ControlNet."""
+CLIPS = 3
+"""Clips a step, for the motion modules."""
+
+
+def new_unet() -> UNet2DConditionModel:
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=CHANNELS,
+        norm_num_groups=NORM_GROUPS,
+        attention_head_dim=HEADS,
+        cross_attention_dim=PROMPT_WIDTH,
+    )
+    zero_last_convolutions(unet)
+    nn.init.zeros_(unet.conv_out.weight)
+    return unet
+
+
+def new_motion_adapter() -> MotionAdapter:
+    adapter = MotionAdapter(
+        block_out_channels=CHANNELS,
+        motion_layers_per_block=1,
+        motion_num_attention_heads=HEADS,
+        motion_norm_num_groups=NORM_GROUPS,
+        motion_max_seq_length=32,
+        use_motion_mid_block=False,
+    )
+    for name, parameter in adapter.named_parameters():
+        if ".proj_out." in name:  # at first the layers change nothing
+            nn.init.zeros_(parameter)
+    return adapter
+
+
+def new_text_encoder() -> CLIPTextModel:
+    """Never trained: it only has to give the one constant that stands for the empty prompt."""
+    config = CLIPTextConfig(
+        vocab_size=3,
+        hidden_size=PROMPT_WIDTH,
+        intermediate_size=2 * PROMPT_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    return CLIPTextModel(config)
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1.5's schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+class Samples:
+    """What comes at a step, as a function of the step: latents, another frame's latent as reference, poses, noise."""
+
+    def __init__(self, corpus: Corpus, picture_latents: Tensor, clip_latents: Tensor):
+        self.pictures, self.clips = corpus.pictures, corpus.clips
+        self.picture_latents, self.clip_latents = picture_latents, clip_latents
+        self.scheduler = new_scheduler()
+
+    def pictures_at(self, step: int, part: int) -> dict[str, Tensor]:
+        """`PICTURES` clips of one frame, each with another frame of its character as the reference."""
+        rng = np.random.default_rng([part, step])
+        count, frames_each = self.picture_latents.shape[:2]
+        which = torch.from_numpy(rng.choice(count, PICTURES, replace=False))
+        target = torch.from_numpy(rng.integers(frames_each, size=PICTURES))
+        reference = (target + torch.from_numpy(rng.integers(1, frames_each, size=PICTURES))) % frames_each
+        keypoints = self.pictures.keypoints[which.numpy(), target.numpy()]
+        return self._noised(
+            rng,
+            self.picture_latents[which, target][:, None].float(),
+            self.picture_latents[which, reference].float(),
+            keypoints[:, None],
+        )
+
+    def clips_at(self, step: int, part: int) -> dict[str, Tensor]:
+        """`CLIPS` clips of 16 frames; the reference is one of a clip's own."""
+        rng = np.random.default_rng([part, step])
+        count, frames = self.clip_latents.shape[:2]
+        which = torch.from_numpy(rng.choice(count, CLIPS, replace=False))
+        reference = torch.from_numpy(rng.integers(frames, size=CLIPS))
+        latents = self.clip_latents[which].float()
+        return self._noised(rng, latents, latents[torch.arange(CLIPS), reference], self.clips.keypoints[which.numpy()])
+
+    def _noised(
+        self, rng: np.random.Generator, latents: Tensor, reference: Tensor, keypoints: np.ndarray
+    ) -> dict[str, Tensor]:
+        noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
+        timestep = torch.from_numpy(rng.integers(1000, size=len(latents)))
+        poses = np.stack([draw_poses(clip, SIZE, SIZE, STICK_WIDTH) for clip in keypoints])
+        return {
+            "noisy": self.scheduler.add_noise(latents, noise, timestep),
+            "noise": noise,
+            "timestep": timestep,
+            "reference_latent": reference,
+            "keep_reference": torch.from_numpy(rng.random(len(latents)) < REFERENCE_SHARE),
+            "pose": torch.from_numpy(poses).permute(0, 1, 4, 2, 3).float() / 255,
+        }
+
+    def loss(self, prediction: Tensor, sample: dict[str, Tensor], gamma: float = 5.0) -> Tensor:
+        """MSE on the noise, weighted min(SNR, gamma) / SNR (Hang et al., 2023)."""
+        alphas = self.scheduler.alphas_cumprod[sample["timestep"]]
+        snr = alphas / (1 - alphas)
+        error = (prediction - sample["noise"]).square().flatten(1).mean(1)
+        return (error * snr.clamp(max=gamma) / snr).mean()
+
+
+def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionModel:
+    unet = new_unet().to(memory_format=torch.channels_last)
+    install_appearance(unet)
+
+    def loss_at(step: int) -> Tensor:
+        sample = samples.pictures_at(step, 3)
+        keep, timestep = sample["keep_reference"], sample["timestep"]
+        # Only the rows that look need features; the others' never enter (`Appearance` indexes by row).
+        looking = keep.nonzero().flatten()
+        kept = capture_features(
+            unet, sample["reference_latent"][looking], timestep[looking], prompt.expand(len(looking), -1, -1)
+        )
+        order = (keep.long().cumsum(0) - 1).clamp(min=0)
+        appearance = Appearance([feature[order] for feature in kept], keep)
+        prediction = unet(
+            sample["noisy"][:, 0],
+            timestep,
+            prompt.expand(PICTURES, -1, -1),
+            cross_attention_kwargs={"appearance": appearance},
+        ).sample
+        return samples.loss(prediction[:, None], sample)
+
+    return fit("unet", unet, loss_at, steps=STEPS["unet"], lr=LEARNING_RATE["unet"], work=work)
+
+
+def train_controlnet(samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path) -> ControlNetModel:
+    """Trained inside a TCAN whose every other part is frozen and still as the bases are."""
+    tcan = TCAN(unet, ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
+    tcan.controlnet.requires_grad_(True)
+    for block in tcan.controlnet.down_blocks:
+        if hasattr(block, "motion_modules"):
+            block.motion_modules.requires_grad_(False)
+
+    def loss_at(step: int) -> Tensor:
+        sample = samples.pictures_at(step, 4)
+        noise = sample.pop("noise")
+        return samples.loss(tcan(**sample), sample | {"noise": noise})
+
+    fitted = fit("controlnet", tcan, loss_at, steps=STEPS["controlnet"], lr=LEARNING_RATE["controlnet"], work=work)
+    controlnet = ControlNetModel.from_unet(unet)
+    weights = {k: v for k, v in fitted.controlnet.state_dict().items() if "motion_modules" not in k}
+    controlnet.load_state_dict(weights)
+    return controlnet
+
+
+def train_motion(
+    samples: Samples, unet: UNet2DConditionModel, controlnet: ControlNetModel, prompt: Tensor, work: Path
+) -> MotionAdapter:
+    """As AnimateDiff's: temporal layers in the frozen UNet, no pose."""
+    tcan = TCAN(unet, controlnet, new_motion_adapter(), prompt)
+    tcan.set_stage(2)
+    tcan.controlnet.requires_grad_(False)
+
+    def loss_at(step: int) -> Tensor:
+        sample = samples.clips_at(step, 5)
+        with torch.no_grad():
+            features = tcan.appearance(sample["reference_latent"], sample["timestep"])
+        prediction = tcan.denoise(sample["noisy"], sample["timestep"], None, features, sample["keep_reference"])
+        return samples.loss(prediction, sample)
+
+    return fit("motion", tcan, loss_at, steps=STEPS["motion"], lr=LEARNING_RATE["motion"], work=work).motion_adapter()

@@ -1,0 +1,75 @@
+"""Makes the mini preset's weights from nothing but the puppet world `wide`.
+
+    python -m pipelines.puppets.pretrain --out tcan/mini --work ~/tcan-pretrain
+
+Renders the frames, then trains five parts one after the other: VAE, pose network, UNet, ControlNet, motion modules.
+Seeded and resumable: the same command goes on from the newest checkpoints in the work folder. Hours on two CPU cores.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipelines.puppets.corpus import Corpus
+from pipelines.puppets.mini_diffusion import (
+    Samples,
+    new_scheduler,
+    new_text_encoder,
+    train_controlnet,
+    train_motion,
+    train_unet,
+)
+from pipelines.puppets.mini_pose import train_pose
+from pipelines.puppets.mini_vae import encode, train_vae
+from tcan.weights import encode_empty_prompt
+
+PARTS = ("vae", "pose", "unet", "controlnet", "motion")
+
+
+def save(module: nn.Module, folder: Path) -> None:
+    """As fp16 safetensors in diffusers' layout; the module stays as it is, so that later parts see the same weights."""
+    module.half().save_pretrained(folder)
+    module.float().requires_grad_(False).eval()
+
+
+def pretrain(out: Path, work: Path, last: str = PARTS[-1]) -> None:
+    """Trains (or, where the work folder has it finished, loads) the parts up to `last` and writes them into `out`."""
+    torch.manual_seed(0)
+    parts = PARTS[: PARTS.index(last) + 1]
+    corpus = Corpus(work / "corpus")
+    vae = train_vae(corpus, work)
+    save(vae, out / "vae")
+    if "pose" in parts:
+        save(train_pose(corpus, work), out / "pose")
+    if "unet" in parts:
+        text_encoder = new_text_encoder()
+        save(text_encoder, out / "text_encoder")
+        prompt = encode_empty_prompt(text_encoder)
+        new_scheduler().save_pretrained(out / "scheduler")
+        samples = Samples(
+            corpus,
+            encode(vae, corpus.pictures.frames, work / "picture-latents.pt"),
+            encode(vae, corpus.clips.frames, work / "clip-latents.pt"),
+        )
+        unet = train_unet(samples, prompt, work)
+        save(unet, out / "unet")
+    if "controlnet" in parts:
+        controlnet = train_controlnet(samples, unet, prompt, work)
+        save(controlnet, out / "controlnet")
+    if "motion" in parts:
+        save(train_motion(samples, unet, controlnet, prompt, work), out / "motion_adapter")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tcan/mini"), help="the bases folder to write")
+    parser.add_argument("--work", type=Path, required=True, help="rendered frames and checkpoints, to go on from")
+    parser.add_argument("--last", choices=PARTS, default=PARTS[-1], help="stop after this part")
+    arguments = parser.parse_args()
+    pretrain(arguments.out, arguments.work, arguments.last)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What comes at global step k: a function of the seed, the stage, k and the place in the global batch alone.
+
+Not of the number of workers, nor of restarts: each sample draws from a generator of its own, keyed by these numbers, so
+any worker can make any sample without having made the ones before.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipelines.dataset import LATENT_STRIDE, clip_files, decode_row
+from tcan.errors import UserError
+from tcan.pose import draw_poses
+
+_PASS, _SAMPLE = 0, 1  # what a generator is for; first after seed and stage in its key
+MIN_DISTANCE, MAX_DISTANCE_SHORT_OF_LENGTH = 30, 31  # frames between reference and target: U[30, L - 31]
+TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Video:
+    """The frames of one video that the dataset holds, in order: position p is frame `number[p]`."""
+
+    video_id: str
+    number: np.ndarray
+    """int64 [L], rising; a gap is where no clip was kept."""
+    row: np.ndarray
+    """int64 [L]: the row of the store with that frame."""
+    offset: np.ndarray
+    """int64 [L]: its place in that row's clip."""
+
+    def starts(self, frames: int) -> np.ndarray:
+        """Positions from which `frames` frames follow one another without a gap."""
+        last = len(self.number) - frames + 1
+        if last < 1:
+            return np.empty(0, np.int64)
+        return np.flatnonzero(self.number[frames - 1 :] - self.number[:last] == frames - 1)
+
+
+class ClipStore:
+    """The clips of one split of a dataset, read from the shards at random access by row group, the latest ones kept.
+
+    cache_bytes: memory for row groups already read; one is always kept.
+    """
+
+    def __init__(
+        self, dataset: str | Path, split: Literal["train", "validation"] = "train", cache_bytes: int = 1 << 30
+    ):
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._cached: OrderedDict[tuple[Path, int], list[dict[str, np.ndarray]]] = OrderedDict()
+        self._places: list[tuple[Path, int, int]] = []  # row -> file, row group, row in the group
+        clips: dict[str, list[tuple[int, int, int]]] = {}  # video -> (first frame, number of frames, row)
+        for path in clip_files(dataset):
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    columns = file.read_row_group(group, ["video_id", "split", "start", "num_frames"]).to_pylist()
+                    for at, clip in enumerate(columns):
+                        if clip["split"] == split:
+                            found = (clip["start"], clip["num_frames"], len(self._places))
+                            clips.setdefault(clip["video_id"], []).append(found)
+                            self._places.append((path, group, at))
+        self.videos = [_video(video, clips[video]) for video in sorted(clips)]
+
+    def frames(self, video: Video, positions: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Of these positions: latent_mean, latent_logvar `[n, 4, h, w]` (unscaled), keypoints `[n, 18, 3]`."""
+        clips = [self._clip(video.row[position]) for position in positions]
+        offsets = video.offset[positions]
+        keys = ("latent_mean", "latent_logvar", "keypoints")
+        return {key: np.stack([clip[key][at] for clip, at in zip(clips, offsets, strict=True)]) for key in keys}
+
+    def reference_latent(self, video: Video) -> np.ndarray:
+        """Latent mean `[4, h, w]` of the video's first frame, unscaled."""
+        return self._clip(video.row[0])["reference_latent_mean"]
+
+    def _clip(self, row: int) -> dict[str, np.ndarray]:
+        path, group, at = self._places[row]
+        if (path, group) not in self._cached:
+            with pq.ParquetFile(path) as file:
+                self._cached[path, group] = [decode_row(clip) for clip in file.read_row_group(group).to_pylist()]
+            self._cached_bytes += _nbytes(self._cached[path, group])
+            while self._cached_bytes > self._cache_bytes and len(self._cached) > 1:
+                self._cached_bytes -= _nbytes(self._cached.popitem(last=False)[1])
+        self._cached.move_to_end((path, group))
+        return self._cached[path, group][at]
+
+
+def _nbytes(clips: list[dict[str, np.ndarray]]) -> int:
+    return sum(array.nbytes for clip in clips for array in clip.values())
+
+
+def _video(video_id: str, clips: list[tuple[int, int, int]]) -> Video:
+    frames = {start + i: (row, i) for start, length, row in sorted(clips) for i in range(length)}
+    number = np.array(sorted(frames), np.int64)
+    row, offset = np.array([frames[n] for n in number], np.int64).T
+    return Video(video_id, number, row, offset)
+
+
+def stage1_pair(length: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Positions of reference and target in a video of `length` >= 2 frames (method "Training").
+
+    Reference: any. Target: (reference + U[30, L - 31]) mod L; where that range is empty, any other frame.
+    """
+    reference = int(rng.integers(length))
+    low, high = MIN_DISTANCE, length - MAX_DISTANCE_SHORT_OF_LENGTH
+    if high < low:
+        low, high = 1, length - 1
+    return reference, (reference + int(rng.integers(low, high + 1))) % length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of F frames (stage 1: F = 1); latents are times the VAE's scaling factor."""
+
+    latents: Tensor
+    """float32 [B, F, 4, h, w], drawn from the VAE's posterior."""
+    noise: Tensor
+    """float32 [B, F, 4, h, w]."""
+    timestep: Tensor
+    """int64 [B]."""
+    pose: Tensor
+    """uint8 [B, F, H, W, 3]."""
+    reference: Tensor
+    """float32 [B, 4, h, w], the posterior's mean."""
+    keep_reference: Tensor
+    """bool [B]."""
+
+
+class Sampler:
+    """Sample i of step k, in stage 1 a picture, in stage 2 a clip.
+
+    Videos come in passes, each once a pass in an order of its own: n = k * batch_size + i counts samples from the
+    start, so n // videos is the pass. batch_size is the global one.
+    size: side of the training picture in pixels; a larger canvas is cropped on the latents' grid.
+    Raises UserError when no video of the store is long enough.
+    """
+
+    def __init__(
+        self,
+        store: ClipStore,
+        stage: int,
+        *,
+        seed: int,
+        batch_size: int,
+        size: int,
+        vae_scaling_factor: float,
+        stick_width: int,
+        frames: int,
+        drop_reference: float,
+    ):
+        self.store, self.stage, self.seed, self.batch_size, self.size = store, stage, seed, batch_size, size
+        self.scaling, self.stick_width = vae_scaling_factor, stick_width
+        self.frames = frames if stage == 2 else 1
+        self.drop_reference = drop_reference if stage == 1 else 0.0
+        shortest = frames if stage == 2 else 2
+        self.videos = [video for video in store.videos if len(video.starts(shortest) if stage == 2 else video.number[1:])]
+        if not self.videos:
+            raise UserError(
+                f"stage {stage} needs videos with {shortest} {'consecutive ' * (stage == 2)}frames, the dataset has none in "
+                "its train split; preprocess longer videos"
+            )
+        self._pass: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.stage, *key])))
+
+    def video(self, step: int, index: int) -> Video:
+        number, place = divmod(step * self.batch_size + index, len(self.videos))
+        if self._pass[0] != number:
+            self._pass = (number, self._rng(_PASS, number).permutation(len(self.videos)))
+        return self.videos[self._pass[1][place]]
+
+    def sample(self, step: int, index: int) -> dict[str, np.ndarray]:
+        """One sample, as `Batch` without its first axis."""
+        rng = self._rng(_SAMPLE, step, index)
+        video = self.video(step, index)
+        if self.stage == 1:
+            reference_at, target_at = stage1_pair(len(video.number), rng)
+            target = self.store.frames(video, [target_at])
+            reference = self.store.frames(video, [reference_at])["latent_mean"][0]
+        else:
+            start = int(rng.choice(video.starts(self.frames)))
+            target = self.store.frames(video, np.arange(start, start + self.frames))
+            reference = self.store.reference_latent(video)
+
+        side = self.size // LATENT_STRIDE
+        canvas_height, canvas_width = reference.shape[-2:]
+        y, x = int(rng.integers(canvas_height - side + 1)), int(rng.integers(canvas_width - side + 1))
+        crop = (..., slice(y, y + side), slice(x, x + side))
+        mean, logvar = (target[key][crop].astype(np.float32) for key in ("latent_mean", "latent_logvar"))
+        keypoints = target["keypoints"].copy()
+        keypoints[..., :2] -= np.float32(LATENT_STRIDE) * np.array([x, y], np.float32) * (keypoints[..., 2:] > 0)
+
+        timestep = rng.integers(TIMESTEPS)
+        keep = rng.random() >= self.drop_reference
+        # AutoencoderKL clamps the log-variance as here.
+        posterior = mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * rng.standard_normal(mean.shape, np.float32)
+        return {
+            "latents": posterior * np.float32(self.scaling),
+            "noise": rng.standard_normal(mean.shape, np.float32),
+            "timestep": np.int64(timestep),
+            "pose": draw_poses(keypoints, self.size, self.size, self.stick_width),
+            "reference": reference[crop].astype(np.float32) * np.float32(self.scaling),
+            "keep_reference": np.bool_(keep),
+        }
+
+    def batch(self, step: int, indices: Sequence[int]) -> Batch:
+        samples = [self.sample(step, index) for index in indices]
+        return Batch(**{key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]})
+
+    def worker_batches(self, step: int, rank: int, workers: int, micro_batch: int) -> list[Batch]:
+        """A worker's share of a step, a batch per accumulation: together the workers' shares are the global batch."""
+        stride = workers * micro_batch
+        firsts = range(rank * micro_batch, self.batch_size, stride)
+        return [self.batch(step, range(first, first + micro_batch)) for first in firsts]
+
+    def describe(self, step: int) -> str:
+        """The samples of a step in one line, for whoever looks for the one that did harm."""
+        return ", ".join(self.video(step, index).video_id for index in range(self.batch_size))

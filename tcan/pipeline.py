@@ -1,0 +1,314 @@
+"""TCANPipeline: a picture and a sequence of poses -> frames."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from tcan.errors import UserError
+from tcan.model import TCAN
+from tcan.pose import PoseDetector, draw_poses, fill_gaps, follow_main_person
+from tcan.pose import retarget as retarget_poses
+from tcan.temperature import temperature_map
+from tcan.video import fit_keypoints, fit_picture
+from tcan.weights import load_bases, load_model, load_pose_detector, read_model_info, save_model
+from tcan.windows import Windows
+
+
+@dataclass
+class TCANPipelineOutput(BaseOutput):
+    """What a call returns."""
+
+    frames: np.ndarray | list[PIL.Image.Image] | Tensor
+    """"np": float32 RGB `[F, H, W, 3]` in [0, 1]; "pil": a list of F pictures; "latent": scaled latents `[F, 4, h, w]`."""
+
+    poses: np.ndarray
+    """The poses that drove the frames, after retargeting: keypoints `[F, 18, 3]` in the frames' pixels."""
+
+
+class TCANPipeline(DiffusionPipeline):
+    """Animates the person of one picture with a sequence of poses (TCAN, arXiv 2407.09012).
+
+        pipe = TCANPipeline.from_pretrained("runs/model").to("cuda")
+        frames = pipe(picture, driving_frames, generator=torch.Generator().manual_seed(0)).frames
+
+    Device memory depends on the window and the size of the frames, not on their number: latents and poses of the whole
+    video stay on the host, one window at a time is on the device.
+    """
+
+    model_cpu_offload_seq = "vae->tcan->vae"
+    _optional_components = ["pose_detector"]
+
+    def __init__(
+        self, vae: AutoencoderKL, tcan: TCAN, scheduler: SchedulerMixin, pose_detector: PoseDetector | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, tcan=tcan, scheduler=scheduler, pose_detector=pose_detector)
+        self.model_info: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model_folder: str | os.PathLike,
+        *,
+        torch_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **sources: str,
+    ) -> "TCANPipeline":
+        """Loads a model folder and the bases it names.
+
+        Args:
+            sources: where to take a base from instead (`unet="path"`, `pose="path"`, ...), as `load_bases` takes them.
+
+        Raises:
+            UserError: the folder isn't a whole model, a base can't be loaded or isn't the one that it was trained on.
+        """
+        info = read_model_info(model_folder)
+        asked = {part: base["source"] for part, base in info["bases"].items()} | sources
+        pose = asked.pop("pose", None)
+        bases = load_bases(**asked, device=device, dtype=torch_dtype)
+        tcan = load_model(model_folder, bases)
+        detector = None if pose is None else load_pose_detector(pose, device)
+        pipe = cls(bases.vae, tcan, bases.scheduler, detector)
+        pipe.model_info = info
+        return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
+        """Writes the model folder that `from_pretrained` reads: what was trained, and the names of the bases."""
+        if kwargs:
+            raise ValueError(f"a model folder takes no options: {', '.join(kwargs)}")
+        save_model(self.tcan, save_directory, **self.model_info)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: np.ndarray | PIL.Image.Image,
+        poses: np.ndarray,
+        *,
+        retarget: bool = True,
+        character: np.ndarray | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 7.5,
+        window: int = 16,
+        overlap: int = 4,
+        ptm: bool = True,
+        generator: torch.Generator | None = None,
+        decode_batch: int = 8,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any] | None = None,
+    ) -> TCANPipelineOutput | tuple:
+        """A frame for each pose.
+
+        Args:
+            image: the character, uint8 RGB `[H, W, 3]` or a PIL picture of any size; its largest centred part of the
+                output's proportions is used.
+            poses: keypoints `[F, 18, 3]`, or the frames of a driving video, uint8 RGB `[F, H, W, 3]`, whose main
+                person the pose network then follows. With `retarget` keypoints may be in pixels of any picture; without,
+                they are in pixels of the output.
+            retarget: fit the poses to the character's proportions and place.
+            character: the character's own keypoints `[18, 3]` in the image's pixels; found by the pose network if None.
+            height, width: of the output in pixels, multiples of 64; those of training if None.
+            guidance_scale: of the appearance: 1 turns guidance, and its second pass, off.
+            window, overlap: frames that attend to each other, and how many neighbouring windows share.
+            ptm: the pose-driven temperature map on the UNet's temporal attention.
+            generator: fixes the noise; on the CPU it gives the same noise whatever the device.
+            decode_batch: frames that the VAE decodes at once.
+            output_type: "np", "pil" or "latent".
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": [F, 4, h, w]})`.
+
+        Raises:
+            UserError: no person in the picture or in the driving frames; a height or width no multiple of 64.
+        """
+        height, width = height or self.height, width or self.width
+        if height % 64 or width % 64:
+            raise UserError(f"height {height}, width {width}: must be multiples of 64")
+        image = np.asarray(image.convert("RGB") if isinstance(image, PIL.Image.Image) else image)
+        poses = self._prepare_poses(image, np.asarray(poses), retarget, character, height, width)
+        latents = self.denoise(
+            fit_picture(image, height, width),
+            self.draw(poses, height, width),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            window=window,
+            overlap=overlap,
+            ptm=ptm,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+        )
+        frames: Any = latents
+        if output_type != "latent":
+            pictures = np.concatenate(list(self.decode(latents, decode_batch)))
+            frames = self.numpy_to_pil(pictures) if output_type == "pil" else pictures
+        self.maybe_free_model_hooks()
+        return TCANPipelineOutput(frames, poses) if return_dict else (frames, poses)
+
+    def denoise(
+        self,
+        image: np.ndarray,
+        pose_pictures: np.ndarray,
+        *,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 7.5,
+        window: int = 16,
+        overlap: int = 4,
+        ptm: bool = True,
+        generator: torch.Generator | None = None,
+        callback_on_step_end: Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any] | None = None,
+    ) -> Tensor:
+        """The latents of all frames by the scheduler's steps (method.md, Inference), on the host.
+
+        Per timestep the appearance features are computed once, for all windows; per window the ControlNet's residuals
+        once, for both rows of guidance.
+
+        Args:
+            image: uint8 RGB `[H, W, 3]`.
+            pose_pictures: uint8 RGB `[F, H, W, 3]`.
+
+        Returns:
+            scaled latents `[F, 4, h, w]`, float32.
+        """
+        device = self._execution_device
+        reference = self.encode(image)
+        windows = Windows(len(pose_pictures), window, overlap)
+        poses = torch.from_numpy(pose_pictures).permute(0, 3, 1, 2)[windows.source]  # stays uint8 and on the host
+        temperatures = [temperature_map(poses[part]).to(device) if ptm else None for part in windows.slices]
+
+        self.scheduler.set_timesteps(num_inference_steps)
+        noise = randn_tensor((window, *reference.shape[1:]), generator=generator, device=torch.device("cpu"))
+        # one window's noise repeated along time, so that all windows start from the same
+        latents = noise[torch.arange(len(poses)) % window] * self.scheduler.init_noise_sigma
+
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            t = timestep.to(device).reshape(1)
+            features = self.tcan.appearance(reference, t)
+            noisy = self.scheduler.scale_model_input(latents, timestep)[None]
+            predictions = (
+                self.predict_noise(
+                    noisy[:, part].to(device, reference.dtype),
+                    t,
+                    poses[None, part].to(device, reference.dtype) / 255,
+                    features,
+                    guidance_scale,
+                    temperature,
+                )
+                for part, temperature in zip(windows.slices, temperatures, strict=True)
+            )
+            prediction = windows.average(eps.float().cpu() for eps in predictions)[0]
+            latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step, int(timestep), {"latents": latents[: windows.num_frames]})
+        return latents[: windows.num_frames]
+
+    def predict_noise(
+        self,
+        noisy: Tensor,
+        timestep: Tensor,
+        pose: Tensor,
+        features: list[Tensor],
+        guidance_scale: float,
+        temperature: Tensor | None,
+    ) -> Tensor:
+        """The guided noise of one window: eps_uncond + scale (eps_ref - eps_uncond).
+
+        Both rows share text and pose, guidance acts on the appearance alone; so the residuals serve both.
+
+        Args:
+            noisy: `[1, F, 4, h, w]`.
+            timestep: `[1]`.
+            pose: `[1, F, 3, H, W]` in [0, 1].
+            features: of the reference, one row.
+            temperature: `[H, W]`.
+
+        Returns:
+            `[1, F, 4, h, w]`.
+        """
+        residuals = self.tcan.pose_residuals(noisy, timestep, pose)
+        if guidance_scale == 1:
+            return self.tcan.denoise(noisy, timestep, residuals, features, temperature=temperature)
+        both = self.tcan.denoise(
+            noisy.expand(2, -1, -1, -1, -1), timestep.expand(2), residuals, features, [False, True], temperature
+        )
+        without, with_reference = both.chunk(2)
+        return without + guidance_scale * (with_reference - without)
+
+    def encode(self, image: np.ndarray) -> Tensor:
+        """uint8 RGB `[H, W, 3]` -> the mean of its scaled latent `[1, 4, h, w]`."""
+        pixels = torch.from_numpy(image).to(self._execution_device).permute(2, 0, 1)[None].to(self.vae.dtype) / 127.5 - 1
+        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor, batch: int = 8) -> Iterator[np.ndarray]:
+        """Scaled latents `[F, 4, h, w]` -> float32 RGB `[<= batch, H, W, 3]` in [0, 1], batch by batch."""
+        for part in latents.split(batch):
+            part = part.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
+            pixels = self.vae.decode(part, return_dict=False)[0]
+            yield (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
+
+    def _prepare_poses(
+        self,
+        image: np.ndarray,
+        poses: np.ndarray,
+        retarget: bool,
+        character: np.ndarray | None,
+        height: int,
+        width: int,
+    ) -> np.ndarray:
+        """The poses `[F, 18, 3]` in pixels of the output."""
+        if poses.ndim == 4:
+            frame_height, frame_width = poses.shape[1:3]
+            poses = self.detect_poses(poses, "the driving video")
+            if not retarget:
+                poses = self.place_poses(poses, frame_height, frame_width, height, width)
+        if not retarget:
+            return poses
+        if character is None:
+            character = self.detect_poses(image[None], "the picture")[0]
+        return retarget_poses(poses, fit_keypoints(character, *image.shape[:2], height, width))
+
+    @property
+    def height(self) -> int:
+        """Of the pictures it was trained on, in pixels."""
+        return self.model_info["height"]
+
+    @property
+    def width(self) -> int:
+        """Of the pictures it was trained on, in pixels."""
+        return self.model_info["width"]
+
+    def draw(self, poses: np.ndarray, height: int | None = None, width: int | None = None) -> np.ndarray:
+        """Keypoints `[F, 18, 3]` -> pose pictures, uint8 RGB `[F, H, W, 3]`, with the strokes it was trained on."""
+        return draw_poses(poses, height or self.height, width or self.width, self.model_info["stick_width"])
+
+    def place_poses(
+        self, poses: np.ndarray, source_height: int, source_width: int, height: int | None = None, width: int | None = None
+    ) -> np.ndarray:
+        """Keypoints `[F, 18, 3]` in pixels of a source picture -> of the output, cut and resized as pictures are."""
+        return fit_keypoints(poses, source_height, source_width, height or self.height, width or self.width)
+
+    def detect_poses(self, frames: np.ndarray, what: str) -> np.ndarray:
+        """The main person's keypoints `[F, 18, 3]` in uint8 frames `[F, H, W, 3]`.
+
+        Joints lost for a few frames are filled in; a frame without a person takes the pose of the nearest one with.
+
+        Raises:
+            UserError: no person in any of them, naming `what`; no pose network was loaded.
+        """
+        if self.pose_detector is None:
+            raise UserError(f"{what}: this pipeline has no pose network; give keypoints, or from_pretrained(pose=SOURCE)")
+        poses = follow_main_person(self.pose_detector.detect(frames), *frames.shape[1:3])
+        poses = fill_gaps(poses)
+        seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
+        if not len(seen):
+            raise UserError(f"{what}: no person found; give one that shows a whole person")
+        return poses[seen[np.abs(np.arange(len(poses))[:, None] - seen).argmin(axis=1)]]

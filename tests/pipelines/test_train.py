@@ -1,0 +1,372 @@
+"""Training: which sample comes when, and real runs of Ray Train workers with DeepSpeed engines."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from pipelines import tracking
+from pipelines.config import Config, load_config
+from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
+from pipelines.train.data import ClipStore, Sampler
+from tcan.errors import UserError
+from tcan.pose import draw_poses
+from tcan.weights import fingerprint
+
+SIZE = 64
+
+
+# --- a dataset whose latents say where they come from ----------------------------------------------------------------
+
+
+def write_dataset(folder: Path, videos: dict[str, list[tuple[int, int]]], height: int, width: int, vae: str = "") -> Path:
+    """videos: name -> clips (first frame, number of frames).
+
+    Latent channels: 0 the frame's number, 1 the video's, 2 the row, 3 the column; next to no variance. The reference
+    latent's frame number is -1.
+    """
+    rows, columns = np.mgrid[: height // 8, : width // 8]
+    clips = []
+    for number, (name, spans) in enumerate(videos.items()):
+        for start, length in spans:
+            shape = (length, *rows.shape)
+            at = np.broadcast_to(np.arange(start, start + length)[:, None, None], shape)
+            places = [np.broadcast_to(part, shape) for part in (number, rows, columns)]
+            mean = np.stack([at, *places], axis=1).astype("<f2")
+            reference = mean[0].copy()
+            reference[0] = -1
+            keypoints = np.zeros((length, 18, 3), "<f4")
+            keypoints[:, 1] = (width / 2, height / 2, 1)  # neck
+            keypoints[:, 2] = (width / 2 - 15, height / 2 + 5, 1)  # right shoulder
+            clips.append(
+                {
+                    "clip_id": f"{name}-{start:06d}", "video_id": name, "source": name, "split": "train", "start": start,
+                    "num_frames": length, "fps": 8.0, "height": height, "width": width, "crop": [0, 0, width, height],
+                    "latent_mean": mean.tobytes(), "latent_logvar": np.full_like(mean, -30).tobytes(),
+                    "keypoints": keypoints.tobytes(), "reference_latent_mean": reference.tobytes(),
+                    "reference_keypoints": keypoints[0].tobytes(),
+                }
+            )  # fmt: skip
+    (folder / "clips").mkdir(parents=True)
+    table = pa.Table.from_pylist(clips, CLIP_SCHEMA)
+    half = len(clips) // 2
+    pq.write_table(table.slice(half), folder / "clips" / "a.parquet", row_group_size=2)
+    pq.write_table(table.slice(0, half), folder / "clips" / "b.parquet", row_group_size=3)
+    info = {
+        "schema_version": SCHEMA_VERSION, "counts": {}, "height": height, "width": width, "clip_frames": 16, "fps": 8,
+        "vae_fingerprint": vae, "vae_scaling_factor": 0.5, "pose_fingerprint": "", "settings": {}, "mlflow_run_id": None,
+    }  # fmt: skip
+    (folder / "dataset.json").write_text(json.dumps(info))
+    return folder
+
+
+def sampler(dataset: Path, stage: int, seed: int = 0, batch_size: int = 4, size: int = SIZE) -> Sampler:
+    return Sampler(
+        ClipStore(dataset), stage, seed=seed, batch_size=batch_size, size=size, vae_scaling_factor=0.5, stick_width=2,
+        frames=16, drop_reference=0.1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    videos = {"long": [(0, 24), (24, 24), (48, 24), (72, 28)], "short": [(0, 24), (24, 16)], "gap": [(0, 24), (40, 17)]}
+    return write_dataset(tmp_path_factory.mktemp("data") / "dataset", videos, SIZE, SIZE)
+
+
+def mark(latents, channel: int) -> int:
+    """The number that `write_dataset` put into a channel; latents are scaled by 0.5."""
+    return round(float(latents[channel].mean()) * 2)
+
+
+# --- which sample comes when -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("workers", "micro_batch"), [(1, 4), (2, 2), (2, 1), (4, 1), (1, 1)])
+def test_workers_share_one_global_batch(dataset, stage, workers, micro_batch):
+    step = 5
+    expected = [sampler(dataset, stage).sample(step, index) for index in range(4)]
+    shares = [sampler(dataset, stage).worker_batches(step, rank, workers, micro_batch) for rank in range(workers)]
+    # The optimizer's step is over accumulations, each over workers, each over the micro batch.
+    batches = [shares[rank][turn] for turn in range(len(shares[0])) for rank in range(workers)]
+    for key in expected[0]:
+        together = torch.cat([getattr(batch, key) for batch in batches]).numpy()
+        np.testing.assert_array_equal(together, np.stack([sample[key] for sample in expected]))
+
+
+def test_sample_needs_no_history_but_the_seed(dataset):
+    used = sampler(dataset, 2)
+    for step in range(6):
+        used.batch(step, range(4))
+    again, fresh, other = used.sample(6, 1), sampler(dataset, 2).sample(6, 1), sampler(dataset, 2, seed=1).sample(6, 1)
+    for key in again:
+        np.testing.assert_array_equal(again[key], fresh[key])
+    assert not np.array_equal(again["noise"], other["noise"])
+    assert not np.array_equal(again["noise"], used.sample(6, 2)["noise"])
+    assert not np.array_equal(again["noise"], used.sample(7, 1)["noise"])
+
+
+def test_stage1_takes_reference_and_target_apart(dataset):
+    source = sampler(dataset, 1, batch_size=1)
+    frames = {0: [*range(100)], 1: [*range(40)], 2: [*range(24), *range(40, 57)]}  # by video, in the dataset's order
+    distances: dict[int, Counter] = {0: Counter(), 1: Counter(), 2: Counter()}
+    kept = []
+    for step in range(900):
+        sample = source.sample(step, 0)
+        video = mark(sample["reference"], 1)
+        assert mark(sample["latents"][0], 1) == video
+        reference, target = (frames[video].index(mark(s, 0)) for s in (sample["reference"], sample["latents"][0]))
+        distances[video][(target - reference) % len(frames[video])] += 1
+        kept.append(bool(sample["keep_reference"]))
+        assert 0 <= sample["timestep"] < 1000
+    assert set(distances[0]) == set(range(30, 70))  # U[30, L - 31], L = 100
+    assert 0 not in distances[1] and len(distances[1]) > 35  # any other frame
+    assert 0 not in distances[2] and len(distances[2]) > 35
+    assert 0.06 < 1 - np.mean(kept) < 0.14
+
+
+def test_stage2_takes_consecutive_frames_and_the_first_as_reference(dataset):
+    source = sampler(dataset, 2, batch_size=1)
+    starts: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    for step in range(600):
+        sample = source.sample(step, 0)
+        numbers = [mark(frame, 0) for frame in sample["latents"]]
+        assert numbers == list(range(numbers[0], numbers[0] + 16))
+        assert mark(sample["reference"], 0) == -1
+        assert mark(sample["reference"], 1) == mark(sample["latents"][0], 1)
+        assert sample["keep_reference"]
+        starts[mark(sample["latents"][0], 1)].add(numbers[0])
+    assert starts[0] == set(range(85))  # across the borders of its clips
+    assert starts[2] == {*range(9), 40, 41}  # not across the gap
+
+
+def test_every_video_comes_once_a_pass(dataset):
+    source = sampler(dataset, 1, batch_size=2)
+    ids = [source.video(*divmod(n, 2)).video_id for n in range(30)]
+    passes = [tuple(ids[n : n + 3]) for n in range(0, 30, 3)]
+    assert all(sorted(p) == ["gap", "long", "short"] for p in passes)
+    assert len(set(passes)) > 1
+
+
+def test_crop_takes_latents_reference_and_pose_alike(tmp_path):
+    wide = write_dataset(tmp_path / "wide", {"a": [(0, 40)]}, SIZE + 32, SIZE + 64)
+    source, corners = sampler(wide, 1), set()
+    for step in range(40):
+        sample = source.sample(step, 0)
+        y, x = (round(float(sample["reference"][channel, 0, 0]) * 2) for channel in (2, 3))
+        rows, columns = np.mgrid[y : y + 8, x : x + 8]
+        for part in (sample["reference"], sample["latents"][0]):
+            np.testing.assert_allclose(part[2:] * 2, [rows, columns], atol=1e-4)
+        keypoints = np.zeros((1, 18, 3), np.float32)
+        keypoints[0, 1] = (64 - 8 * x, 48 - 8 * y, 1)
+        keypoints[0, 2] = (49 - 8 * x, 53 - 8 * y, 1)
+        np.testing.assert_array_equal(sample["pose"], draw_poses(keypoints, SIZE, SIZE, 2))
+        corners.add((y, x))
+    assert {y for y, _ in corners} == set(range(5)) and {x for _, x in corners} == set(range(9))
+
+
+def test_latents_are_drawn_from_the_posterior(tmp_path):
+    folder = write_dataset(tmp_path / "set", {"a": [(0, 40)]}, SIZE, SIZE)
+    for path in (folder / "clips").glob("*.parquet"):
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            row["latent_mean"] = np.full((40, 4, 8, 8), 3, "<f2").tobytes()
+            row["latent_logvar"] = np.full((40, 4, 8, 8), np.log(4), "<f2").tobytes()
+        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    source = sampler(folder, 1)
+    values = np.stack([source.sample(step, 0)["latents"] for step in range(100)])
+    assert values.mean() == pytest.approx(3 * 0.5, abs=0.05)  # times the scaling factor
+    assert values.std() == pytest.approx(2 * 0.5, abs=0.05)
+
+
+# --- real runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Path:
+    """Random bases, a good deal smaller than mini."""
+    folder = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    channels = (16, 32, 32, 32)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    unet = UNet2DConditionModel(
+        layers_per_block=1, block_out_channels=channels, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=16
+    )
+    unet.save_pretrained(folder / "unet")
+    controlnet = ControlNetModel.from_unet(unet)
+    for parameter in controlnet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    controlnet.save_pretrained(folder / "controlnet")
+    MotionAdapter(
+        block_out_channels=channels, motion_layers_per_block=1, motion_num_attention_heads=4, motion_norm_num_groups=8,
+        use_motion_mid_block=False,
+    ).save_pretrained(folder / "motion_adapter")  # fmt: skip
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=4,
+        )
+    ).save_pretrained(folder / "text_encoder")  # fmt: skip
+    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory, bases) -> Path:
+    vae = fingerprint(AutoencoderKL.from_pretrained(bases / "vae"))
+    folder = tmp_path_factory.mktemp("clips") / "dataset"
+    write_dataset(folder, {name: [(0, 16), (16, 16)] for name in "abcdef"}, SIZE, SIZE, vae)
+    rng = np.random.default_rng(0)
+    for path in (folder / "clips").glob("*.parquet"):
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            row["latent_mean"] = rng.normal(0, 2, (16, 4, 8, 8)).astype("<f2").tobytes()
+            row["latent_logvar"] = rng.normal(-3, 1, (16, 4, 8, 8)).astype("<f2").tobytes()
+            row["reference_latent_mean"] = rng.normal(0, 2, (4, 8, 8)).astype("<f2").tobytes()
+        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    return folder
+
+
+STEPS = {1: 12, 2: 4}
+
+
+def configured(bases: Path, folder: Path, *more: str) -> Config:
+    keys = {
+        "size": SIZE, "tracking.folder": folder / "mlflow", "train.log_every": 3, "train.workers": 2, "train.frames": 8,
+        **{f"bases.{part}": bases for part in ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")},
+        "train.stage1.steps": STEPS[1], "train.stage1.checkpoint_every": 3, "train.stage1.picture_every": 0,
+        "train.stage2.steps": STEPS[2], "train.stage2.checkpoint_every": 2, "train.stage2.picture_every": 4,
+        **{f"train.stage{n}.batch_size": 4 for n in (1, 2)}, **{f"train.stage{n}.micro_batch": 2 for n in (1, 2)},
+    }  # fmt: skip
+    return load_config(*(f"--{key}={value}" for key, value in keys.items()), *more)
+
+
+def weights(model: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(model)): path.read_bytes() for path in sorted(model.rglob("*.safetensors"))}
+
+
+def losses(config: Config, out: Path, stage: int) -> dict[int, set[float]]:
+    """Step -> the values of its loss in the MLflow run."""
+    from mlflow import MlflowClient
+
+    run_id = json.loads((out / f"stage{stage}" / "run.json").read_text())["mlflow_run_id"]
+    history = MlflowClient(tracking.resolve_uri(config.tracking)).get_metric_history(run_id, "loss")
+    values: dict[int, set[float]] = {}
+    for metric in history:
+        values.setdefault(metric.step, set()).add(metric.value)
+    return values
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, bases, clips, ray_cluster) -> tuple[Config, Path]:
+    """Both stages, two workers, undisturbed."""
+    from pipelines.train.job import train
+
+    folder = tmp_path_factory.mktemp("calm")
+    config = configured(bases, folder)
+    assert train(clips, folder / "out", config) == folder / "out" / "model"
+    return config, folder / "out"
+
+
+def kill_a_worker(storage: Path, killed: list[int]) -> None:
+    """Waits for the first checkpoint, then SIGKILLs a worker of the run."""
+    deadline = time.monotonic() + 240
+    while not (storage / "checkpoint_manager_snapshot.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+            return
+
+
+@pytest.mark.slow
+def test_both_stages_train_their_own_parts(calm):
+    config, out = calm
+    for stage in (1, 2):
+        curve = losses(config, out, stage)
+        assert sorted(curve) == list(range(1, STEPS[stage] + 1))
+        assert all(len(values) == 1 and np.isfinite([*values]).all() for values in curve.values())
+    first, final = weights(out / "stage1" / "model"), weights(out / "model")
+    assert sorted(path.split("/")[0] for path in first) == ["appa", "appearance_unet"]
+    assert sorted(path.split("/")[0] for path in final) == ["appa", "appearance_unet", "motion_adapter", "temporal_controlnet"]
+    assert all(final[path] == first[path] for path in first)  # stage 2 left them alone
+    assert json.loads((out / "model" / "tcan.json").read_text())["stage"] == 2
+    assert len([*(out / "stage1").glob("step_*")]) == config.train.keep_checkpoints
+
+
+@pytest.mark.slow
+def test_again_leaves_what_is_finished_alone(calm, clips, capsys):
+    from pipelines.train.job import train
+
+    config, out = calm
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    train(clips, out, config)
+    assert capsys.readouterr().out.count("left alone") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    config.seed = 1
+    with pytest.raises(UserError, match="begun with seed = 0, not 1"):
+        train(clips, out, config)
+
+
+@pytest.mark.slow
+def test_killed_worker_changes_nothing(calm, tmp_path, bases, clips, ray_cluster):
+    from pipelines.train.job import train
+
+    config, killed = configured(bases, tmp_path), []
+    watcher = threading.Thread(target=kill_a_worker, args=(tmp_path / "out" / "stage1", killed))
+    watcher.start()
+    train(clips, tmp_path / "out", config, stage="1")
+    watcher.join()
+    assert killed
+    assert losses(config, tmp_path / "out", 1) == losses(*calm, 1)  # a repeated step repeats its value
+    assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
+
+
+@pytest.mark.slow
+def test_one_worker_follows_the_curve_of_two(calm, tmp_path, bases, clips, ray_cluster):
+    from pipelines.train.job import train
+
+    config = configured(
+        bases, tmp_path, "--train.workers=1", "--train.stage1.micro_batch=4", "--train.stage2.micro_batch=4"
+    )
+    train(clips, tmp_path / "out", config)
+    for stage in (1, 2):
+        one, two = losses(config, tmp_path / "out", stage), losses(*calm, stage)
+        assert [*map(max, one.values())] == pytest.approx([*map(max, two.values())], rel=1e-4)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, bases, clips):
+    from pipelines.train.job import train
+
+    config = configured(bases, tmp_path)
+    other = write_dataset(tmp_path / "other", {"a": [(0, 16)]}, SIZE, SIZE, vae="0123456789abcdef")
+    with pytest.raises(UserError, match="another VAE"):
+        train(other, tmp_path / "out", config)
+    with pytest.raises(UserError, match="no dataset here"):
+        train(tmp_path / "nothing", tmp_path / "out", config)
+    with pytest.raises(UserError, match="below the training size"):
+        train(clips, tmp_path / "out", configured(bases, tmp_path, "--size=128"))
+    with pytest.raises(UserError, match="run stage 1 first"):
+        train(clips, tmp_path / "out", config, stage="2")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,78 @@
+"""Random bases of the mini size, in float64, and a TCAN on them in which nothing is zero."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
+from torch import nn
+
+from tcan.model import TCAN
+
+
+@pytest.fixture(scope="session")
+def bases() -> dict:
+    """unet, controlnet, motion_adapter, empty_prompt: what TCAN's constructor takes."""
+    torch.manual_seed(0)
+    channels = (48, 96, 128, 128)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=channels,
+        norm_num_groups=16,
+        attention_head_dim=4,
+        cross_attention_dim=64,
+    ).double()
+    controlnet = ControlNetModel.from_unet(unet).double()
+    for parameter in controlnet.parameters():
+        if not parameter.any():  # its output convolutions are zero before any training
+            nn.init.normal_(parameter, std=0.05)
+    adapter = MotionAdapter(
+        block_out_channels=channels,
+        motion_layers_per_block=1,
+        motion_num_attention_heads=4,
+        motion_norm_num_groups=16,
+        use_motion_mid_block=False,
+    ).double()
+    prompt = torch.randn(1, 4, 64, dtype=torch.float64)
+    return {"unet": unet, "controlnet": controlnet, "motion_adapter": adapter, "empty_prompt": prompt}
+
+
+@pytest.fixture
+def fresh(bases: dict) -> TCAN:
+    """TCAN as it's built, before any training."""
+    torch.manual_seed(1)
+    return TCAN(**bases)
+
+
+@pytest.fixture
+def model(fresh: TCAN) -> TCAN:
+    """TCAN as if trained: nothing is at its zero initialisation."""
+    for name, parameter in fresh.named_parameters():
+        if "lora_B" in name or ("motion_modules" in name and "proj_out" in name):
+            nn.init.normal_(parameter, std=0.05)
+    return fresh
+
+
+@pytest.fixture
+def batch() -> Callable[..., dict[str, torch.Tensor]]:
+    """`batch(B, F)`: the inputs of TCAN.forward, random, float64, latents of 8 x 16."""
+
+    def make(clips: int, frames: int) -> dict[str, torch.Tensor]:
+        g = torch.Generator().manual_seed(2)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        return {
+            "noisy": randn(clips, frames, 4, 8, 16),
+            "timestep": torch.randint(0, 1000, (clips,), generator=g),
+            "pose": randn(clips, frames, 3, 64, 128).sigmoid(),
+            "reference_latent": randn(clips, 4, 8, 16),
+        }
+
+    return make

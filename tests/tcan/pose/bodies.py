@@ -1,0 +1,42 @@
+"""Bodies made by hand for the tests of poses."""
+
+import numpy as np
+
+# A person standing, arms a little out: (x, y) in body heights from the neck.
+STANDING = np.array(
+    [
+        (0.00, -0.12),  # nose
+        (0.00, 0.00),  # neck
+        (-0.12, 0.01),  # right shoulder, elbow, wrist (the picture's left)
+        (-0.19, 0.15),
+        (-0.23, 0.29),
+        (0.12, 0.01),
+        (0.19, 0.15),
+        (0.23, 0.29),
+        (-0.07, 0.32),  # right hip, knee, ankle
+        (-0.09, 0.55),
+        (-0.10, 0.78),
+        (0.07, 0.32),
+        (0.09, 0.55),
+        (0.10, 0.78),
+        (-0.03, -0.15),  # eyes
+        (0.03, -0.15),
+        (-0.07, -0.13),  # ears
+        (0.07, -0.13),
+    ]
+)
+
+
+def body(x: float, y: float, size: float, turn: float = 0.0) -> np.ndarray:
+    """The standing person [18, 3] with the neck at (x, y), `size` pixels to a body height, turned by `turn` radians."""
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    keypoints = np.ones((18, 3), np.float32)
+    keypoints[:, :2] = STANDING @ rotation.T * size + (x, y)
+    return keypoints
+
+
+def cut(keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Without the joints that lie outside the picture."""
+    x, y = keypoints[:, 0], keypoints[:, 1]
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return np.where(inside[:, None], keypoints, 0).astype(np.float32)

@@ -1,0 +1,61 @@
+"""The appearance features: what they are, what is dropped, and their use on one plain UNet."""
+
+import copy
+
+import torch
+
+from tcan.appearance import capture_features, install_appearance, joined_blocks
+from tcan.attention import Appearance
+from tcan.model import TCAN
+
+
+@torch.no_grad()
+def test_features_are_the_hidden_states_after_norm1(bases: dict, fresh: TCAN, batch) -> None:
+    inputs, unet = batch(2, 1), bases["unet"]
+    seen: list[torch.Tensor] = []
+    blocks = [
+        *unet.mid_block.attentions[0].transformer_blocks,
+        *(
+            b
+            for up in unet.up_blocks[1:]
+            for attention in up.attentions
+            for b in attention.transformer_blocks
+        ),
+    ]
+    hooks = [b.norm1.register_forward_hook(lambda _, __, out: seen.append(out)) for b in blocks]
+    unet(inputs["reference_latent"], inputs["timestep"], bases["empty_prompt"].expand(2, -1, -1))
+    for hook in hooks:
+        hook.remove()
+    features = fresh.appearance(inputs["reference_latent"], inputs["timestep"])
+    assert len(features) == len(seen) == 1 + 3 * 2
+    assert all(torch.equal(a, b) for a, b in zip(features, seen, strict=True))
+
+
+def test_appearance_unet_keeps_a_part_of_the_unet(bases: dict, fresh: TCAN) -> None:
+    whole, kept = bases["unet"].state_dict(), fresh.appearance_unet.state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in kept.items())
+    last = "up_blocks.3.attentions.1."
+    block = last + "transformer_blocks.0."
+    dropped = (
+        *(block + part for part in ("attn1", "attn2", "norm2", "norm3", "ff")),
+        last + "proj_out",
+        "conv_",
+    )
+    assert whole.keys() - kept.keys() == {
+        n for n in whole if n.startswith(dropped) and not n.startswith("conv_in")
+    }
+
+
+@torch.no_grad()
+def test_one_plain_unet_in_both_roles(bases: dict, batch) -> None:
+    inputs, plain = batch(2, 1), bases["unet"]
+    unet = copy.deepcopy(plain)
+    assert install_appearance(unet) == len(joined_blocks(unet)) == 7
+    prompt, noisy, t = bases["empty_prompt"].expand(2, -1, -1), inputs["noisy"][:, 0], inputs["timestep"]
+    expected = plain(noisy, t, prompt).sample
+    torch.testing.assert_close(unet(noisy, t, prompt).sample, expected, rtol=0, atol=1e-12)
+    features = capture_features(unet, inputs["reference_latent"], t, prompt)
+    appearance = Appearance(features, torch.tensor([True, False]))
+    out = unet(noisy, t, prompt, cross_attention_kwargs={"appearance": appearance}).sample
+    torch.testing.assert_close(out[1], expected[1], rtol=0, atol=1e-12)
+    assert (out[0] - expected[0]).abs().max() > 1e-3

@@ -1,0 +1,92 @@
+"""The attention processors against the formulas, written out."""
+
+import torch
+from diffusers.models.attention_processor import Attention
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+
+from tcan.attention import Appearance, AppearanceAttention, TemperatureAttention
+
+HEADS, WIDTH = 3, 24
+CLOSE = dict(rtol=0, atol=1e-12)
+
+
+def attention_layer(lora: bool) -> Attention:
+    torch.manual_seed(0)
+    attn = Attention(query_dim=WIDTH, heads=HEADS, dim_head=WIDTH // HEADS)
+    if lora:
+        config = LoraConfig(
+            r=4, lora_alpha=6, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"]
+        )
+        inject_adapter_in_model(config, attn)
+    return attn.double()
+
+
+def projection(layer: torch.nn.Module) -> Tensor:
+    """W, or with LoRA W + (alpha / r) B A."""
+    if not hasattr(layer, "base_layer"):
+        return layer.weight
+    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    return layer.base_layer.weight + 6 / 4 * delta
+
+
+def softmax_attention(attn: Attention, z: Tensor, context: Tensor, tau: float | Tensor = 1.0) -> Tensor:
+    """z [N, C], context [M, C]: head by head, softmax(Q K^T / sqrt(d) / tau) V."""
+    q, k, v = (x @ projection(w).T for x, w in ((z, attn.to_q), (context, attn.to_k), (context, attn.to_v)))
+    heads = []
+    for q_h, k_h, v_h in zip(q.chunk(HEADS, -1), k.chunk(HEADS, -1), v.chunk(HEADS, -1), strict=True):
+        logits = q_h @ k_h.T / (WIDTH / HEADS) ** 0.5 / tau
+        weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        heads.append(weights @ v_h)
+    return torch.cat(heads, -1) @ attn.to_out[0].weight.T + attn.to_out[0].bias
+
+
+def joined_reference(attn: Attention, z: Tensor, features: Tensor, keep: list[bool], frames: int) -> Tensor:
+    rows = []
+    for i, z_i in enumerate(z):
+        clip = i // frames
+        h_a = features[min(clip, len(features) - 1)]
+        rows.append(softmax_attention(attn, z_i, torch.cat([z_i, h_a]) if keep[clip] else z_i))
+    return torch.stack(rows)
+
+
+def test_joined_attention_follows_the_formula() -> None:
+    for lora in (False, True):
+        attn = attention_layer(lora)
+        z = torch.randn(3 * 2, 5, WIDTH, dtype=torch.float64)
+        for shared in (False, True):
+            features = torch.randn(1 if shared else 3, 7, WIDTH, dtype=torch.float64)
+            for keep in (None, [True] * 3, [True, False, True], [False, True, False], [False] * 3):
+                mask = None if keep is None else torch.tensor(keep)
+                appearance = Appearance([torch.empty(0), features], mask, num_frames=2)
+                out = AppearanceAttention(1)(attn, z, appearance=appearance)
+                torch.testing.assert_close(
+                    out, joined_reference(attn, z, features, keep or [True] * 3, frames=2), **CLOSE
+                )
+
+
+def test_without_index_or_appearance_it_is_plain_attention() -> None:
+    attn = attention_layer(lora=True)
+    z, prompt = torch.randn(2, 5, WIDTH, dtype=torch.float64), torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    appearance = Appearance([torch.randn(2, 7, WIDTH, dtype=torch.float64)])
+    plain = torch.stack([softmax_attention(attn, z_i, z_i) for z_i in z])
+    cross = torch.stack([softmax_attention(attn, z_i, p_i) for z_i, p_i in zip(z, prompt, strict=True)])
+    torch.testing.assert_close(AppearanceAttention(0)(attn, z), plain, **CLOSE)
+    torch.testing.assert_close(AppearanceAttention(None)(attn, z, appearance=appearance), plain, **CLOSE)
+    torch.testing.assert_close(
+        AppearanceAttention(None)(attn, z, prompt, appearance=appearance), cross, **CLOSE
+    )
+
+
+def test_temperature_divides_the_logits() -> None:
+    attn = attention_layer(lora=False)
+    places = torch.randn(4, 6, WIDTH, dtype=torch.float64)
+    tau = torch.tensor([1.0, 1.5, 2.0, 4.0], dtype=torch.float64)
+    out = TemperatureAttention()(attn, places, temperature=tau)
+    expected = torch.stack([softmax_attention(attn, x, x, t) for x, t in zip(places, tau, strict=True)])
+    torch.testing.assert_close(out, expected, **CLOSE)
+    torch.testing.assert_close(
+        TemperatureAttention()(attn, places, temperature=torch.ones(4)),
+        TemperatureAttention()(attn, places),
+        **CLOSE,
+    )

@@ -1,0 +1,292 @@
+"""TCAN as a whole: what each input does to the prediction, what each stage trains, and its size at SD1.5's."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+
+from tcan.model import TCAN, diffusion_loss
+from tcan.temporal import temporal_layers, zero_output
+
+CLOSE = dict(rtol=0, atol=1e-11)
+
+
+def plain_prediction(bases: dict, inputs: dict) -> torch.Tensor:
+    """The bases alone: UNet with the ControlNet's residuals, picture by picture."""
+    batch, frames = inputs["noisy"].shape[:2]
+    noisy, t = inputs["noisy"].flatten(0, 1), inputs["timestep"].repeat_interleave(frames)
+    prompt = bases["empty_prompt"].expand(batch * frames, -1, -1)
+    down, middle = bases["controlnet"](noisy, t, prompt, inputs["pose"].flatten(0, 1), return_dict=False)
+    eps = bases["unet"](
+        noisy, t, prompt, down_block_additional_residuals=down, mid_block_additional_residual=middle
+    ).sample
+    return eps.unflatten(0, (batch, frames))
+
+
+@torch.no_grad()
+def test_a_dropped_reference_before_training_is_the_plain_unet(bases: dict, fresh: TCAN, batch) -> None:
+    inputs = batch(2, 1)
+    out = fresh(**inputs, keep_reference=torch.tensor([False, True]))
+    expected = plain_prediction(bases, inputs)
+    torch.testing.assert_close(out[0], expected[0], **CLOSE)
+    assert (out[1] - expected[1]).abs().max() > 1e-4
+    torch.testing.assert_close(
+        fresh(**inputs, keep_reference=torch.zeros(2, dtype=torch.bool)), expected, **CLOSE
+    )
+
+
+@torch.no_grad()
+def test_temporal_layers_with_zero_output_predict_frame_by_frame(fresh: TCAN, batch) -> None:
+    for layer in temporal_layers(fresh.denoiser).values():
+        zero_output(layer)
+    inputs = batch(2, 3)
+    together = fresh(**inputs)
+    for frame in range(3):
+        alone = {k: v[:, frame : frame + 1] if k in ("noisy", "pose") else v for k, v in inputs.items()}
+        torch.testing.assert_close(together[:, frame : frame + 1], fresh(**alone), **CLOSE)
+
+
+@torch.no_grad()
+def test_every_input_changes_the_prediction(model: TCAN, batch) -> None:
+    inputs = batch(1, 3)
+    out = model(**inputs)
+    torch.testing.assert_close(model(**inputs), out, rtol=0, atol=0)
+    changes = {
+        "noisy": inputs["noisy"] + 0.1,
+        "timestep": (inputs["timestep"] + 300) % 1000,
+        "pose": torch.zeros_like(inputs["pose"]),
+        "reference_latent": -inputs["reference_latent"],
+    }
+    for name, value in changes.items():
+        assert (model(**{**inputs, name: value}) - out).abs().max() > 1e-4, name
+
+
+@torch.no_grad()
+def test_one_frame_reaches_its_neighbours_only_through_temporal_layers(model: TCAN, batch) -> None:
+    inputs = batch(1, 3)
+    changed = {**inputs, "noisy": inputs["noisy"].clone()}
+    changed["noisy"][:, 0] += 1
+    assert (model(**changed) - model(**inputs))[:, 2].abs().max() > 1e-5
+    for network in (model.denoiser, model.controlnet):
+        for layer in temporal_layers(network).values():
+            zero_output(layer)
+    torch.testing.assert_close(model(**changed)[:, 2], model(**inputs)[:, 2], **CLOSE)
+
+
+@torch.no_grad()
+def test_temperature_touches_the_unet_alone_and_only_its_call(model: TCAN, batch) -> None:
+    inputs = batch(2, 3)
+    residuals = model.pose_residuals(inputs["noisy"], inputs["timestep"], inputs["pose"])
+    features = model.appearance(inputs["reference_latent"], inputs["timestep"])
+
+    def denoise(temperature: torch.Tensor | None) -> torch.Tensor:
+        return model.denoise(inputs["noisy"], inputs["timestep"], residuals, features, None, temperature)
+
+    plain = denoise(None)
+    tau = 1 + 3 * torch.rand(64, 128)
+    assert (denoise(tau) - plain).abs().max() > 1e-6
+    torch.testing.assert_close(denoise(torch.ones(64, 128)), plain, **CLOSE)
+    torch.testing.assert_close(denoise(torch.stack([tau, tau])), denoise(tau), **CLOSE)
+    assert torch.equal(denoise(None), plain)
+
+
+@torch.no_grad()
+def test_guidance_shares_residuals_and_features(model: TCAN, batch) -> None:
+    """One call for both rows equals two separate whole passes."""
+    inputs = batch(1, 3)
+    residuals = model.pose_residuals(inputs["noisy"], inputs["timestep"], inputs["pose"])
+    features = model.appearance(inputs["reference_latent"], inputs["timestep"])
+    both = model.denoise(
+        inputs["noisy"].repeat(2, 1, 1, 1, 1),
+        inputs["timestep"].repeat(2),
+        residuals,
+        features,
+        [False, True],
+    )
+    unconditional = model(**inputs, keep_reference=torch.tensor([False]))
+    torch.testing.assert_close(both[:1], unconditional, **CLOSE)
+    torch.testing.assert_close(both[1:], model(**inputs), **CLOSE)
+    without = model.denoise(inputs["noisy"], inputs["timestep"], residuals, None)
+    torch.testing.assert_close(without, unconditional, **CLOSE)
+
+
+def expected_trainable(model: TCAN, stage: int) -> set[str]:
+    names = {name for name, _ in model.named_parameters()}
+    if stage == 1:
+        return {n for n in names if n.startswith("appearance_unet.") or ".lora_" in n}
+    return {n for n in names if ".motion_modules." in n}
+
+
+@pytest.mark.parametrize("stage,frames", [(1, 1), (2, 3)])
+def test_a_stage_changes_all_of_its_own_and_no_bit_of_the_rest(
+    model: TCAN, batch, stage: int, frames: int
+) -> None:
+    model.set_stage(stage)
+    model.train()
+    before = copy.deepcopy({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    inputs = batch(2, frames)
+    loss = diffusion_loss(
+        model,
+        DDIMScheduler(),
+        inputs.pop("noisy"),
+        torch.randn(2, frames, 4, 8, 16, dtype=torch.float64),
+        **inputs,
+    )
+    loss.backward()
+    own = expected_trainable(model, stage)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name in own), name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (name in own), name
+    optimizer.step()
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.equal(value, before[name]) == (name not in own), name
+
+
+def test_frozen_parts_stay_in_eval_mode(model: TCAN) -> None:
+    model.set_stage(1)
+    model.train()
+    assert model.training and model.appearance_unet.training
+    assert not model.denoiser.training and not model.controlnet.training
+    model.set_stage(2)
+    assert not any(m.training for m in model.appearance_unet.modules())
+    for network in (model.denoiser, model.controlnet):
+        assert all(layer.training for layer in temporal_layers(network).values())
+        assert not network.training and not network.conv_in.training
+    model.eval()
+    assert not any(m.training for m in model.modules())
+    with pytest.raises(ValueError):
+        model.set_stage(3)
+
+
+def test_a_batch_without_any_reference_gives_zero_gradients_not_none(model: TCAN, batch) -> None:
+    model.set_stage(1)
+    model(**batch(2, 1), keep_reference=torch.tensor([False, False])).square().sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.appearance_unet.parameters())
+    assert all(p.grad is not None for n, p in model.denoiser.named_parameters() if "lora" in n)
+
+
+@pytest.mark.parametrize("stage,frames", [(1, 1), (2, 3)])
+def test_gradient_checkpointing_changes_no_gradient(model: TCAN, batch, stage: int, frames: int) -> None:
+    model.set_stage(stage)
+    keep = torch.tensor([True, False])
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        first = model(**batch(2, frames), keep_reference=keep)
+        model.eval()(**batch(1, frames))  # another batch between forward and backward must not disturb it
+        first.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_loss_is_the_mean_squared_error_on_the_noise(model: TCAN, batch) -> None:
+    inputs, scheduler = (
+        batch(2, 3),
+        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    )
+    latents, noise = inputs.pop("noisy"), torch.randn(2, 3, 4, 8, 16, dtype=torch.float64)
+    with torch.no_grad():
+        loss = diffusion_loss(model, scheduler, latents, noise, **inputs)
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        alpha = (1 - betas).cumprod(0)[inputs["timestep"]].view(2, 1, 1, 1, 1)
+        eps = model(noisy=alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, **inputs)
+    assert abs(loss.item() - (eps - noise).square().mean().item()) < 1e-5
+
+
+@torch.no_grad()
+def test_parts_round_trip(bases: dict, model: TCAN, batch) -> None:
+    other = TCAN(**bases)
+    inputs = batch(1, 2)
+    assert not torch.equal(other(**inputs), model(**inputs))
+    other.load_parts(model.parts())
+    assert torch.equal(other(**inputs), model(**inputs))
+    for name, part in model.parts().items():
+        with pytest.raises((KeyError, RuntimeError)):
+            other.load_parts({name: dict(list(part.items())[1:])})
+
+
+def test_the_bases_are_left_as_they_are(bases: dict) -> None:
+    keys = {name: list(bases[name].state_dict()) for name in ("unet", "controlnet", "motion_adapter")}
+    model = TCAN(**bases)
+    model.set_stage(1)
+    for name, expected in keys.items():
+        assert list(bases[name].state_dict()) == expected
+        assert not {p.data_ptr() for p in bases[name].parameters()} & {
+            p.data_ptr() for p in model.parameters()
+        }
+
+
+@torch.no_grad()
+def test_it_runs_in_bfloat16(model: TCAN, batch) -> None:
+    exact = model(**batch(1, 2))
+    out = model.to(torch.bfloat16)(
+        **{k: v.float() if v.is_floating_point() else v for k, v in batch(1, 2).items()}
+    )
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_sd15_size() -> None:
+    """Modules and trainable parameters at SD1.5 size, on the meta device. The sums are written out beside."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        assert sum(p.numel() for p in unet.parameters()) == 859_520_964  # SD1.5's
+        model = TCAN(
+            unet,
+            ControlNetModel(cross_attention_dim=768),
+            MotionAdapter(use_motion_mid_block=False),
+            torch.zeros(1, 77, 768),
+        )
+
+    def count(stage: int, part: str) -> int:
+        model.set_stage(stage)
+        return sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad)
+
+    down_and_up = {320: 5, 640: 5, 1280: 6}  # spatial transformer blocks by width; of 1280 one in the middle
+    joined = [m for m in model.denoiser.attn_processors.values() if getattr(m, "index", None) is not None]
+    assert sorted(m.index for m in joined) == list(range(10))
+    lora = [n for n, m in model.denoiser.named_modules() if hasattr(m, "lora_A")]
+    assert len(lora) == 16 * 2 * 3
+    assert not [n for n in lora if "motion_modules" in n or "to_out" in n]
+    # rank 16: attn1 has 3 of c -> c; attn2 one of c -> c and two of 768 -> c
+    assert (
+        count(1, "denoiser")
+        == sum(n * 16 * (4 * 2 * c + 2 * (768 + c)) for c, n in down_and_up.items())
+        == 2_390_016
+    )
+    # after the last feature: attn1 4c^2 + c, attn2 2c^2 + 2 * 768c + c, two norms 4c, ff 12c^2 + 9c, proj_out c^2 + c,
+    # norm 2c and convolution 36c + 4, at c = 320
+    c = 320
+    dropped = 19 * c * c + 2 * 768 * c + 18 * c + 36 * c + 4
+    assert count(1, "appearance_unet") == 859_520_964 - dropped == 857_066_560
+    assert count(1, "controlnet") == 0
+
+    assert len(temporal_layers(model.denoiser)) == 20
+    assert len(temporal_layers(model.controlnet)) == 4
+    # a temporal layer of width c: projections 2c^2, two attentions of 4c^2, feed-forward 12c^2, and 21c of the rest
+    width = {320: 5, 640: 5, 1280: 10}
+    assert count(2, "denoiser") == sum(n * (22 * c * c + 21 * c) for c, n in width.items()) == 417_137_600
+    assert count(2, "controlnet") == 4 * (22 * 1280**2 + 21 * 1280) == 144_286_720
+    assert count(2, "appearance_unet") == 0
+    for layer in [*temporal_layers(model.denoiser).values(), *temporal_layers(model.controlnet).values()]:
+        assert layer.num_attention_heads == 8 and len(layer.transformer_blocks) == 1
+    assert model.denoiser.config.use_motion_mid_block is False
+
+
+def test_importing_tcan_is_light() -> None:
+    code = (
+        "import sys, tcan, tcan.model; print([m for m in ('ray', 'deepspeed', 'mlflow') if m in sys.modules])"
+    )
+    light = "import sys, tcan; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    for line in (code, light):
+        assert (
+            subprocess.run([sys.executable, "-c", line], capture_output=True, text=True).stdout.strip()
+            == "[]"
+        )
