@@ -35,7 +35,7 @@ lock: $(UV)
 	$(UV) pip compile --universal --generate-hashes --no-emit-index-url --extra dev --python-version 3.11 \
 		pyproject.toml -o requirements.lock
 
-# deepspeed comes as source: its build asks torch for nothing when told that there is no GPU code to compile.
+# deepspeed comes as source only, and is built here (half a minute).
 $(STAMP): requirements.lock pyproject.toml $(UV)
 	$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .

@@ -28,7 +28,9 @@ class Command:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that runs and files are closed
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that runs and files are closed
     _quiet_libraries()
     try:
         return _dispatch(arguments)
@@ -51,7 +53,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise UserError(f"no such command: {name}; " + (f"did you mean {near[0]}?" if near else "see tcan --help"))
+        raise UserError(
+            f"no such command: {name}; " + (f"did you mean {near[0]}?" if near else "see tcan --help")
+        )
 
     from pipelines.config import make_parser, parse
 
@@ -67,10 +71,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
 def _help() -> str:
     width = max(len(name) for name in COMMANDS)
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: tcan COMMAND ... [--config mini|sd15|FILE.yaml] [--key.path VALUE ...]", "", *lines, ""]
-        + ["tcan COMMAND --help explains its arguments and every key of the configuration."]
-    )
+    usage = "usage: tcan COMMAND ... [--config mini|sd15|FILE.yaml] [--key.path VALUE ...]"
+    more = "tcan COMMAND --help explains its arguments and every key of the configuration."
+    return "\n".join([usage, "", *lines, "", more])
 
 
 def _mendable(error: BaseException) -> str | None:
@@ -84,7 +87,11 @@ def _mendable(error: BaseException) -> str | None:
         if id(error) in seen:
             continue
         seen.add(id(error))
-        inner = [getattr(error, "cause", None), error.__cause__, *getattr(error, "worker_failures", {}).values()]
+        inner = [
+            getattr(error, "cause", None),
+            error.__cause__,
+            *getattr(error, "worker_failures", {}).values(),
+        ]
         inner = [cause for cause in inner if isinstance(cause, BaseException)]
         if isinstance(error, UserError) and not inner:
             return " ".join(str(error).split())
@@ -107,6 +114,7 @@ def _quiet_libraries() -> None:
         "DIFFUSERS_VERBOSITY": "error",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray announces a change of default at every start
     }.items():
@@ -119,20 +127,20 @@ def _quiet_libraries() -> None:
 def _preprocess(arguments: Any, config: Any) -> None:
     from pipelines.preprocess.job import preprocess
 
-    preprocess(Path(arguments.videos), Path(arguments.out), config)
+    preprocess(arguments.videos, arguments.out, config)
 
 
 def _train(arguments: Any, config: Any) -> None:
     from pipelines.train.job import train
 
-    train(Path(arguments.dataset), Path(arguments.out), config, stage=arguments.stage)
+    train(arguments.dataset, arguments.out, config, stage=arguments.stage, from_model=arguments.from_model)
 
 
 def _animate(arguments: Any, config: Any) -> None:
     from pipelines.animate import animate
 
-    paths = [Path(path) for path in (arguments.image, arguments.driving, arguments.model, arguments.out)]
-    animate(*paths, config, side_by_side=arguments.side_by_side)
+    image, driving, model = Path(arguments.image), Path(arguments.driving), Path(arguments.model)
+    animate(image, driving, model, Path(arguments.out), config, side_by_side=arguments.side_by_side)
 
 
 def _evaluate(arguments: Any, config: Any) -> None:
@@ -171,8 +179,17 @@ COMMANDS = {
         "Train TCAN on a clip dataset: stage 1 (pictures), then stage 2 (motion).",
         {
             "dataset": _path("Folder that `tcan preprocess` made."),
-            "--out": _required_path("Folder of the checkpoints and the trained model; run again, it goes on from there."),
-            "--stage": {"type": Literal[1, 2], "help": "Only this stage; without it both, one after the other."},
+            "--out": _required_path(
+                "Folder of the checkpoints and the trained model; run again, it goes on from there."
+            ),
+            "--stage": {
+                "type": Literal["1", "2", "all"],
+                "default": "all",
+                "help": "Only this stage, or both, one after the other.",
+            },
+            "--from_model": _path(
+                "Folder of a model of stage 1 that stage 2 starts from; without it OUT's own."
+            ),
         },
         _train,
     ),

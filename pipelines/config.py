@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jsonargparse
 import yaml
+from jsonargparse import ActionConfigFile
 
 from tcan.errors import UserError
 
@@ -254,7 +255,9 @@ class AnimateConfig:
         if self.steps < 1 or self.decode_batch < 1:
             raise UserError("animate: steps and decode_batch must be at least 1")
         if not 0 <= self.overlap < self.window:
-            raise UserError(f"animate: overlap = {self.overlap}: must be from 0 to below window = {self.window}")
+            raise UserError(
+                f"animate: overlap = {self.overlap}: must be from 0 to below window = {self.window}"
+            )
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
@@ -328,7 +331,7 @@ class _Parser(jsonargparse.ArgumentParser):
     def format_help(self, *arguments: Any) -> str:
         text = super().format_help(*arguments)
         text = re.sub(r"default config file locations:.*?\n\n", "", text, flags=re.DOTALL)
-        return text.replace("(required, type: ", "(type: ")
+        return re.sub(r"\(required,(\s+)type:", r"(type:", text)  # the preset gives it
 
 
 def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
@@ -345,12 +348,16 @@ def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
     )
     parser.add_class_arguments(Config)
     for action in parser._actions:
-        if action.dest in {key.rpartition(".")[0] for key in _all_keys(Config)}:  # a file for one section only: no use
+        if action.dest in {
+            key.rpartition(".")[0] for key in _all_keys(Config)
+        }:  # a file for one section only: no use
             action.help = argparse.SUPPRESS
     return parser
 
 
-def parse(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> tuple[Config, jsonargparse.Namespace]:
+def parse(
+    parser: jsonargparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[Config, jsonargparse.Namespace]:
     """The configuration and the job's own arguments.
 
     Raises UserError, in one line: a file that is missing or no YAML, a key that is not known, a value of another type,
@@ -363,7 +370,7 @@ def parse(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> tupl
         namespace = parser.parse_args([*(f"--config={file}" for file in files), *others])
     except jsonargparse.ArgumentError as error:
         raise UserError(_one_line(str(error.message), parser, files, others)) from None
-    values = parser.instantiate_classes(namespace)
+    values = parser.instantiate(namespace)
     config = Config(**{name.name: values.pop(name.name) for name in fields(Config)})
     return config, values
 
@@ -387,15 +394,17 @@ def _split_config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]
     return files, others
 
 
-class _ConfigFile(jsonargparse.ActionConfigFile):
+class _ConfigFile(ActionConfigFile):
     """`--config`: a preset's name or a file, its keys checked before its values."""
 
-    def __call__(self, parser, cfg, values, option_string=None):
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = PRESETS.get(values) or Path(values)
         try:
             keys = yaml.safe_load(path.read_text())
         except OSError as error:
-            raise UserError(f"--config {values}: {error.strerror}; give {', '.join(PRESETS)} or a YAML file") from None
+            raise UserError(
+                f"--config {values}: {error.strerror}; give {', '.join(PRESETS)} or a YAML file"
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not YAML: {' '.join(str(error).split()).rstrip(' ^')}") from None
         if not isinstance(keys, dict):
@@ -408,7 +417,9 @@ def _check_keys(values: dict[str, Any], config: type, where: str, prefix: str = 
     known = {item.name: item.type for item in fields(config)}
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"{where}: no such key: {prefix}{key}{_nearest(f'{prefix}{key}', _all_keys(Config))}")
+            raise UserError(
+                f"{where}: no such key: {prefix}{key}{_nearest(f'{prefix}{key}', _all_keys(Config))}"
+            )
         section = known[key]
         if is_dataclass(section) and isinstance(section, type):
             if not isinstance(value, dict):
@@ -431,7 +442,9 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "; --help lists them all"
 
 
-def _one_line(message: str, parser: jsonargparse.ArgumentParser, files: list[str], arguments: list[str]) -> str:
+def _one_line(
+    message: str, parser: jsonargparse.ArgumentParser, files: list[str], arguments: list[str]
+) -> str:
     """jsonargparse's error as one line that names the key and where it was given, and the nearest key for one unknown."""
     message = " ".join(message.split())
     options = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
@@ -440,11 +453,17 @@ def _one_line(message: str, parser: jsonargparse.ArgumentParser, files: list[str
         if not key.startswith("--"):
             return f"unexpected argument: {unknown[1]}; {parser.prog} --help lists what it takes"
         sections = {name.split(".")[0] for name in _all_keys(Config) if "." in name}
-        return f"no such key: {key}{_nearest(key.removeprefix('--'), [o for o in options if o not in sections])}"
+        return (
+            f"no such key: {key}{_nearest(key.removeprefix('--'), [o for o in options if o not in sections])}"
+        )
     if missing := re.match(r"the following arguments are required: (.+)", message):
         names = [f"--{name}" if name in options else name.upper() for name in missing[1].split(", ")]
         return f"missing: {', '.join(names)}; {parser.prog} --help explains"
-    message = re.sub(r"Does not validate .*? Subtypes: \[(.+?)\] Errors: .* Given value: ", r"Expected a \1. Got value: ", message)
+    message = re.sub(
+        r"Does not validate .*? Subtypes: \[(.+?)\] Errors: .* Given value: ",
+        r"Expected a \1. Got value: ",
+        message,
+    )
     message = re.sub(r"<class '(.+?)'>", r"\1", message).replace("typing.", "")
     message = message.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
     if typed := re.match(r'Parser key "([^"]+)": (.+)', message):

@@ -22,7 +22,6 @@ INFO_FILE = "dataset.json"
 CLIPS_FOLDER = "clips"
 REJECTED_FOLDER = "rejected"
 
-LATENT_CHANNELS = 4
 LATENT_STRIDE = 8  # picture pixels to a latent, in each direction
 NUM_JOINTS = 18
 
@@ -37,11 +36,11 @@ CLIP_SCHEMA = pa.schema(
         ("fps", pa.float32()),  # of the clip, after resampling
         ("height", pa.int32()),  # of the canvas, pixels
         ("width", pa.int32()),
-        ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1: the part of the source picture that became the canvas, pixels
-        ("latent_mean", pa.binary()),  # float16 [F, 4, height/8, width/8], as the VAE gives it: unscaled
+        ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 in source pixels: what became the canvas
+        ("latent_mean", pa.binary()),  # float16 [F, C, height/8, width/8], as the VAE gives it: unscaled
         ("latent_logvar", pa.binary()),  # float16, same shape
         ("keypoints", pa.binary()),  # float32 [F, 18, 3]: x, y in canvas pixels, score; the main person
-        ("reference_latent_mean", pa.binary()),  # float16 [4, height/8, width/8]: the video's first frame
+        ("reference_latent_mean", pa.binary()),  # float16 [C, height/8, width/8]: the video's first frame
         ("reference_keypoints", pa.binary()),  # float32 [18, 3]: the video's first frame
     ]
 )
@@ -68,8 +67,12 @@ def read_info(folder: str | Path) -> dict[str, Any]:
         info = json.loads(file.read_text())
     except FileNotFoundError:
         if (Path(folder) / CLIPS_FOLDER).is_dir():
-            raise UserError(f"{folder}: this dataset is not finished; run the same tcan preprocess again") from None
-        raise UserError(f"{folder}: no dataset here (no {INFO_FILE}); give what tcan preprocess wrote") from None
+            raise UserError(
+                f"{folder}: this dataset is not finished; run the same tcan preprocess again"
+            ) from None
+        raise UserError(
+            f"{folder}: no dataset here (no {INFO_FILE}); give what tcan preprocess wrote"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); make the dataset again") from None
     if info.get("schema_version") != SCHEMA_VERSION:
@@ -93,10 +96,10 @@ def rejected_files(folder: str | Path) -> list[Path]:
 def decode_row(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of a clip's row (a dict of Python values, as `table.to_pylist()` gives); read-only views.
 
-    Returns latent_mean, latent_logvar (float16 `[F, 4, h, w]`), keypoints (float32 `[F, 18, 3]`),
-    reference_latent_mean (float16 `[4, h, w]`) and reference_keypoints (float32 `[18, 3]`), of those in the row.
+    Returns latent_mean, latent_logvar (float16 `[F, C, h, w]`, C the VAE's channels), keypoints (float32 `[F, 18, 3]`),
+    reference_latent_mean (float16 `[C, h, w]`) and reference_keypoints (float32 `[18, 3]`), of those in the row.
     """
-    latent = (LATENT_CHANNELS, row["height"] // LATENT_STRIDE, row["width"] // LATENT_STRIDE)
+    latent = (-1, row["height"] // LATENT_STRIDE, row["width"] // LATENT_STRIDE)
     layout = {
         "latent_mean": ("<f2", (row["num_frames"], *latent)),
         "latent_logvar": ("<f2", (row["num_frames"], *latent)),
@@ -105,5 +108,7 @@ def decode_row(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
         "reference_keypoints": ("<f4", (NUM_JOINTS, 3)),
     }
     return {
-        name: np.frombuffer(row[name], dtype).reshape(shape) for name, (dtype, shape) in layout.items() if name in row
+        name: np.frombuffer(row[name], dtype).reshape(shape)
+        for name, (dtype, shape) in layout.items()
+        if name in row
     }

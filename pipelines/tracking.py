@@ -30,7 +30,9 @@ from tcan.errors import UserError
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SYSTEM_METRICS_SECONDS = 5  # often enough to draw a line in a run of a minute, rare enough not to matter in one of days
+SYSTEM_METRICS_SECONDS = (
+    5  # often enough to draw a line in a run of a minute, rare enough not to matter in one of days
+)
 _MAX_PER_BATCH = 100  # parameters that MLflow takes in one call
 _MAX_VALUE = 6000  # characters that MLflow keeps of a parameter
 
@@ -78,7 +80,10 @@ class Run:
             self._client.log_batch(self.id, params=new[start : start + _MAX_PER_BATCH], synchronous=True)
         changed = {key: value for key, value in flat.items() if known.get(key, value) != value}
         if changed:
-            self.tag("tcan.changed_params", ", ".join(f"{key}={value}" for key, value in changed.items())[:_MAX_VALUE])
+            self.tag(
+                "tcan.changed_params",
+                ", ".join(f"{key}={value}" for key, value in changed.items())[:_MAX_VALUE],
+            )
 
     def picture(self, picture: np.ndarray | Image.Image, path: str, step: int | None = None) -> None:
         """A picture (uint8 [H, W, 3] or PIL): with `step` one of a series named `path`, else an artifact at `path`."""
@@ -185,7 +190,9 @@ def _client(config: TrackingConfig) -> "MlflowClient":
         try:
             requests.get(f"{uri.rstrip('/')}/health", timeout=10)
         except requests.RequestException:
-            raise UserError(f"no MLflow server answers at {uri}; start it, or unset MLFLOW_TRACKING_URI") from None
+            raise UserError(
+                f"no MLflow server answers at {uri}; start it, or unset MLFLOW_TRACKING_URI"
+            ) from None
     elif config.uri is None:
         Path(config.folder).mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
@@ -201,11 +208,15 @@ def _experiment(client: "MlflowClient", config: TrackingConfig) -> str:
         if experiment is None:
             return client.create_experiment(config.experiment, artifact_location=location)
     except MlflowException as error:
-        experiment = client.get_experiment_by_name(config.experiment)  # another process may have made it just now
+        experiment = client.get_experiment_by_name(
+            config.experiment
+        )  # another process may have made it just now
         if experiment is None:
             raise error
     if experiment.lifecycle_stage == "deleted":
-        raise UserError(f"MLflow's experiment {config.experiment} was deleted; restore it or name another one")
+        raise UserError(
+            f"MLflow's experiment {config.experiment} was deleted; restore it or name another one"
+        )
     return experiment.experiment_id
 
 
@@ -236,18 +247,26 @@ def _describe(client: "MlflowClient", run_id: str, line: str) -> None:
 
 def _origin() -> dict[str, str]:
     """Who started what, at which commit of this package, wherever that was done."""
-    tags = {"mlflow.user": getpass.getuser(), "mlflow.source.name": " ".join(sys.argv), "mlflow.source.type": "LOCAL"}
+    tags = {
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": " ".join(sys.argv),
+        "mlflow.source.type": "LOCAL",
+    }
     here = Path(__file__)
     # An installed copy may lie inside somebody else's repository: ask only the one that tracks this file.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name):
         tags["mlflow.source.git.commit"] = _git(here.parent, "rev-parse", "HEAD")
-        tags["tcan.git_dirty"] = str(bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))).lower()
+        tags["tcan.git_dirty"] = str(
+            bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))
+        ).lower()
     return {key: value for key, value in tags.items() if value}
 
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -256,5 +275,7 @@ def _git(folder: Path, *arguments: str) -> str:
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        )
     return flat

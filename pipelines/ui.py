@@ -1,5 +1,6 @@
 """`tcan ui`: MLflow's own page on the tracking folder."""
 
+import errno
 import os
 import signal
 import socket
@@ -28,16 +29,29 @@ def ui(config: Config, port: int) -> None:
         raise UserError(f"the runs are on the MLflow server at {uri}: open that address")
     folder = Path(tracking.resolve(config.tracking).folder)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise UserError(f"no runs are recorded in {folder}; name the folder that has them with --tracking.folder")
+        raise UserError(
+            f"no runs are recorded in {folder}; name the folder that has them with --tracking.folder"
+        )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            raise UserError(f"port {port} cannot be used ({error}); choose another with --port") from None
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise UserError(f"port {port} {reason}; choose another with --port") from None
+        except OverflowError:
+            raise UserError(f"port {port} does not exist; choose one up to 65535 with --port") from None
 
     log = folder / "server.log"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--default-artifact-root"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--default-artifact-root",
+    ]
     command += [(folder / "artifacts").as_uri(), "--host", HOST, "--port", str(port), "--workers", "1"]
     with log.open("w") as output:
         # Its own process group, because the server starts processes that must end with it.

@@ -1,7 +1,7 @@
 """APPA, the appearance-pose adaptation: LoRA on the denoiser's spatial attentions, by PEFT.
 
-dW = B A on `to_q, to_k, to_v` of attn1 and attn2 of every down, middle and up block: not on `to_out`, not on the
-temporal layers (method "Networks").
+dW = B A on `to_q, to_k, to_v` of attn1 and attn2 of every down, middle and up block: not on `to_out`, not on
+the temporal layers (method "Networks").
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def appa_state_dict(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def load_appa_state_dict(unet: nn.Module, state: dict[str, Tensor]) -> None:
-    """The inverse of `appa_state_dict`. Raises KeyError unless the names are exactly those of this UNet's APPA."""
+    """The inverse of `appa_state_dict`. Raises KeyError unless the names are exactly this UNet's."""
     if difference := state.keys() ^ appa_state_dict(unet).keys():
         raise KeyError(f"{len(difference)} names of LoRA weights don't match, the first: {min(difference)}")
     set_peft_model_state_dict(unet, state)

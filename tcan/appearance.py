@@ -80,6 +80,6 @@ class _LastFeature(nn.Module):
         super().__init__()
         self.index = index
 
-    def forward(self, hidden_states: Tensor, captured: dict[int, Tensor], **_) -> Tensor:
+    def forward(self, hidden_states: Tensor, captured: dict[int, Tensor], **unused: None) -> Tensor:
         captured.setdefault(self.index, hidden_states)
         return hidden_states

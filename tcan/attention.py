@@ -1,4 +1,5 @@
-"""The attention processors: appearance tokens joined into keys and values; temporal attention with a temperature.
+"""The attention processors: appearance tokens joined into keys and values; temporal attention with a
+temperature.
 
 Both are ordinary diffusers processors. What they need arrives through `cross_attention_kwargs`, never through
 an attribute: a checkpointed block then recomputes with what it was first given.
@@ -17,7 +18,8 @@ from torch import Tensor
 class Appearance:
     """What the joined attentions look at besides their own tokens.
 
-    features: per joined attention, in their order: h_a of B clips or of one, then shared: `[B, N, C]` or `[1, N, C]`.
+    features: per joined attention, in their order: h_a of B clips or of one, then shared: `[B, N, C]` or
+    `[1, N, C]`.
     keep: `[B]` bool, the clips that look; the others attend to themselves alone; None: all look.
     num_frames: F; the attention's batch is `[B * F, ...]`, and the frames of a clip share its feature row.
     """
@@ -37,13 +39,14 @@ class Appearance:
 
 
 class AppearanceAttention:
-    """Attention of a spatial transformer block: Q from z, K and V from the tokens of z followed by those of h_a.
+    """Attention of a spatial transformer block: Q from z, K and V from the tokens of z followed by those of
+    h_a.
 
     method "Appearance into denoising": `softmax(Q K^T / sqrt(d)) V` with `Q = W_Q z, K = W_K [z; h_a],
     V = W_V [z; h_a]`; with APPA the projections are LoRA layers and nothing changes here.
 
-    index: this attention's place among the joined ones; None: an attention that never joins (it takes the same
-    `cross_attention_kwargs` as the others).
+    index: this attention's place among the joined ones; None: an attention that never joins (it takes the
+    same `cross_attention_kwargs` as the others).
     """
 
     def __init__(self, index: int | None = None):
@@ -74,8 +77,8 @@ class AppearanceAttention:
         if appearance.keep is None:
             return _out(attn, _joined(attn, q, k, v, feature))
 
-        # Clips that look and clips that don't are attended apart: no mask, so any fused kernel will do, and the clips
-        # that don't look pay nothing.
+        # Clips that look and clips that don't are attended apart: no mask, so any fused kernel will do, and
+        # the clips that don't look pay nothing.
         def rows(x: Tensor, index: Tensor) -> Tensor:
             return x.unflatten(0, (-1, appearance.num_frames))[index].flatten(0, 1)
 
@@ -83,7 +86,8 @@ class AppearanceAttention:
             feature = feature[appearance.looking]
         parts = [F.scaled_dot_product_attention(*(rows(x, appearance.alone) for x in (q, k, v)))]
         if len(appearance.looking):
-            parts.insert(0, _joined(attn, *(rows(x, appearance.looking) for x in (q, k, v)), feature))
+            q, k, v = (rows(x, appearance.looking) for x in (q, k, v))
+            parts.insert(0, _joined(attn, q, k, v, feature))
         return _out(attn, rows(torch.cat(parts), appearance.order))
 
 
@@ -122,7 +126,7 @@ def _out(attn: Attention, x: Tensor) -> Tensor:
 
 
 def _joined(attn: Attention, q: Tensor, k: Tensor, v: Tensor, feature: Tensor) -> Tensor:
-    """Attention of `[R * F, heads, N, d]` to its own tokens and to h_a `[R, M, C]` or `[1, M, C]`, then shared."""
+    """Attention of `[R * F, heads, N, d]` to its own tokens and to h_a `[R or 1, M, C]`."""
     # h_a is projected once per clip, then repeated over its frames.
     k_a, v_a = (
         x.repeat_interleave(len(q) // len(x), dim=0, output_size=len(q))

@@ -17,14 +17,14 @@ Residuals = tuple[Sequence[Tensor], Tensor]
 
 
 class TCAN(nn.Module):
-    """The denoiser with APPA and temporal layers, the appearance UNet, and the ControlNet with temporal layers.
+    """Denoiser with APPA and temporal layers, appearance UNet, ControlNet with temporal layers.
 
     unet, controlnet, motion_adapter: the bases, copied: those given are left as they are.
-    empty_prompt: `[1, T, D]`, the text encoder's output for the empty prompt. It moves and is cast with the module,
-        and floating inputs are cast to its dtype.
+    empty_prompt: `[1, T, D]`, the text encoder's output for the empty prompt. It moves and is cast with the
+        module, and floating inputs are cast to its dtype.
 
-    Shapes below: B clips of F frames; latents `[B, F, 4, h, w]`, already times the VAE's scaling factor; H = 8 h and
-    W = 8 w. A clip of one frame is a picture: the temporal layers pass it unchanged.
+    Shapes below: B clips of F frames; latents `[B, F, 4, h, w]`, already times the VAE's scaling factor;
+    H = 8 h and W = 8 w. A clip of one frame is a picture: the temporal layers pass it unchanged.
     Raises ValueError for a motion adapter that doesn't fit (`tcan.temporal.motion_unet`).
     """
 
@@ -52,7 +52,7 @@ class TCAN(nn.Module):
         self.eval()
 
     def set_stage(self, stage: int) -> None:
-        """Let exactly the parameters of a stage require gradients: 1: appearance UNet and APPA; 2: temporal layers."""
+        """Let exactly a stage's parameters require gradients: 1 appearance UNet, APPA; 2 temporal layers."""
         if stage not in (1, 2):
             raise ValueError(f"stage {stage}: there are stages 1 and 2")
         self.stage = stage
@@ -79,6 +79,14 @@ class TCAN(nn.Module):
 
     def _temporal_layers(self) -> list[nn.Module]:
         return [*temporal_layers(self.denoiser).values(), *temporal_layers(self.controlnet).values()]
+
+    @property
+    def device(self) -> torch.device:
+        return self.empty_prompt.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.empty_prompt.dtype
 
     def enable_gradient_checkpointing(self) -> None:
         """Keep only the inputs of the blocks and compute the rest again in the backward pass."""
@@ -121,7 +129,7 @@ class TCAN(nn.Module):
 
         noisy `[B, F, 4, h, w]`, timestep `[B]`.
         residuals: `pose_residuals` of these clips, or of one clip, then shared by all rows; None: no pose.
-        features: `appearance` of these clips, or of one reference, then shared by all rows; None: no reference.
+        features: `appearance` of these clips, or of one reference, then shared by all rows; None: none.
         keep_reference: `[B]` bool: a row where it is False uses plain self-attention; None: all keep it.
         temperature: `[H, W]` or `[B, H, W]` (`tcan.temperature`); None: 1, and costs nothing.
 
@@ -170,13 +178,14 @@ class TCAN(nn.Module):
         features = self.appearance(reference_latent, timestep)
         eps = self.denoise(noisy, timestep, residuals, features, keep_reference)
         if self.stage == 1 and keep_reference is not None and not keep_reference.any():
-            # No row looked at the reference. Gradients of zero, not none at all: data-parallel workers must agree on
-            # which parameters have one.
+            # No row looked at the reference. Gradients of zero, not none at all: data-parallel workers must
+            # agree on which parameters have one.
             eps = eps + 0 * sum(f[0, 0, 0] for f in features)
         return eps
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """The weights that training makes, by part: what a model folder stores (after stage 1 the first two suffice).
+        """The weights that training makes, by part: what a model folder stores (after stage 1 the first two
+        suffice).
 
         `appearance_unet`: names of the UNet it was copied from; `appa`: PEFT's names (`tcan.appa`);
         `motion_adapter`: names of a `MotionAdapter`; `temporal_controlnet`: names within the ControlNet.
@@ -189,7 +198,7 @@ class TCAN(nn.Module):
         }
 
     def load_parts(self, parts: dict[str, dict[str, Tensor]]) -> None:
-        """Load any of `parts`. Raises KeyError or RuntimeError unless a part's names are exactly this model's."""
+        """Load any of `parts`. Raises KeyError or RuntimeError unless its names are exactly this model's."""
         load = {
             "appearance_unet": self.appearance_unet.load_state_dict,
             "appa": lambda state: load_appa_state_dict(self.denoiser, state),
@@ -225,8 +234,9 @@ def diffusion_loss(
 ) -> Tensor:
     """MSE on the noise, a scalar (method "Training").
 
-    model: a TCAN, or what wraps its `forward` (a DeepSpeed engine). scheduler: for its schedule's `add_noise` alone.
-    latents, noise `[B, F, 4, h, w]`; timestep int64 `[B]`, one per clip; the rest as in `TCAN.forward`.
+    model: a TCAN, or what wraps its `forward` (a DeepSpeed engine). scheduler: for its schedule's
+    `add_noise` alone. latents, noise `[B, F, 4, h, w]`; timestep int64 `[B]`, one per clip; the rest as in
+    `TCAN.forward`.
     """
     noisy = scheduler.add_noise(latents, noise, timestep)
     eps = model(noisy, timestep, pose, reference_latent, keep_reference)

@@ -1,4 +1,4 @@
-"""The pose-driven temperature map (PTM): poses of a window -> how much temporal attention is smoothed at a place."""
+"""The pose-driven temperature map (PTM): poses of a window -> temperature of temporal attention at a place."""
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 def temperature_map(poses: Tensor) -> Tensor:
     """tau of a window: 1 on the skeleton, larger further away, the same for all its frames.
 
-    poses: pose pictures on black, `[F, 3, H, W]`, uint8 or float. Returns float32 `[H, W]` on the poses' device.
+    poses: pose pictures on black, `[F, 3, H, W]`, uint8 or float. Returns float32 `[H, W]` on the poses'
+    device.
 
     method "Pose-driven temperature map": M(p) = 1 where all pictures are black; D the Euclidean distance transform
     of M; d = D / sqrt((H/2)^2 + (W/2)^2); tau = 3 d + 1. Without any pose tau is 1 everywhere.
@@ -25,6 +26,6 @@ def temperature_map(poses: Tensor) -> Tensor:
 
 
 def temperature_of_places(temperature: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """tau nearest-resized to a layer's grid: `[H, W]` or `[B, H, W]` -> `[B * h * w]`, the clips one after another."""
+    """tau nearest-resized to a layer's grid: `[H, W]` or `[B, H, W]` -> `[B * h * w]`, clip after clip."""
     temperature = temperature.expand(batch, *temperature.shape[-2:])
     return F.interpolate(temperature[:, None], (height, width), mode="nearest").flatten()

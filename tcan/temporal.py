@@ -1,4 +1,4 @@
-"""The temporal layers: AnimateDiff's motion modules with the normalisation that their weights were made for."""
+"""The temporal layers: AnimateDiff's motion modules, with the normalisation their weights were made for."""
 
 import torch
 from diffusers import MotionAdapter, UNetMotionModel
@@ -13,9 +13,9 @@ from tcan.temperature import temperature_of_places
 class TemporalTransformer(AnimateDiffTransformer3D):
     """A motion module that normalises each frame by itself, with the parameters and names of diffusers' own.
 
-    diffusers' GroupNorm takes its statistics over all frames of a clip; AnimateDiff's and TCAN's takes them over
-    one frame, which also keeps a frame from leaking into another where the attention doesn't look. A clip of one
-    frame is a picture and passes unchanged.
+    diffusers' GroupNorm takes its statistics over all frames of a clip; AnimateDiff's and TCAN's takes them
+    over one frame, which also keeps a frame from leaking into another where the attention doesn't look. A
+    clip of one frame is a picture and passes unchanged.
 
     temperature: `[H, W]` or `[B, H, W]`, set around a call of the UNet by `temperature_map`'s user; None: 1.
     """
@@ -25,13 +25,13 @@ class TemporalTransformer(AnimateDiffTransformer3D):
 
     @classmethod
     def replace(cls, module: AnimateDiffTransformer3D) -> None:
-        """Make a motion module one of these, in place: only its `forward` differs, parameters stay where they are."""
+        """Make a motion module one of these, in place: only `forward` differs, parameters stay."""
         module.__class__ = cls
         for block in module.transformer_blocks:
             block.attn1.set_processor(TemperatureAttention())
             block.attn2.set_processor(TemperatureAttention())
 
-    def forward(self, hidden_states: Tensor, *unused, num_frames: int = 1) -> Tensor:
+    def forward(self, hidden_states: Tensor, *unused: None, num_frames: int = 1) -> Tensor:
         """`[B * F, C, h, w] -> [B * F, C, h, w]`, F = num_frames."""
         if num_frames == 1:
             return hidden_states
@@ -84,7 +84,8 @@ def zero_output(layer: AnimateDiffTransformer3D) -> None:
 
 
 def motion_unet(unet: nn.Module, adapter: MotionAdapter) -> UNetMotionModel:
-    """The UNet with the adapter's temporal layers at every resolution, down and up; both given are left as they are.
+    """The UNet with the adapter's temporal layers at every resolution, down and up; both given are left as
+    they are.
 
     Raises ValueError for an adapter with middle-block modules or of other normalisation groups than the UNet.
     """
@@ -93,8 +94,8 @@ def motion_unet(unet: nn.Module, adapter: MotionAdapter) -> UNetMotionModel:
     if adapter.config.motion_norm_num_groups != unet.config.norm_num_groups:
         # diffusers would silently take the UNet's number.
         raise ValueError(
-            f"motion_norm_num_groups {adapter.config.motion_norm_num_groups} of the motion adapter differs from "
-            f"norm_num_groups {unet.config.norm_num_groups} of the UNet"
+            f"motion_norm_num_groups {adapter.config.motion_norm_num_groups} of the motion adapter differs "
+            f"from norm_num_groups {unet.config.norm_num_groups} of the UNet"
         )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # diffusers warns of its own cast to the UNet's dtype

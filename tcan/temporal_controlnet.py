@@ -30,9 +30,9 @@ class TemporalDownBlock(_NumFrames, DownBlockMotion):
 
 
 def temporal_controlnet(controlnet: ControlNetModel, adapter: MotionAdapter) -> ControlNetModel:
-    """A copy of the ControlNet with temporal layers (as many heads and positions as the motion adapter's) after
-    each resnet (and attention) of its down blocks at factors 4 and 8. Their output projections are zero: it
-    computes what the given ControlNet does, and for single frames always will.
+    """A copy of the ControlNet with temporal layers (as many heads and positions as the motion adapter's)
+    after each resnet (and attention) of its down blocks at factors 4 and 8. Their output projections are
+    zero: it computes what the given ControlNet does, and for single frames always will.
     """
     controlnet = copy.deepcopy(controlnet)
     weight = controlnet.conv_in.weight

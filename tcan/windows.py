@@ -11,9 +11,9 @@ from torch import Tensor
 class Windows:
     """Windows of `length` frames, each overlapping the next by `overlap` (method "Inference").
 
-    The clip is padded by repeating its last frame until its windows are whole: work on `source.numel()` frames,
-    frame i of them standing for `source[i]`, and drop what is beyond `num_frames` at the end. A clip of one frame
-    is a picture: one window of one frame, nothing padded.
+    The clip is padded by repeating its last frame until its windows are whole: work on `source.numel()`
+    frames, frame i of them standing for `source[i]`, and drop what is beyond `num_frames` at the end.
+    A clip of one frame is a picture: one window of one frame, nothing padded.
     """
 
     num_frames: int
@@ -39,7 +39,7 @@ class Windows:
         return torch.arange(self.slices[-1].stop).clamp(max=self.num_frames - 1)
 
     def average(self, predictions: Iterable[Tensor]) -> Tensor:
-        """The windows' predictions `[B, length, ...]`, in their order -> `[B, P, ...]`, each frame the mean of all."""
+        """The windows' predictions `[B, length, ...]`, in order -> `[B, P, ...]`, each frame their mean."""
         slices = self.slices
         total: Tensor | None = None
         count = torch.zeros(slices[-1].stop)

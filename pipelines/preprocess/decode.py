@@ -52,7 +52,9 @@ def decode_clips(
     }
     # -P: the script's folder must not become a place to import from.
     command = [sys.executable, "-P", str(DECODER), json.dumps(request)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as child:
         try:
             assert child.stdout is not None
             while line := child.stdout.readline():

@@ -18,7 +18,9 @@ import decord
 import numpy as np
 from PIL import Image
 
-RAW_BYTES = 64 * 2**20  # of source pictures held at once, so that an 8K video takes no more memory than a small one
+RAW_BYTES = (
+    64 * 2**20
+)  # of source pictures held at once: an 8K video takes little more memory than a small one
 MAX_REPAIRED = 0.01  # share of frames that decord may fill with their neighbours before it gives up
 
 
@@ -49,7 +51,9 @@ def decode(
     try:
         reader = decord.VideoReader(path, num_threads=1, fault_tol=MAX_REPAIRED)
     except RuntimeError as error:
-        raise Unusable("not a video that can be read" if "Error reading" in str(error) else _reason(error)) from None
+        raise Unusable(
+            "not a video that can be read" if "Error reading" in str(error) else _reason(error)
+        ) from None
     source_fps = float(reader.get_avg_fps())
     if not (np.isfinite(source_fps) and source_fps > 0):
         raise Unusable("has no frame rate")
@@ -99,7 +103,7 @@ def main() -> None:
 
     try:
         for header, frames in decode(**json.loads(sys.argv[1])):
-            send(header, memoryview(frames).cast("B"))
+            send(header, frames.data.cast("B"))
         send({"end": True})
     except BrokenPipeError:
         pass

@@ -27,7 +27,14 @@ from pipelines.dataset import INFO_FILE, SCHEMA_VERSION
 from pipelines.preprocess.decode import decode
 from pipelines.preprocess.models import PoseAndLatents, load_models
 from pipelines.preprocess.preview import contact_sheet
-from pipelines.preprocess.shards import Contents, ShardWriter, VideoAssembler, read_contents, write_info, writing
+from pipelines.preprocess.shards import (
+    Contents,
+    ShardWriter,
+    VideoAssembler,
+    read_contents,
+    write_info,
+    writing,
+)
 from pipelines.preprocess.sources import Source, identify, list_sources
 from tcan.errors import UserError
 from tcan.weights import fingerprint
@@ -35,7 +42,7 @@ from tcan.weights import fingerprint
 # Ray Data moves blocks. Small ones let the models begin while a video is still being decoded and keep what is in
 # flight small; a clip of 64 frames is 3 MiB at 128 px and 48 MiB (a block of its own) at 512.
 BLOCK_BYTES = 16 * 2**20
-MAX_BLOCKS = 10_000  # a video a task, so that one lost with its machine costs one video; bounded for Ray's bookkeeping
+MAX_BLOCKS = 10_000  # a video a task, as long as that is not too much for Ray's bookkeeping
 LINE_SECONDS = 10  # between two lines of progress in a log
 
 
@@ -84,7 +91,7 @@ def preprocess(videos: str, out: str, config: Config) -> dict[str, Any]:
             _check_not_empty(videos, contents)
             write_info(folder, _info(config, identity, contents, vae.config.scaling_factor, run.id))
             run.file(folder / INFO_FILE)
-            run.picture(contact_sheet(folder, vae), "clips.png")
+            run.picture(contact_sheet(folder, vae, config.train.stick_width), "clips.png")
     _print(out, summary)
     return summary
 
@@ -121,10 +128,12 @@ def plan(sources: list[Source], done: Contents) -> tuple[list[Source], list[tupl
     first |= done.kept
     pending, rejected = [], []
     for source in sources:
-        if (source.path, source.video_id) in done.rejected or done.kept.get(source.video_id) == source.path:
+        if (source.path, source.video_id) in done.rejected:
             continue
-        if source.problem is not None:
-            rejected.append((source, source.problem))
+        if source.video_id is None:
+            rejected.append((source, source.problem or "cannot be read"))
+        elif done.kept.get(source.video_id) == source.path:
+            continue
         elif source.video_id in first:
             rejected.append((source, f"duplicate of {first[source.video_id]}"))
         else:
@@ -143,34 +152,36 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
             progress.add(row["num_frames"] or 0, row["reason"] is None, assembler.add(row))
     finally:
         progress.close()
-    lost = {source.video_id for source in pending} - assembler.finished
+    lost = [source.path for source in pending if source.video_id not in assembler.finished]
     if lost:
-        raise RuntimeError(f"{len(lost)} videos went in and did not come out, such as {sorted(lost)[:3]}")
+        raise RuntimeError(f"{len(lost)} videos went in and did not come out, such as {lost[:3]}")
 
 
 def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, Any]]:
     """The Ray Data pipeline: rows of ENCODED_SCHEMA, in no order, as they are ready."""
     if not ray.is_initialized():
         # A cluster is used when it is named, never one that happens to run on this machine.
-        ray.init(os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, logging_level=logging.WARNING)
+        ray.init(
+            os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, logging_level=logging.WARNING
+        )
     settings = config.preprocess
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-    if gpus:
-        # The models are where the time goes: as many actors as the GPUs hold, each with a CPU that feeds it.
-        actors, num_gpus = max(1, int(gpus / settings.gpus_per_actor)), settings.gpus_per_actor
-    else:
-        # Pose and VAE take many times the decoder's time, so all CPUs but one in four, at least one, belong to them.
-        actors, num_gpus = max(1, int(cpus * 3 / 4)), 0.0
-    # An actor and a decoder need one CPU each (decord runs with one thread), and half of one where there is but one:
-    # both have to be there at once, or neither gets on.
-    share = 1.0 if cpus >= 2 else cpus / 2
+    # Where the cluster has GPUs, the models are where the time goes: as many actors as the GPUs hold. Decoders are tasks
+    # on all CPUs that are left, on whatever machine, since one decoder is too slow for a GPU when videos are large.
+    # Without GPUs, an actor a CPU. Decode and models then ask for the same resources, so Ray Data fuses them: an actor
+    # reads from its own decoder process, which works on the next clip meanwhile, and no frame enters the object store.
+    num_gpus = settings.gpus_per_actor if gpus else 0.0
+    actors = max(1, int(gpus / num_gpus if num_gpus else cpus))
+    # One CPU for an actor (it feeds its GPU, or is all it has) and for a decoder (decord runs with one thread); less
+    # where there are not enough for all actors and one decoder, for without it none of them gets on.
+    num_cpus = min(1.0, cpus / (actors + 1)) if num_gpus else min(1.0, cpus)
 
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     with ray.data.DataContext.current(context):
         items = [{"video_id": source.video_id, "source": source.path} for source in pending]
         clips = (
@@ -186,8 +197,8 @@ def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, A
                 ),
                 batch_size=1,
                 batch_format="pyarrow",
-                compute=ray.data.TaskPoolStrategy(size=max(1, int(cpus - actors * share))),
-                num_cpus=share,
+                compute=ray.data.TaskPoolStrategy(),
+                num_cpus=num_cpus,
             )
             .map_batches(
                 PoseAndLatents,
@@ -196,12 +207,13 @@ def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, A
                     "size": config.size,
                     "batch_frames": settings.batch_frames,
                     "device": "cuda" if num_gpus else "cpu",
-                    "num_threads": max(1, int(share)),
                 },
                 batch_size=1,  # a clip; the models take it in batches of frames
                 batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
-                num_cpus=share,
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=1, max_size=actors, initial_size=min(actors, len(items))
+                ),
+                num_cpus=num_cpus,
                 num_gpus=num_gpus,
             )
         )
@@ -224,7 +236,9 @@ class _Progress:
         self.rejected += outcome == "rejected"
         if outcome is not None:
             self.videos += 1
-            self.bar.set_postfix_str(f"{self.clips} clips, {self.frames_per_second:.0f} frames/s, {self.rejected} rejected")
+            self.bar.set_postfix_str(
+                f"{self.clips} clips, {self.frames_per_second:.0f} frames/s, {self.rejected} rejected"
+            )
             self.bar.update()
         if time.monotonic() - self.last >= LINE_SECONDS:
             self._report()

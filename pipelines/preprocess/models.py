@@ -14,9 +14,8 @@ from diffusers import AutoencoderKL
 from pipelines.config import BasesConfig
 from pipelines.preprocess.latents import encode_frames
 from pipelines.preprocess.pose import pack_people
-from tcan.errors import UserError
-from tcan.pose import OpenPose, PoseDetector
-from tcan.weights import locate
+from tcan.pose import PoseDetector
+from tcan.weights import load_part, load_pose_detector
 
 # What flows from the models to the shards: DECODED_SCHEMA with the frames replaced by what was made of them.
 ENCODED_SCHEMA = pa.schema(
@@ -44,19 +43,15 @@ def load_models(bases: BasesConfig, device: str) -> tuple[PoseDetector, Autoenco
     Raises:
         UserError: a source that is not there or holds something else.
     """
-    where, options = locate(bases.vae, "vae")
-    try:
-        vae = AutoencoderKL.from_pretrained(where, torch_dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"vae: cannot be loaded from {bases.vae}: {str(error).strip().splitlines()[0]}") from None
-    return OpenPose.from_pretrained(bases.pose, device=device), vae.to(device).requires_grad_(False).eval()
+    vae = load_part("vae", bases.vae).to(device).requires_grad_(False).eval()
+    return load_pose_detector(bases.pose, device), vae
 
 
 class PoseAndLatents:
     """The actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA; rejections pass through."""
 
-    def __init__(self, bases: BasesConfig, size: int, batch_frames: int, device: str, num_threads: int) -> None:
-        torch.set_num_threads(num_threads)  # the CPUs that Ray reserved; torch would take all of the machine's
+    def __init__(self, bases: BasesConfig, size: int, batch_frames: int, device: str) -> None:
+        torch.set_num_threads(1)  # the CPU that Ray reserved; torch would take all of the machine's
         self.detector, self.vae = load_models(bases, device)
         self.size = size
         self.batch_frames = batch_frames

@@ -35,9 +35,20 @@ from pipelines.preprocess.pose import main_person, unpack_people
 from tcan.errors import UserError
 
 IDENTITY_KEY = b"tcan.dataset"  # in each file's metadata: the settings and fingerprints that made it
-ROW_GROUP_BYTES = 2 * 2**20  # a training sample reads one row group: small, yet large enough for a request to S3
+ROW_GROUP_BYTES = (
+    2 * 2**20
+)  # a training sample reads one row group: small, yet large enough for a request to S3
 # What the person who started the job can mend: the disk is full, over quota, read-only or not theirs.
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+MENDABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------
@@ -68,7 +79,9 @@ class Contents:
 
     def histogram(self) -> dict[str, int]:
         """How many sources were rejected for which reason, the most frequent first; numbers and names left out."""
-        reasons = (f"{stage}: {reason.split(':')[0].split(' of ')[0]}" for stage, reason in self.rejected.values())
+        reasons = (
+            f"{stage}: {reason.split(':')[0].split(' of ')[0]}" for stage, reason in self.rejected.values()
+        )
         return dict(Counter(reasons).most_common())
 
 
@@ -97,10 +110,14 @@ def _read(file: Path, columns: list[str] | None, identity: Mapping[str, Any], fo
             if made_with != identity:
                 keys = sorted(k for k in {*made_with, *identity} if made_with.get(k) != identity.get(k))
                 difference = ", ".join(f"{k} {made_with.get(k)}, not {identity.get(k)}" for k in keys)
-                raise UserError(f"{folder}: was made with {difference}; give another OUT, or the same settings")
+                raise UserError(
+                    f"{folder}: was made with {difference}; give another OUT, or the same settings"
+                )
             return parquet.read(columns)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{file}: cannot be read ({_one_line(error)}); delete it, and its videos are made again") from None
+        raise UserError(
+            f"{file}: cannot be read ({_one_line(error)}); delete it, and its videos are made again"
+        ) from None
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -121,7 +138,9 @@ def writing(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder itself; ends with this process
         except BlockingIOError:
-            raise UserError(f"{folder}: another preprocess is writing here; wait for it or give another OUT") from None
+            raise UserError(
+                f"{folder}: another preprocess is writing here; wait for it or give another OUT"
+            ) from None
         with _mendable(folder):
             for leftover in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:
                 leftover.unlink()
@@ -156,7 +175,9 @@ def _mendable(path: Path) -> Iterator[None]:
         if error.errno not in MENDABLE:
             raise
         reason = os.strerror(error.errno).lower()
-        raise UserError(f"{path}: cannot be written: {reason}; make room there or give another OUT, and run again") from None
+        raise UserError(
+            f"{path}: cannot be written: {reason}; make room there or give another OUT, and run again"
+        ) from None
 
 
 def write_info(folder: Path, info: Mapping[str, Any]) -> None:
@@ -224,7 +245,9 @@ class ShardWriter:
 class VideoAssembler:
     """Gathers the clips of each video, in whatever order they come, and hands on whole videos or rejections."""
 
-    def __init__(self, writer: ShardWriter, size: int, min_person_share: float, validation_share: float) -> None:
+    def __init__(
+        self, writer: ShardWriter, size: int, min_person_share: float, validation_share: float
+    ) -> None:
         self.writer = writer
         self.size = size
         self.min_person_share = min_person_share
@@ -244,7 +267,9 @@ class VideoAssembler:
         if len(clips) < row["num_clips"]:
             return None
         clips.sort(key=lambda clip: clip["start"])
-        people = [frame for clip in clips for frame in unpack_people(clip["people_per_frame"], clip["people"])]
+        people = [
+            frame for clip in clips for frame in unpack_people(clip["people_per_frame"], clip["people"])
+        ]
         keypoints, share = main_person(people, self.size)
         if share < self.min_person_share:
             reason = f"no person: in {share:.0%} of the frames only, fewer than {self.min_person_share:.0%}"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from tcan.errors import UserError
 
-VIDEO_SUFFIXES = frozenset(
-    ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
-)  # fmt: skip
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
+    *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def list_sources(videos: str) -> list[str]:
     if os.path.isdir(path):
         found = [file for file in _walk(path) if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES]
         if not found:
-            raise UserError(f"{videos}: no videos in this folder (looked for {' '.join(sorted(VIDEO_SUFFIXES))})")
+            raise UserError(f"{videos}: no videos in this folder (looked for {' '.join(VIDEO_SUFFIXES)})")
     elif os.path.lexists(path) and path.lower().endswith(".txt"):
         found = _read_list(Path(path))
         if not found:
@@ -49,9 +50,13 @@ def list_sources(videos: str) -> list[str]:
     elif glob.has_magic(path):
         found = [file for file in glob.glob(path, recursive=True) if not os.path.isdir(file)]
         if not found:
-            raise UserError(f"{videos}: no file matches this pattern; quote it, so that the shell leaves it alone")
+            raise UserError(
+                f"{videos}: no file matches this pattern; quote it, so that the shell leaves it alone"
+            )
     else:
-        raise UserError(f"{videos}: no such file or folder; give a folder of videos, a pattern, a video or a list (.txt)")
+        raise UserError(
+            f"{videos}: no such file or folder; give a folder of videos, a pattern, a video or a list (.txt)"
+        )
     return sorted(set(found))
 
 

@@ -13,7 +13,7 @@ SIZE = 128
 CHARACTERS = 5000
 """Characters of the picture corpus: many, since looks are what a frame-wise part has to generalise over."""
 FRAMES_EACH = 3
-CLIPS = 1200
+CLIPS = 600
 CLIP_FRAMES = 16
 HELD_OUT_SEED = 10_000_000
 """Seeds from here on are never rendered for training."""

@@ -61,8 +61,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def learning_rate_factor(step: int, steps: int, warm_up: int = 30) -> float:
-    """Linear warm-up, constant, then linear to zero over the last 40 %."""
-    return min((step + 1) / warm_up, 1.0, (steps - step) / (0.4 * steps))
+    """Linear warm-up, constant, then linear to zero over the last 60 %."""
+    return min((step + 1) / warm_up, 1.0, (steps - step) / (0.6 * steps))
 
 
 def fit(

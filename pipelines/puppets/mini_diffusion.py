@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from pipelines.puppets.corpus import SIZE, Corpus
 from pipelines.puppets.fit import fit
-from pipelines.puppets.mini_vae import zero_last_convolutions
+from pipelines.puppets.mini_vae import LATENT_CHANNELS, zero_last_convolutions
 from tcan.appearance import capture_features, install_appearance
 from tcan.attention import Appearance
 from tcan.model import TCAN
@@ -30,7 +30,7 @@ PROMPT_WIDTH = 64
 STICK_WIDTH = 2
 REFERENCE_SHARE = 0.75
 
-STEPS = {"unet": 1300, "controlnet": 800, "motion": 600}
+STEPS = {"unet": 1100, "controlnet": 600, "motion": 400}
 LEARNING_RATE = {"unet": 2e-3, "controlnet": 2e-3, "motion": 1.5e-3}
 PICTURES = 32
 """Pictures a step, for UNet and ControlNet."""
@@ -41,8 +41,8 @@ CLIPS = 3
 def new_unet() -> UNet2DConditionModel:
     unet = UNet2DConditionModel(
         sample_size=SIZE // 8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         layers_per_block=1,
         block_out_channels=CHANNELS,
         norm_num_groups=NORM_GROUPS,

@@ -233,7 +233,9 @@ def _arm_direction(swing: np.ndarray, forward: np.ndarray) -> np.ndarray:
     )
 
 
-def _bend_leg(hip, target, thigh, shin, pole):
+def _bend_leg(
+    hip: np.ndarray, target: np.ndarray, thigh: float, shin: float, pole: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Two-bone inverse kinematics: the knee towards `pole`; returns knee and (reachable) ankle, each `[F, 3]`."""
     line = target - hip
     distance = np.linalg.norm(line, axis=-1, keepdims=True)
@@ -255,7 +257,7 @@ def _apply_each(axes: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.einsum("fij,fnj->fni", axes, points)
 
 
-def _matrix(rows) -> np.ndarray:
+def _matrix(rows: list[list[np.ndarray]]) -> np.ndarray:
     return np.stack([np.stack(np.broadcast_arrays(*row), axis=-1) for row in rows], axis=-2)
 
 

@@ -1,5 +1,7 @@
 """Where the puppets dance: still backgrounds of large, calm shapes in light colours, so that the dancer stands out."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 
@@ -29,7 +31,7 @@ class Picture:
         t = np.linspace(0, 1, b - a)[:, None, None]
         self.pixels[a:b] = np.array(top) * (1 - t) + np.array(bottom) * t
 
-    def polygon(self, points, colour: Colour) -> None:
+    def polygon(self, points: Any, colour: Colour) -> None:
         points = np.round(np.array(points) * self.size * 16).astype(np.int32)
         cv2.fillPoly(self.pixels, [points], colour, cv2.LINE_AA, 4)
 

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 ENGINE, MODEL = "engine", "model"
 
 
-def save(engine: Any, step: int, metrics: dict[str, float], save_model: Callable[[Path], None] | None = None) -> None:
+def save(
+    engine: Any, step: int, metrics: dict[str, float], save_model: Callable[[Path], None] | None = None
+) -> None:
     """Called by all workers at once, after `step` steps; returns when the checkpoint is registered.
 
     engine: DeepSpeed's. save_model: writes the model folder; called by all workers, and rank 0's is kept.
@@ -63,7 +65,9 @@ def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
 def frozen_fingerprint(module: nn.Module) -> str:
     """16 hex digits of all that must not change: frozen parameters (this worker's shard under ZeRO-3) and buffers."""
     digest = hashlib.sha256()
-    tensors = [(name, p) for name, p in module.named_parameters() if not p.requires_grad] + [*module.named_buffers()]
+    tensors = [(name, p) for name, p in module.named_parameters() if not p.requires_grad] + [
+        *module.named_buffers()
+    ]
     for name, tensor in tensors:
         values = getattr(tensor, "ds_tensor", tensor).detach().cpu().contiguous()
         digest.update(name.encode())

@@ -60,7 +60,9 @@ class ClipStore:
         for path in clip_files(dataset):
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
-                    columns = file.read_row_group(group, ["video_id", "split", "start", "num_frames"]).to_pylist()
+                    columns = file.read_row_group(
+                        group, ["video_id", "split", "start", "num_frames"]
+                    ).to_pylist()
                     for at, clip in enumerate(columns):
                         if clip["split"] == split:
                             found = (clip["start"], clip["num_frames"], len(self._places))
@@ -73,7 +75,9 @@ class ClipStore:
         clips = [self._clip(video.row[position]) for position in positions]
         offsets = video.offset[positions]
         keys = ("latent_mean", "latent_logvar", "keypoints")
-        return {key: np.stack([clip[key][at] for clip, at in zip(clips, offsets, strict=True)]) for key in keys}
+        return {
+            key: np.stack([clip[key][at] for clip, at in zip(clips, offsets, strict=True)]) for key in keys
+        }
 
     def reference_latent(self, video: Video) -> np.ndarray:
         """Latent mean `[4, h, w]` of the video's first frame, unscaled."""
@@ -83,7 +87,9 @@ class ClipStore:
         path, group, at = self._places[row]
         if (path, group) not in self._cached:
             with pq.ParquetFile(path) as file:
-                self._cached[path, group] = [decode_row(clip) for clip in file.read_row_group(group).to_pylist()]
+                self._cached[path, group] = [
+                    decode_row(clip) for clip in file.read_row_group(group).to_pylist()
+                ]
             self._cached_bytes += _nbytes(self._cached[path, group])
             while self._cached_bytes > self._cache_bytes and len(self._cached) > 1:
                 self._cached_bytes -= _nbytes(self._cached.popitem(last=False)[1])
@@ -159,7 +165,9 @@ class Sampler:
         self.frames = frames if stage == 2 else 1
         self.drop_reference = drop_reference if stage == 1 else 0.0
         shortest = frames if stage == 2 else 2
-        self.videos = [video for video in store.videos if len(video.starts(shortest) if stage == 2 else video.number[1:])]
+        self.videos = [
+            video for video in store.videos if len(video.starts(shortest) if stage == 2 else video.number[1:])
+        ]
         if not self.videos:
             raise UserError(
                 f"stage {stage} needs videos with {shortest} {'consecutive ' * (stage == 2)}frames, the dataset has none in "
@@ -195,12 +203,16 @@ class Sampler:
         crop = (..., slice(y, y + side), slice(x, x + side))
         mean, logvar = (target[key][crop].astype(np.float32) for key in ("latent_mean", "latent_logvar"))
         keypoints = target["keypoints"].copy()
-        keypoints[..., :2] -= np.float32(LATENT_STRIDE) * np.array([x, y], np.float32) * (keypoints[..., 2:] > 0)
+        keypoints[..., :2] -= (
+            np.float32(LATENT_STRIDE) * np.array([x, y], np.float32) * (keypoints[..., 2:] > 0)
+        )
 
         timestep = rng.integers(TIMESTEPS)
         keep = rng.random() >= self.drop_reference
         # AutoencoderKL clamps the log-variance as here.
-        posterior = mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * rng.standard_normal(mean.shape, np.float32)
+        posterior = mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * rng.standard_normal(
+            mean.shape, np.float32
+        )
         return {
             "latents": posterior * np.float32(self.scaling),
             "noise": rng.standard_normal(mean.shape, np.float32),

@@ -30,7 +30,14 @@ from tcan.weights import MODEL_FILE, load_bases, read_model_info
 
 RUN_FILE = "run.json"
 # Of a run that goes on, these may change: they move no number of it.
-MAY_CHANGE = {"cpus_per_worker", "gradient_checkpointing", "max_failures", "keep_checkpoints", "log_every", "cache_mb"}
+MAY_CHANGE = {
+    "cpus_per_worker",
+    "gradient_checkpointing",
+    "max_failures",
+    "keep_checkpoints",
+    "log_every",
+    "cache_mb",
+}
 STAGE_MAY_CHANGE = {"steps", "checkpoint_every", "picture_every"}
 
 
@@ -59,7 +66,9 @@ def train(
         return models[1]
     start = Path(from_model).absolute() if from_model else models[1]
     if not from_model and not start.is_dir():
-        raise UserError(f"stage 2 starts from {start}, which isn't there; run stage 1 first, or name a model with --from")
+        raise UserError(
+            f"stage 2 starts from {start}, which isn't there; run stage 1 first, or name a model with --from"
+        )
     if read_model_info(start)["stage"] != 1:
         raise UserError(f"{start}: stage 2 starts from a model of stage 1; this one has been through stage 2")
     _train_stage(2, dataset, info, out, models[2], start, config)
@@ -81,7 +90,13 @@ def _check_dataset(dataset: Path, info: dict[str, Any], config: Config) -> None:
 
 
 def _train_stage(
-    stage: int, dataset: Path, info: dict[str, Any], out: Path, model: Path, start: Path | None, config: Config
+    stage: int,
+    dataset: Path,
+    info: dict[str, Any],
+    out: Path,
+    model: Path,
+    start: Path | None,
+    config: Config,
 ) -> None:
     stage_config = stage_of(config, stage)
     folder = out / f"stage{stage}"
@@ -90,7 +105,10 @@ def _train_stage(
     if run:
         _check_same(folder, run["settings"], settings)
         if run["finished_steps"] >= stage_config.steps and (model / MODEL_FILE).is_file():
-            print(f"stage {stage}: finished before ({run['finished_steps']} steps), left alone: {model}", flush=True)
+            print(
+                f"stage {stage}: finished before ({run['finished_steps']} steps), left alone: {model}",
+                flush=True,
+            )
             return
         print(f"stage {stage}: goes on from the last checkpoint in {folder}", flush=True)
     # Before anything starts: is there a clip to train on?
@@ -105,7 +123,9 @@ def _train_stage(
     parents = {"dataset": info["mlflow_run_id"], "stage1": start_run}
     name = f"stage {stage}: {out.name}"
     run_id = run["mlflow_run_id"] if run else None
-    with tracking.run(f"stage{stage}", name, config.tracking, dataclasses.asdict(config), parents, run_id) as record:
+    with tracking.run(
+        f"stage{stage}", name, config.tracking, dataclasses.asdict(config), parents, run_id
+    ) as record:
         record.tag("tcan.dataset_fingerprint", settings["dataset"])
         run = {"mlflow_run_id": record.id, "finished_steps": 0, "settings": settings}
         _write_run(folder, run)
@@ -117,7 +137,11 @@ def _train_stage(
             from_model=str(start) if start else None,
             tracking=record.config,
             run_id=record.id,
-            model_info={"mlflow_run_id": record.id, "dataset": settings["dataset"], "steps": stage_config.steps},
+            model_info={
+                "mlflow_run_id": record.id,
+                "dataset": settings["dataset"],
+                "steps": stage_config.steps,
+            },
         )
         result = _fit(task, out)
         checkpoint.publish(result.checkpoint, model)
@@ -128,7 +152,9 @@ def _train_stage(
 
 def _fit(task: Task, out: Path) -> ray.train.Result:
     config = task.config.train
-    resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
+    resources = {"CPU": config.cpus_per_worker} | (
+        {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
+    )
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"task": task},
@@ -171,7 +197,13 @@ def _settings(stage: int, dataset: Path, start: Path | None, config: Config) -> 
     chosen = {key: value for key, value in values.items() if key not in MAY_CHANGE | {"stage1", "stage2"}}
     chosen |= {key: value for key, value in values[f"stage{stage}"].items() if key not in STAGE_MAY_CHANGE}
     start_digest = _digest(*sorted(start.rglob("*.safetensors"))) if start else None
-    return {"seed": config.seed, "size": config.size, "dataset": _digest(dataset / INFO_FILE), "from": start_digest, **chosen}
+    return {
+        "seed": config.seed,
+        "size": config.size,
+        "dataset": _digest(dataset / INFO_FILE),
+        "from": start_digest,
+        **chosen,
+    }
 
 
 def _digest(*files: Path) -> str:

@@ -85,11 +85,15 @@ def run_worker(settings: dict[str, Task]) -> None:
             engine.backward(part)
             engine.step()  # an optimizer step at the last of them
             loss += part.detach() / len(batches)
-        log.step(step + 1, loss, engine.get_global_grad_norm(), lr, time.perf_counter() - began, waited, sampler)
+        log.step(
+            step + 1, loss, engine.get_global_grad_norm(), lr, time.perf_counter() - began, waited, sampler
+        )
 
         last = step + 1 == stage_config.steps
         if pictures and (last or (step + 1) % stage_config.picture_every == 0):
-            picture = pictures.draw(engine.module)  # by all workers: under ZeRO-3 each holds a part of the weights
+            picture = pictures.draw(
+                engine.module
+            )  # by all workers: under ZeRO-3 each holds a part of the weights
             log.picture(picture, step + 1)
         if last and checkpoint.frozen_fingerprint(engine.module) != frozen:
             raise RuntimeError(f"stage {task.stage} changed parameters that it must leave alone")
@@ -127,7 +131,12 @@ def _model(task: Task, bases: Bases) -> TCAN:
         model = load_model(task.from_model, bases)
     else:
         model = TCAN(
-            bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt, config.lora_rank, config.lora_alpha
+            bases.unet,
+            bases.controlnet,
+            bases.motion_adapter,
+            bases.empty_prompt,
+            config.lora_rank,
+            config.lora_alpha,
         )
     model.set_stage(task.stage)
     if config.gradient_checkpointing:
@@ -139,8 +148,12 @@ def _engine(model: TCAN, config: Any, stage: StageConfig, workers: int) -> Any:
     """A DeepSpeed engine around the model; the optimizer knows only what the stage trains."""
     import deepspeed  # here, since it looks for its accelerator when imported
 
+    # Else it probes compilers, and on a CPU compiles an all-reduce for inference: a minute for what training never uses.
+    deepspeed.ops.__compatible_ops__ = {}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, stage.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, stage.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+    )
     settings = {
         "train_batch_size": stage.batch_size,
         "train_micro_batch_size_per_gpu": stage.micro_batch,
@@ -185,7 +198,14 @@ def _loss(engine: Any, bases: Bases, batch: Batch, device: torch.device) -> Tens
         return engine(noisy.to(dtype), *rest)  # the noise is added in fp32 whatever the model's precision
 
     return diffusion_loss(
-        model, bases.scheduler, t["latents"], t["noise"], t["timestep"], t["pose"], t["reference"], t["keep_reference"]
+        model,
+        bases.scheduler,
+        t["latents"],
+        t["noise"],
+        t["timestep"],
+        t["pose"],
+        t["reference"],
+        t["keep_reference"],
     )
 
 
@@ -231,7 +251,14 @@ class _Log:
         self._run = tracking.attach(self._task.tracking, self._task.run_id)
 
     def step(
-        self, step: int, loss: Tensor, grad_norm: Any, lr: float, seconds: float, waited: float, sampler: Sampler
+        self,
+        step: int,
+        loss: Tensor,
+        grad_norm: Any,
+        lr: float,
+        seconds: float,
+        waited: float,
+        sampler: Sampler,
     ) -> None:
         values = {
             "grad_norm": float(grad_norm),
@@ -251,7 +278,10 @@ class _Log:
         losses = torch.stack([loss for _, loss, _ in self._pending])
         dist.all_reduce(losses)
         losses = (losses / dist.get_world_size()).tolist()
-        rows = [(at, {"loss": loss, **values}) for (at, _, values), loss in zip(self._pending, losses, strict=True)]
+        rows = [
+            (at, {"loss": loss, **values})
+            for (at, _, values), loss in zip(self._pending, losses, strict=True)
+        ]
         self._pending = []
         self.last_loss = losses[-1]
         if self._rank == 0:
@@ -259,7 +289,9 @@ class _Log:
             self._print(step, rows)
         for at, values in rows:
             if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"stage {self._task.stage}: the loss is {values['loss']} at step {at}")
+                raise FloatingPointError(
+                    f"stage {self._task.stage}: the loss is {values['loss']} at step {at}"
+                )
 
     def _write(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         for step, values in rows:

@@ -47,7 +47,7 @@ def draw_poses(
             centre = (int((x0 + x1) / 2), int((y0 + y1) / 2))
             axes = (int(math.hypot(x0 - x1, y0 - y1) / 2), stick_width)
             angle = int(math.degrees(math.atan2(y0 - y1, x0 - x1)))
-            outline = cv2.ellipse2Poly(centre, axes, angle, 0, 360, 1)
+            outline = np.array(cv2.ellipse2Poly(centre, axes, angle, 0, 360, 1))
             cv2.fillConvexPoly(picture, outline, [int(channel * 0.6) for channel in colour])
         for (x, y, score), colour in zip(joints, COLOURS, strict=True):
             if score > 0:

@@ -87,7 +87,7 @@ class BodyPoseNetwork(ModelMixin, ConfigMixin):
         stage_channels: int = 64,
         norm_groups: int = 8,
         input_height: int = 128,
-        blur_sigma: float = 1.0,
+        blur_sigma: float = 3.0,
     ):
         super().__init__()
         if 2 ** len(stem_channels) != STRIDE:

@@ -180,9 +180,8 @@ class OpenPose:
         found = (blurred > PEAK_THRESHOLD - margin).nonzero()
         frame, joint, y, x = found.unbind(1)
         value = blurred[frame, joint, y, x] + margin
-        neighbours = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
         near = torch.ones_like(value, dtype=torch.bool)
-        for v, u in neighbours:
+        for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
             near &= value >= blurred[frame, joint, v.clamp(0, height - 1), u.clamp(0, width - 1)]
         found = found[near]
 
@@ -214,9 +213,13 @@ def _load_openpose(path: Path) -> nn.Module:
         raise UserError(f"pose network {path} is not a file of weights: {_first_line(error)}") from error
     network = _openpose_class()()
     names = {name.split(".", 1)[1]: name for name in network.state_dict()}
-    if not isinstance(weights, dict) or (wrong := sorted(map(str, weights.keys() ^ names.keys()))):
-        detail = f": missing or not its own: {', '.join(wrong[:4])}" if isinstance(weights, dict) else ""
-        raise UserError(f"pose network {path} is not OpenPose's {OPENPOSE_FILE}{detail}")
+    keys = weights.keys() if isinstance(weights, dict) else set()
+    if keys != names.keys():
+        missing, unexpected = sorted(names.keys() - keys), sorted(map(str, keys - names.keys()))
+        raise UserError(
+            f"pose network {path} is not OpenPose's {OPENPOSE_FILE}: "
+            f"{len(missing)} keys missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
     try:
         network.load_state_dict({names[name]: value for name, value in weights.items()})
     except RuntimeError as error:
@@ -282,12 +285,11 @@ def _interpolation(scale: float) -> int:
 def _enlarging(
     cells: int, size: int, pixels: int, method: int, sigma: float, device: torch.device
 ) -> _Enlarging:
-    unit = np.eye(cells, dtype=np.float32)
-    by_stride = cv2.resize(unit, (cells, cells * STRIDE), interpolation=cv2.INTER_LANCZOS4).astype(np.float64)
-    to_frame = cv2.resize(np.eye(size, dtype=np.float32), (size, pixels), interpolation=method).astype(
-        np.float64
-    )
-    return _Enlarging(to_frame @ by_stride[:size], sigma, device)
+    def resizing(old: int, new: int, method: int) -> NDArray[np.float64]:
+        return cv2.resize(np.eye(old, dtype=np.float32), (old, new), interpolation=method).astype(np.float64)
+
+    by_stride = resizing(cells, cells * STRIDE, cv2.INTER_LANCZOS4)
+    return _Enlarging(resizing(size, pixels, method) @ by_stride[:size], sigma, device)
 
 
 def _at(maps: Tensor, rows: Tensor, columns: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -325,14 +327,9 @@ def _lines(paf: Tensor, peaks: Tensor, rows: Tensor, columns: Tensor, frames: in
     first = counts.cumsum(0) - counts
     start, end = torch.tensor(LIMBS, device=device).unbind(1)
     base = torch.arange(frames, device=device)[:, None] * 18
-    starts, ends = (
-        (base + start).flatten(),
-        (base + end).flatten(),
-    )  # group of either end, for each (frame, limb)
+    starts, ends = (base + start).flatten(), (base + end).flatten()  # groups of each (frame, limb)
     pairs = counts[starts] * counts[ends]
-    place = torch.repeat_interleave(
-        torch.arange(len(pairs), device=device), pairs
-    )  # (frame, limb) of each pair
+    place = torch.arange(len(pairs), device=device).repeat_interleave(pairs)  # (frame, limb) of each pair
     within = torch.arange(len(place), device=device) - (pairs.cumsum(0) - pairs)[place]
     ends_there = counts[ends][place]
     a = first[starts][place] + within // ends_there
@@ -348,18 +345,10 @@ def _lines(paf: Tensor, peaks: Tensor, rows: Tensor, columns: Tensor, frames: in
         step = torch.arange(PAF_SAMPLES, device=device, dtype=torch.float64)[:, None] / (PAF_SAMPLES - 1)
         y, x = (p[:, None] + step * (q - p)[:, None]).round().long().unbind(-1)  # [M, 10]
         frame, limb = place[chunk] // len(LIMBS), place[chunk] % len(LIMBS)
-        field = torch.stack(
-            [
-                torch.einsum(
-                    "msh,msh->ms",
-                    rows[y],
-                    half[frame[:, None], channel[limb][:, None] + axis, :, x],
-                )
-                for axis in (1, 0)
-            ],
-            dim=-1,
-        )  # [M, 10, 2] (y, x)
-        agreement = (field * direction[:, None]).sum(-1)
+        agreement = torch.zeros(y.shape, device=device, dtype=torch.float64)
+        for axis, towards in ((0, direction[:, 1:]), (1, direction[:, :1])):  # the field's x, then y
+            column = half[frame[:, None], channel[limb][:, None] + axis, :, x]  # [M, 10, h]
+            agreement += torch.einsum("msh,msh->ms", rows[y], column) * towards
         score = agreement.mean(-1) + (0.5 * height / length - 1).clamp(max=0)
         good = ((agreement > PAF_THRESHOLD).sum(-1) > 0.8 * PAF_SAMPLES) & (score > 0)
         kept.append((chunk[good], score[good]))

@@ -1,5 +1,6 @@
 import json
 
+import cv2
 import decord
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ def joints_found(keypoints: np.ndarray, guess: np.ndarray, size: int) -> float:
 
 @pytest.fixture(scope="module", params=DISTRIBUTIONS)
 def clips(request):
-    return [sample_clip(request.param, seed, 48, size=64) for seed in range(24)]
+    return [sample_clip(request.param, seed, 24, size=64, every=3) for seed in range(24)]
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -42,8 +43,9 @@ def test_character_motion_and_background_have_their_own_seeds():
     clip = sample_clip("dance", 1, 8)
     moved = sample_clip("dance", 1, 8, motion_seed=2)
     assert np.abs(clip.keypoints - moved.keypoints)[..., :2].max() > 10
-    nobody = ~(clip.mask.any(0) | moved.mask.any(0))
-    nobody[70:] = False  # where the shadows are
+    somebody = (clip.mask.any(0) | moved.mask.any(0)).astype(np.uint8)
+    nobody = cv2.dilate(somebody, np.ones((5, 5), np.uint8)) == 0  # the edges are mixed with the background
+    nobody[80:] = False  # where the shadows are
     np.testing.assert_array_equal(clip.frames[0][nobody], moved.frames[0][nobody])
     elsewhere = sample_clip("dance", 1, 8, background_seed=2)
     np.testing.assert_array_equal(clip.keypoints, elsewhere.keypoints)

@@ -1,4 +1,4 @@
-"""TCAN as a whole: what each input does to the prediction, what each stage trains, and its size at SD1.5's."""
+"""TCAN as a whole: what each input does to the prediction, what each stage trains, its size at SD1.5's."""
 
 import copy
 import subprocess
@@ -261,8 +261,8 @@ def test_sd15_size() -> None:
         == sum(n * 16 * (4 * 2 * c + 2 * (768 + c)) for c, n in down_and_up.items())
         == 2_390_016
     )
-    # after the last feature: attn1 4c^2 + c, attn2 2c^2 + 2 * 768c + c, two norms 4c, ff 12c^2 + 9c, proj_out c^2 + c,
-    # norm 2c and convolution 36c + 4, at c = 320
+    # after the last feature: attn1 4c^2 + c, attn2 2c^2 + 2 * 768c + c, two norms 4c, ff 12c^2 + 9c,
+    # proj_out c^2 + c, norm 2c and convolution 36c + 4, at c = 320
     c = 320
     dropped = 19 * c * c + 2 * 768 * c + 18 * c + 36 * c + 4
     assert count(1, "appearance_unet") == 859_520_964 - dropped == 857_066_560
@@ -270,7 +270,8 @@ def test_sd15_size() -> None:
 
     assert len(temporal_layers(model.denoiser)) == 20
     assert len(temporal_layers(model.controlnet)) == 4
-    # a temporal layer of width c: projections 2c^2, two attentions of 4c^2, feed-forward 12c^2, and 21c of the rest
+    # a temporal layer of width c: projections 2c^2, two attentions of 4c^2, feed-forward 12c^2, and 21c of
+    # the rest
     width = {320: 5, 640: 5, 1280: 10}
     assert count(2, "denoiser") == sum(n * (22 * c * c + 21 * c) for c, n in width.items()) == 417_137_600
     assert count(2, "controlnet") == 4 * (22 * 1280**2 + 21 * 1280) == 144_286_720

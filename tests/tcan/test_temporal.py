@@ -31,7 +31,7 @@ def layer(groups: int = 4) -> TemporalTransformer:
 
 
 def animatediff(weights: dict[str, Tensor], clip: Tensor, tau: Tensor, heads: int, groups: int) -> Tensor:
-    """AnimateDiff's motion module on one clip `[F, C, h, w]`: statistics of one frame, attention along one place."""
+    """AnimateDiff's motion module on one clip `[F, C, h, w]`: statistics per frame, attention per place."""
     frames, channels, height, width = clip.shape
     out = clip.clone()
     normed = []

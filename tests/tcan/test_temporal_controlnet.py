@@ -45,7 +45,8 @@ def test_temporal_layers_act_at_down_factors_4_and_8_alone(bases: dict, model: T
     }
     inputs = batch(1, 3)
     for mine, frozen in zip(residuals(model, inputs), frozen_residuals(bases, inputs), strict=True):
-        # latents of 8 x 16: grids 8, 4 are before the first temporal layer; 2's first (the downsampler's) as well
+        # latents of 8 x 16: grids 8, 4 are before the first temporal layer; 2's first (the downsampler's) as
+        # well
         if mine.shape[-2] > 2:
             assert torch.equal(mine, frozen)
     assert not torch.equal(residuals(model, inputs)[-1], frozen_residuals(bases, inputs)[-1])

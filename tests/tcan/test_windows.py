@@ -1,5 +1,7 @@
 """Windows: every frame covered, whole windows, averages by count."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ def test_windows_are_whole_overlap_and_cover(frames: int) -> None:
     length = 1 if frames == 1 else 16
     assert slices[0].start == 0
     assert all(s.stop - s.start == length for s in slices)
-    assert all(b.start == a.stop - 4 for a, b in zip(slices, slices[1:], strict=False))
+    assert all(b.start == a.stop - 4 for a, b in pairwise(slices))
     padded = slices[-1].stop
     assert padded >= frames
     assert len(slices) == 1 or slices[-2].stop < frames  # no window too many

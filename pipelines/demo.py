@@ -1,0 +1,101 @@
+"""All of it on rendered puppets: videos -> clip dataset -> stage 1 -> stage 2 -> animated videos -> measures.
+
+    OUT/videos/train/            clips of `dance`: few adults, one kind of scene
+    OUT/videos/{dance,bizarre}/  held out: characters and dances that no training saw
+    OUT/dataset/ OUT/run/        what `tcan preprocess` and `tcan train` make of them
+    OUT/animated/                a held-out dancer and a creature, each with the dance of somebody else
+    OUT/evaluation/{dance,bizarre}/
+    OUT/sheet.png                the animated videos at a glance
+    OUT/mlflow/                  the runs
+
+Each part is left alone where it is whole, so the same command again goes on from what is there.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pipelines.animate import animate
+from pipelines.config import Config, TrackingConfig
+from pipelines.evaluate import evaluate, table
+from pipelines.preprocess.job import preprocess
+from pipelines.puppets.world import FPS, Distribution, sample_clip, write_clip
+from pipelines.train.job import train
+from tcan.video import read_video, write_picture
+
+TRAIN_CLIPS, TRAIN_FRAMES = 24, 64
+HELD_OUT_CLIPS, HELD_OUT_FRAMES = 4, 40
+HELD_OUT_SEED = 20_000_000
+"""Far from the seeds of the demo's training clips and of the mini weights' pretraining."""
+SHEET_TIMES = 6
+
+
+def demo(out: Path, config: Config) -> None:
+    """Runs every job at the size of `config` and ends by saying where the results lie.
+
+    Raises:
+        UserError: as the jobs do.
+    """
+    out = Path(out)
+    tracking = TrackingConfig(config.tracking.experiment, str(out / "mlflow"), config.tracking.uri)
+    config = dataclasses.replace(config, tracking=tracking)
+
+    videos = out / "videos"
+    render(videos / "train", "dance", 0, TRAIN_CLIPS, TRAIN_FRAMES, config.size)
+    for distribution in ("dance", "bizarre"):
+        render(videos / distribution, distribution, HELD_OUT_SEED, HELD_OUT_CLIPS, HELD_OUT_FRAMES, config.size)
+    preprocess(videos / "train", out / "dataset", config)
+    model = train(out / "dataset", out / "run", config)
+
+    animated = []
+    for character, dance in (("dance", 1), ("bizarre", 2)):
+        target = out / "animated" / f"{character}.mp4"
+        if target.exists():
+            print(f"{target}: made before, left alone", flush=True)
+        else:
+            image = videos / character / "00.png"
+            animate(image, videos / "dance" / f"{dance:02}.mp4", model, target, config, side_by_side=True)
+        animated.append(target)
+    sheet = out / "sheet.png"
+    write_picture(contact_sheet(animated), sheet)
+
+    tables = []
+    for distribution in ("dance", "bizarre"):
+        folder = out / "evaluation" / distribution
+        if not (folder / "evaluation.json").exists():
+            evaluate(videos / distribution, model, folder, config)
+        measures = json.loads((folder / "evaluation.json").read_text())["measures"]
+        tables.append(f"Held-out {distribution}:\n{table(measures)}")
+
+    print("", *tables, sep="\n\n")
+    print(f"\nVideos:         {', '.join(map(str, animated))}; the held-out ones in {out / 'evaluation'}")
+    print(f"Contact sheet:  {sheet}")
+    print(f"Runs in MLflow: tcan ui --tracking.folder {tracking.folder}")
+
+
+def render(folder: Path, distribution: Distribution, first_seed: int, clips: int, frames: int, size: int) -> None:
+    """Clips as mp4, each with its true keypoints (JSON) and its first frame (PNG) beside it."""
+    missing = [i for i in range(clips) if not (folder / f"{i:02}.png").exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in tqdm(missing, desc=f"rendering {folder}", disable=None):
+        clip = sample_clip(distribution, first_seed + i, frames, size)
+        write_clip(clip, folder / f"{i:02}", FPS)
+        write_picture(clip.frames[0], folder / f"{i:02}.png")  # last: its presence says that the clip is whole
+
+
+def contact_sheet(videos: list[Path]) -> np.ndarray:
+    """uint8 RGB: per video its picture, then driving pose above result at a few times."""
+
+    def rows() -> Iterator[np.ndarray]:
+        for path in videos:
+            frames, _ = read_video(path)
+            picture, pose, result = np.split(frames, 3, axis=2)
+            times = np.linspace(0, len(frames) - 1, SHEET_TIMES).round().astype(int)
+            yield np.concatenate([picture[0], *pose[times]], axis=1)
+            yield np.concatenate([np.zeros_like(picture[0]), *result[times]], axis=1)
+
+    return np.concatenate(list(rows()))

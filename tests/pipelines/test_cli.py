@@ -1,0 +1,167 @@
+"""What a person sees of the command line: help, the configuration's way in, and one line for what can be mended."""
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines import cli
+from pipelines.config import PRESETS, Config, load_config
+from tcan.errors import UserError
+
+
+def tcan(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+    )
+
+
+def keys(config: type, prefix: str = "") -> list[str]:
+    found = []
+    for item in fields(config):
+        if is_dataclass(item.type):
+            found += keys(item.type, f"{prefix}{item.name}.")
+        else:
+            found.append(f"{prefix}{item.name}")
+    return found
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr, after checking that it is one and the status is 2."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    line = captured.err.removesuffix("\n")
+    assert "\n" not in line and line.startswith("tcan: error: ")
+    return line.removeprefix("tcan: error: ")
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    heavy = "import sys; from pipelines import cli; cli.main(['--help']); print(sorted({'torch', 'ray', 'mlflow', 'diffusers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("preprocess", "train", "animate", "evaluate", "demo", "ui"):
+        assert f"  {command} " in done.stdout
+
+
+def test_help_of_a_job_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    words = text.split()
+    for key in keys(Config):
+        assert f"--{key}" in words, key
+        explanation = text.partition(f"--{key} ")[2].partition("(type:")[0].split(maxsplit=1)
+        assert len(explanation) == 2, f"{key} is not explained"
+
+
+def test_help_shows_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", "sd15", "--help"])
+    assert "(type: int, default: 512)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_holds_what_it_says(preset: str) -> None:
+    config = load_config("--config", preset)
+    values = yaml.safe_load(PRESETS[preset].read_text())
+    assert config.size == values["size"]
+    assert config.train.stage1.steps == values["train"]["stage1"]["steps"]
+
+
+def test_file_overrides_preset_and_command_line_overrides_both(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 7\ntrain: {max_failures: 5}\ntracking: {experiment: mine}\n")
+    config = load_config("--train.max_failures", "9", "--config", "sd15", "--config", str(file))
+    assert (config.size, config.seed, config.train.max_failures, config.tracking.experiment) == (
+        512,
+        7,
+        9,
+        "mine",
+    )
+    assert load_config("--config", str(file)).size == 128  # from mini
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {wrokers: 2}", "no such key: train.wrokers; did you mean train.workers?"),
+        ("sede: 2", "no such key: sede; did you mean seed?"),
+        ("seed: two", "seed: expected int, got two"),
+        ("train: 5", "train must hold keys and values"),
+        ("- seed", "must hold keys and values, such as `seed: 1`"),
+        ("seed: [", "not YAML: "),
+    ],
+)
+def test_bad_configuration_file(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    line = error_of(capsys, "ui", "--config", str(file))
+    assert line.startswith(f"{file}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian x", "no such command: trian; did you mean train?"),
+        ("train d --out o --train.wrokers 2", "no such key: --train.wrokers; did you mean train.workers?"),
+        ("train d --out o --train.workers=many", "train.workers: expected int, got many"),
+        ("train d --out o --stage 3", "stage: expected Literal['1', '2', 'all'], got 3"),
+        ("train d", "missing: --out; tcan train --help explains"),
+        ("preprocess videos", "missing: OUT; tcan preprocess --help explains"),
+        ("ui there", "unexpected argument: there; tcan ui --help lists what it takes"),
+        ("ui --config sd51", "--config sd51: No such file or directory; give mini, sd15 or a YAML file"),
+        ("ui --size 100", "size = 100: must be a multiple of 64, such as 128 or 512"),
+    ],
+)
+def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_of(capsys, *arguments.split()) == message
+
+
+def test_exit_status_and_streams_of_the_real_command(tmp_path: Path) -> None:
+    done = tcan("ui", "--tracking.folder", "nowhere", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("tcan: error: no runs are recorded in ") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        with open("/dev/full", "wb", buffering=0) as full:  # the kernel's always-full device
+            full.write(b"x")
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+        message = cli._mendable(error)
+    assert message is not None and message.startswith("the disk is full")
+
+
+def test_what_ray_wraps_is_found(ray_cluster: None) -> None:
+    import ray
+
+    @ray.remote
+    def fails(mendable: bool) -> None:
+        raise UserError("the file is broken") if mendable else ValueError("a bug")
+
+    for mendable, message in ((True, "the file is broken"), (False, None)):
+        try:
+            ray.get(fails.remote(mendable))
+        except Exception as error:
+            assert cli._mendable(error) == message
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    assert cli._mendable(ValueError("a bug")) is None
+    assert cli._mendable(OSError(errno.ENOENT, "a bug")) is None

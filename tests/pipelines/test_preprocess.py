@@ -1,0 +1,511 @@
+"""Preprocessing, on real H.264 files and a real Ray: nothing lost, nothing twice, and what plain pyarrow reads back."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import decord
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from pipelines.config import Config, load_config
+from pipelines.dataset import CLIP_SCHEMA, decode_row, read_info
+from pipelines.preprocess.decode import DecodeError, decode_clips
+from pipelines.preprocess.job import plan, preprocess
+from pipelines.preprocess.pose import pack_people, unpack_people
+from pipelines.preprocess.shards import Contents, ShardWriter, VideoAssembler, read_contents, writing
+from pipelines.preprocess.sources import Source, identify, list_sources
+from pipelines.puppets.world import sample_clip, write_clip
+from tcan.errors import UserError
+from tcan.weights import MINI
+
+SIZE = 64
+OPTIONS = (
+    "--size=64",
+    "--preprocess.clip_frames=16",
+    "--preprocess.min_clip_frames=8",
+    "--preprocess.min_person_share=0",
+)
+
+
+def write_video(
+    path: Path, num_frames: int, height: int = SIZE, width: int = SIZE, seed: int = 0, fps: int = 25
+) -> Path:
+    """A disc that moves over a plain ground, H.264; the index at the front, so that a file cut short still has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colours = np.random.default_rng(seed).integers(40, 215, (2, 3))
+    rows, columns = np.mgrid[:height, :width]
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", 12
+        for i in range(num_frames):
+            disc = (rows - height / 2) ** 2 + (columns - 8 - i) ** 2 < 100
+            picture = np.where(disc[..., None], colours[0], colours[1]).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two good videos among everything that lies about in a folder."""
+    folder = tmp_path_factory.mktemp("videos")
+    good = write_video(folder / "a.mp4", 40)
+    write_video(folder / "with space" / "танец 舞.MP4", 19, height=80, width=96, seed=1)
+    (folder / "b copy.mp4").write_bytes(good.read_bytes())
+    long = write_video(folder / "cut.mp4", 60, seed=2)
+    long.write_bytes(long.read_bytes()[: long.stat().st_size // 2])
+    write_video(folder / "one frame.mp4", 1, seed=3)
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video\n" * 50)
+    (folder / "nowhere.mp4").symlink_to(folder / "gone.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "notes.json").write_text("{}")
+    return folder
+
+
+EXPECTED_REJECTIONS = {
+    "b copy.mp4": ("list", "duplicate of"),
+    "cut.mp4": ("decode", ""),
+    "one frame.mp4": ("decode", "too short"),
+    "empty.mp4": ("list", "empty file"),
+    "text.mp4": ("decode", "not a video"),
+    "nowhere.mp4": ("list", "link to nowhere"),
+    "pipe.mp4": ("list", "not a regular file"),
+}
+
+
+def make_config(bases: Path, folder: Path, *options: str) -> Config:
+    sources = [
+        f"--bases.vae={bases}",
+        f"--bases.pose={bases / 'pose'}",
+        f"--tracking.folder={folder / 'mlflow'}",
+    ]
+    return load_config(*OPTIONS, *sources, *options)
+
+
+@dataclasses.dataclass
+class Made:
+    videos: Path
+    out: Path
+    config: Config
+    bases: Path
+    summary: dict
+
+
+@pytest.fixture(scope="session")
+def made(
+    corpus: Path, bases_folder: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> Made:
+    folder = tmp_path_factory.mktemp("made")
+    config = make_config(bases_folder, folder)
+    summary = preprocess(str(corpus), str(folder / "out"), config)
+    return Made(corpus, folder / "out", config, bases_folder, summary)
+
+
+def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def read_clips(out: Path) -> list[dict]:
+    rows = [row for file in (out / "clips").iterdir() for row in pq.read_table(file).to_pylist()]
+    return sorted(rows, key=lambda row: row["clip_id"])
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_a_pattern_a_list_and_a_file_name_sources(tmp_path: Path) -> None:
+    for name in ("a.mp4", "deep/er/b.MKV", "odd [1].mp4", "c.txt", "d.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path)
+
+    def names(what: str) -> list[str]:
+        return [os.path.relpath(path, tmp_path) for path in list_sources(what)]
+
+    assert names(str(tmp_path)) == ["a.mp4", "deep/er/b.MKV", "odd [1].mp4"]
+    assert names(str(tmp_path / "**/*.MKV"))[0] == "deep/er/b.MKV"
+    assert names(str(tmp_path / "odd [1].mp4")) == ["odd [1].mp4"]
+    (tmp_path / "list.txt").write_text(f"# mine\n\na.mp4\n{tmp_path}/d.json\nmissing.mp4\na.mp4\n")
+    assert names(str(tmp_path / "list.txt")) == ["a.mp4", "d.json", "missing.mp4"]
+
+
+def test_missing_or_empty_sources_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("# nothing\n")
+    for what, words in {
+        "nowhere": "no such file or folder",
+        "empty": "no videos in this folder",
+        "*.mp4": "no file matches",
+        "list.txt": "names no videos",
+    }.items():
+        with pytest.raises(UserError, match=words) as error:
+            list_sources(str(tmp_path / what))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_a_source_with_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("x")
+    (tmp_path / "a.mp4").chmod(0)
+    assert "cannot be read" in str(identify([str(tmp_path / "a.mp4")])[0].problem)
+
+
+def test_what_is_done_depends_on_path_and_content() -> None:
+    done = Contents(kept={"1": "/a"}, rejected={("/bad", "2"): ("decode", ""), ("/gone", None): ("list", "")})
+    sources = [
+        Source("/a", "1"),  # done
+        Source("/bad", "2"),  # done
+        Source("/gone", problem="no such file"),  # done
+        Source("/bad", "3"),  # another content now
+        Source("/moved", "1"),
+        Source("/new", "4"),
+        Source("/new too", "4"),
+    ]
+    pending, rejected = plan(sources, done)
+    assert [(source.path, source.video_id) for source in pending] == [("/bad", "3"), ("/new", "4")]
+    assert [(source.path, reason) for source, reason in rejected] == [
+        ("/moved", "duplicate of /a"),
+        ("/new too", "duplicate of /new"),
+    ]
+
+
+# --- decode ----------------------------------------------------------------------------------------------------------
+
+DECODE = {"size": SIZE, "fps": None, "clip_frames": 16, "min_clip_frames": 8, "timeout": 120.0}
+
+
+def test_clips_are_the_video_cut_up(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 40)
+    clips = list(decode_clips(str(path), **DECODE))
+    assert [(clip["start"], clip["num_frames"], clip["num_clips"]) for clip in clips] == [
+        (0, 16, 3),
+        (16, 16, 3),
+        (32, 8, 3),
+    ]
+    frames = np.frombuffer(b"".join(clip["frames"] for clip in clips), np.uint8).reshape(40, SIZE, SIZE, 3)
+    with av.open(
+        str(path)
+    ) as container:  # another reader's frames; decoders differ by a rounding in the colours
+        truth = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert np.abs(frames.astype(int) - truth).mean() < 2
+    others = [np.abs(frames.astype(int) - np.roll(truth, shift, axis=0)).mean() for shift in (-1, 1)]
+    assert np.abs(frames.astype(int) - truth).mean() < min(others)
+    # A rest that is too short is dropped.
+    assert [clip["num_frames"] for clip in decode_clips(str(path), **DECODE | {"min_clip_frames": 9})] == [
+        16,
+        16,
+    ]
+
+
+def test_the_crop_is_the_centre_square_scaled(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "wide.mp4", 16, height=128, width=320)
+    (clip,) = decode_clips(str(path), **DECODE)
+    assert clip["crop"] == [96, 0, 224, 128]
+    frame = np.frombuffer(clip["frames"], np.uint8).reshape(16, SIZE, SIZE, 3)[0].astype(int)
+    truth = (
+        decord.VideoReader(str(path))[0].asnumpy()[:, 96:224].reshape(SIZE, 2, SIZE, 2, 3).mean(axis=(1, 3))
+    )
+    assert np.abs(frame - truth).mean() < 2
+
+
+def test_resampling_takes_the_frame_of_that_time(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 40, fps=30)
+    (clip,) = decode_clips(str(path), **DECODE | {"fps": 10.0})
+    frames = np.frombuffer(clip["frames"], np.uint8).reshape(-1, SIZE, SIZE, 3)
+    assert (clip["num_frames"], clip["fps"]) == (13, 10.0)
+    assert np.array_equal(frames, decord.VideoReader(str(path)).get_batch(range(0, 39, 3)).asnumpy())
+
+
+def test_a_decoder_that_takes_too_long_is_killed(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 40)
+    with pytest.raises(DecodeError, match="no clip within"):
+        list(decode_clips(str(path), **DECODE | {"timeout": 1e-5}))
+
+
+def test_a_reader_that_takes_its_time_is_not(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 200, height=256, width=256)
+    clips = decode_clips(str(path), **DECODE | {"size": 256, "timeout": 5.0})
+    next(clips)
+    time.sleep(6)
+    assert len(list(clips)) == 12
+
+
+# --- videos and shards -----------------------------------------------------------------------------------------------
+
+
+def encoded_row(video: str, start: int, num_clips: int, people: list[np.ndarray]) -> dict:
+    counts, packed = pack_people(people)
+    latent = np.full((len(people), 4, 8, 8), start, "<f2").tobytes()
+    return {
+        "video_id": video, "source": f"/{video}", "num_clips": num_clips, "start": start, "num_frames": len(people),
+        "fps": 25.0, "crop": [0, 0, 64, 64], "people_per_frame": counts, "people": packed, "latent_mean": latent,
+        "latent_logvar": latent, "stage": None, "reason": None,
+    }  # fmt: skip
+
+
+def person(x: float, height: float) -> np.ndarray:
+    """[18, 3], upright at x."""
+    return np.stack(
+        [np.full(18, x), np.linspace(32 - height / 2, 32 + height / 2, 18), np.ones(18)], axis=1
+    ).astype("<f4")
+
+
+def test_people_survive_packing() -> None:
+    people = [
+        np.zeros((0, 18, 3), "<f4"),
+        np.stack([person(1, 2), person(3, 4)]),
+        np.zeros((0, 18, 3), "<f4"),
+    ]
+    assert all(np.array_equal(a, b) for a, b in zip(people, unpack_people(*pack_people(people)), strict=True))
+
+
+def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Path) -> None:
+    both = np.stack([person(40, 20), person(10, 40)])
+    swapped = np.stack(
+        [person(40, 50), person(10, 30)]
+    )  # the other is larger here, but isn't who was followed
+    empty = np.zeros((0, 18, 3), "<f4")
+    ids = ["0" * 16, "f" * 16, "8" * 16]
+    with writing(tmp_path):
+        writer = ShardWriter(tmp_path, {"size": SIZE}, 2**30, 1e9)
+        assembler = VideoAssembler(writer, SIZE, min_person_share=0.5, validation_share=0.1)
+        assert assembler.add(encoded_row(ids[0], 2, 2, [swapped, swapped])) is None
+        assert assembler.add(encoded_row(ids[1], 0, 2, [both[:1]])) is None
+        assert assembler.add(encoded_row(ids[0], 0, 2, [both, both])) == "kept"
+        assert (
+            assembler.add(encoded_row(ids[1], 1, 2, []) | {"stage": "decode", "reason": "broken"})
+            == "rejected"
+        )
+        assert assembler.add(encoded_row(ids[1], 1, 2, [both[:1]])) is None  # too late
+        assert assembler.add(encoded_row(ids[2], 0, 1, [both, empty, empty])) == "rejected"
+        writer.commit()
+        contents = read_contents(tmp_path, {"size": SIZE})
+    assert contents.counts == {"sources": 3, "videos": 1, "clips": 2, "frames": 4, "rejected": 2}
+    assert {stage for stage, _ in contents.rejected.values()} == {"decode", "pose"}
+    first, second = read_clips(tmp_path)
+    assert (first["split"], first["start"], second["start"]) == ("validation", 0, 2)
+    assert np.array_equal(decode_row(first)["keypoints"], np.stack([both[1], both[1]]))
+    assert np.array_equal(decode_row(second)["keypoints"], np.stack([swapped[1], swapped[1]]))
+    assert np.array_equal(decode_row(second)["reference_keypoints"], both[1])
+    assert (decode_row(second)["reference_latent_mean"] == 0).all() and (
+        decode_row(second)["latent_mean"] == 2
+    ).all()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A limit on file sizes fails writes as a full disk does, in the middle of a file."""
+    noise = np.random.default_rng(0).bytes(200_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with writing(tmp_path):
+        writer = ShardWriter(tmp_path, {}, 2**30, 1e9)
+        row = encoded_row("0" * 16, 0, 1, [person(1, 2)[None]]) | {"clip_id": "x", "latent_mean": noise}
+        writer.add_video(pa.Table.from_pylist([row], CLIP_SCHEMA))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        try:
+            with pytest.raises(UserError, match="cannot be written: file too large; make room") as error:
+                writer.commit()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_two_jobs_do_not_write_to_one_dataset(tmp_path: Path) -> None:
+    with writing(tmp_path), pytest.raises(UserError, match="another preprocess"), writing(tmp_path):
+        pass
+
+
+def test_an_out_that_cannot_be_is_one_line(tmp_path: Path, corpus: Path, bases_folder: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in ("file", "file/below"):
+        with pytest.raises(UserError, match=r"is a file|cannot be written"):
+            preprocess(str(corpus), str(tmp_path / out), make_config(bases_folder, tmp_path))
+
+
+# --- the job ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_source_is_kept_or_rejected_with_a_reason(made: Made) -> None:
+    info = read_info(made.out)
+    clips = read_clips(made.out)
+    rejected = [row for file in (made.out / "rejected").iterdir() for row in pq.read_table(file).to_pylist()]
+    sources = list_sources(str(made.videos))
+    assert len(sources) == 9
+    assert Counter(sources) == Counter({row["source"] for row in clips}) + Counter(
+        row["source"] for row in rejected
+    )
+    for row in rejected:
+        stage, reason = EXPECTED_REJECTIONS[Path(row["source"]).name]
+        assert row["stage"] == stage and row["reason"].startswith(reason) and "\n" not in row["reason"], row
+    assert info["counts"] == {"sources": 9, "videos": 2, "clips": 4, "frames": 40 + 16, "rejected": 7}
+    assert {key: made.summary[key] for key in info["counts"]} == info["counts"]
+    assert sum(made.summary["reasons"].values()) == 7
+    assert info["settings"] == dataclasses.asdict(made.config.preprocess)
+
+
+def test_latents_read_back_are_the_vaes_own(made: Made) -> None:
+    vae = AutoencoderKL.from_pretrained(made.bases / "vae").eval()
+    for row in read_clips(made.out):
+        reader = decord.VideoReader(row["source"])
+        height, width = reader[0].shape[:2]
+        if (height, width) != (SIZE, SIZE):
+            assert row["crop"] == [8, 0, 88, 80]
+            continue
+        frames = reader.get_batch(range(row["start"], row["start"] + row["num_frames"])).asnumpy()
+        pixels = torch.from_numpy(frames).movedim(-1, 1).float() / 255 * 2 - 1
+        with torch.no_grad():
+            truth = vae.encode(pixels).latent_dist
+            first = vae.encode(
+                torch.from_numpy(reader[0].asnumpy()).movedim(-1, 0)[None].float() / 255 * 2 - 1
+            )
+        arrays = decode_row(row)
+        for name, expected in {
+            "latent_mean": truth.mean,
+            "latent_logvar": truth.logvar,
+            "reference_latent_mean": first.latent_dist.mean[0],
+        }.items():
+            assert arrays[name].shape == tuple(expected.shape)
+            np.testing.assert_allclose(
+                arrays[name].astype(np.float32), expected.numpy(), rtol=1e-3, atol=2e-3
+            )
+        assert arrays["keypoints"].shape == (row["num_frames"], 18, 3)
+        assert (row["height"], row["width"], row["fps"]) == (SIZE, SIZE, 25)
+
+
+def test_a_second_run_adds_nothing_and_one_more_video_only_itself(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = shutil.copytree(made.out, tmp_path / "out")
+    before = files_of(out)
+    again = preprocess(str(made.videos), str(out), made.config)
+    assert files_of(out) == before
+    assert "nothing to add" in capsys.readouterr().out
+    assert (again["new_videos"], again["new_rejected"], again["videos"]) == (0, 0, 2)
+
+    new = write_video(tmp_path / "new.mp4", 20, seed=9)
+    more = preprocess(str(new), str(out), made.config)
+    after = files_of(out)
+    old = before.keys() - {"dataset.json"}
+    assert {name: after[name] for name in old} == {name: before[name] for name in old}
+    assert (more["new_videos"], more["videos"], read_info(out)["counts"]["sources"]) == (1, 3, 10)
+
+
+def test_other_settings_are_refused_with_the_difference(made: Made) -> None:
+    before = files_of(made.out)
+    other = dataclasses.replace(
+        made.config, preprocess=dataclasses.replace(made.config.preprocess, clip_frames=8)
+    )
+    with pytest.raises(UserError, match="clip_frames 16, not 8"):
+        preprocess(str(made.videos), str(made.out), other)
+    assert files_of(made.out) == before
+
+
+def test_a_run_is_recorded(made: Made) -> None:
+    from mlflow import MlflowClient
+
+    from pipelines import tracking
+
+    client = MlflowClient(tracking.resolve_uri(made.config.tracking))
+    run = client.get_run(read_info(made.out)["mlflow_run_id"])
+    assert run.info.status == "FINISHED" and run.data.tags["tcan.kind"] == "preprocess"
+    assert run.data.metrics["videos"] == 2 and run.data.metrics["rejected"] == 7
+    assert {"dataset.json", "clips.png"} <= {
+        artifact.path for artifact in client.list_artifacts(run.info.run_id)
+    }
+
+
+def test_nothing_usable_is_one_line_and_no_dataset(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "text.mp4").write_text("no video")
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"none of 1 sources can be used: .*text.mp4: decode: not a video"
+        ):
+            preprocess(str(tmp_path / "videos"), str(tmp_path / "out"), made.config)
+        with pytest.raises(UserError, match="not finished"):
+            read_info(tmp_path / "out")
+
+
+@pytest.mark.skipif(not (MINI / "pose").is_dir(), reason="the shipped weights are not there")
+def test_the_person_is_where_the_puppet_is(ray_cluster: None, tmp_path: Path) -> None:
+    clip = sample_clip("dance", seed=5, num_frames=20)
+    (tmp_path / "videos").mkdir()
+    write_clip(clip, tmp_path / "videos" / "puppet")
+    write_video(tmp_path / "videos" / "nobody.mp4", 20, height=128, width=128)
+    config = load_config(f"--tracking.folder={tmp_path / 'mlflow'}")
+    summary = preprocess(str(tmp_path / "videos"), str(tmp_path / "out"), config)
+    assert (summary["videos"], summary["rejected"]) == (1, 1)
+    assert [reason.split(":")[:2] for reason in summary["reasons"]] == [["pose", " no person"]]
+    (row,) = read_clips(tmp_path / "out")
+    found = decode_row(row)["keypoints"]
+    visible = clip.keypoints[..., 2] > 0
+    close = np.linalg.norm((found - clip.keypoints)[..., :2], axis=-1) < 0.05 * 128
+    assert close[visible].mean() > 0.9
+    mirrored = np.linalg.norm((128 - found[..., 0] - clip.keypoints[..., 0])[..., None], axis=-1) < 0.05 * 128
+    assert mirrored[visible].mean() < 0.7
+
+
+@pytest.fixture
+def driver(tmp_path: Path, bases_folder: Path) -> Iterator[subprocess.Popen]:
+    """A job of its own process and Ray, which commits every video as soon as it is done."""
+    for i in range(12):
+        write_video(tmp_path / "videos" / f"{i}.mp4", 48, seed=20 + i)
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import sys\nfrom pipelines.config import load_config\nfrom pipelines.preprocess.job import preprocess\n"
+        "preprocess(sys.argv[1], sys.argv[2], load_config(*sys.argv[3:]))\n"
+    )
+    options = [*OPTIONS, f"--bases.vae={bases_folder}", f"--bases.pose={bases_folder / 'pose'}"]
+    options += [f"--tracking.folder={tmp_path / 'mlflow'}", "--preprocess.commit_seconds=0"]
+    command = [sys.executable, str(script), str(tmp_path / "videos"), str(tmp_path / "out"), *options]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_finished_by_the_next(
+    driver: subprocess.Popen, tmp_path: Path, bases_folder: Path, ray_cluster: None
+) -> None:
+    out = tmp_path / "out"
+    while not list(out.glob("clips/*.parquet")):
+        assert driver.poll() is None, "the job ended before it could be killed"
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    survived = {name: file for name, file in files_of(out).items() if ".partial" not in name}
+    assert not (out / "dataset.json").exists()
+    (out / "clips" / ".clips-0.parquet.partial").write_text("half")
+
+    config = make_config(bases_folder, tmp_path)
+    summary = preprocess(str(tmp_path / "videos"), str(out), config)
+    clean = preprocess(str(tmp_path / "videos"), str(tmp_path / "clean"), config)
+    after = files_of(out)
+    assert {name: after[name] for name in survived} == survived
+    assert not [name for name in after if ".partial" in name]
+    assert 0 < summary["new_videos"] < 12 and summary["videos"] == clean["videos"] == 12
+    rows, truth = read_clips(out), read_clips(tmp_path / "clean")
+    assert [row["clip_id"] for row in rows] == [row["clip_id"] for row in truth]
+    assert len({row["clip_id"] for row in rows}) == 36
+    for row, other in zip(rows, truth, strict=True):
+        a, b = decode_row(row), decode_row(other)
+        assert all(np.allclose(a[name], b[name], atol=2e-3) for name in a), row["clip_id"]
+    assert json.loads((out / "dataset.json").read_text())["counts"]["clips"] == 36

@@ -1,0 +1,167 @@
+"""Loading is strict; a model folder is what it was made from, or an error."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tcan.errors import UserError
+from tcan.model import TCAN
+from tcan.weights import Bases, fingerprint, load_bases, load_model, read_model_info, save_model
+
+PARTS = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
+UNET = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def loaded(bases_folder: Path) -> Bases:
+    return load_bases(**dict.fromkeys(PARTS, str(bases_folder)))
+
+
+@pytest.fixture(scope="module")
+def trained(loaded: Bases) -> TCAN:
+    """A TCAN none of whose parts is as it was at first."""
+    torch.manual_seed(1)
+    model = TCAN(loaded.unet, loaded.controlnet, loaded.motion_adapter, loaded.empty_prompt)
+    for part in model.parts().values():
+        for tensor in part.values():
+            tensor.add_(torch.randn_like(tensor), alpha=0.01)
+    return model
+
+
+@pytest.fixture
+def model_folder(trained: TCAN, loaded: Bases, tmp_path: Path) -> Path:
+    save_model(trained, tmp_path / "model", bases=loaded.info, stage=2, height=128, width=128, stick_width=2)
+    return tmp_path / "model"
+
+
+def test_fingerprint_changes_with_a_bit_and_not_with_the_storage() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).half()
+    before = fingerprint(layer)
+    assert len(before) == 16 and int(before, 16) >= 0
+    assert fingerprint(layer.float()) == before
+    bits = layer[0].weight.data.view(torch.int32)
+    bits[1, 2] ^= 1
+    assert fingerprint(layer) != before
+    bits[1, 2] ^= 1
+    layer[1].running_mean[0] += 1  # a buffer
+    assert fingerprint(layer) != before
+
+
+def test_fingerprint_knows_names_and_shapes() -> None:
+    values = torch.arange(6.0)
+    prints = {fingerprint({"a": values}), fingerprint({"b": values}), fingerprint({"a": values.view(2, 3)})}
+    assert len(prints) == 3
+
+
+def test_bases_from_a_parent_folder_and_from_each_part(bases_folder: Path, loaded: Bases) -> None:
+    each = load_bases(**{part: str(bases_folder / part) for part in PARTS})
+    for part, info in loaded.info.items():
+        assert each.info[part].get("fingerprint") == info.get("fingerprint")
+    stored = load_file(bases_folder / "unet" / UNET)
+    assert all(torch.equal(stored[name], value) for name, value in loaded.unet.state_dict().items())
+    assert loaded.empty_prompt.shape == (1, 4, 64)
+    assert not any(p.requires_grad for p in loaded.vae.parameters())
+
+
+def test_bases_in_another_dtype_keep_their_fingerprints(bases_folder: Path, loaded: Bases) -> None:
+    small = load_bases(**dict.fromkeys(PARTS, str(bases_folder)), dtype=torch.bfloat16)
+    assert small.unet.dtype == small.empty_prompt.dtype == torch.bfloat16
+    assert small.info == loaded.info
+
+
+def test_bases_that_lack_a_key_or_have_one_too_many(bases_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(bases_folder / "unet")
+    for change, reason in (("remove", "lacks conv_in.weight"), ("add", "has too many stray")):
+        folder = tmp_path / change
+        unet.save_pretrained(folder)
+        weights = load_file(folder / UNET)
+        if change == "remove":
+            del weights["conv_in.weight"]
+        else:
+            weights["stray"] = torch.zeros(1)
+        save_file(weights, folder / UNET)
+        with pytest.raises(UserError, match=reason):
+            load_bases(**dict.fromkeys(PARTS, str(bases_folder)) | {"unet": str(folder)})
+
+
+@pytest.mark.parametrize("source", ["no/such/folder/here", "/no/such/folder", "nothing"])
+def test_bases_that_are_not_there(bases_folder: Path, source: str) -> None:
+    with pytest.raises(UserError, match="vae") as error:
+        load_bases(**dict.fromkeys(PARTS, str(bases_folder)) | {"vae": source})
+    assert "\n" not in str(error.value)
+
+
+def test_model_round_trip(trained: TCAN, loaded: Bases, model_folder: Path) -> None:
+    again = load_model(model_folder, loaded)
+    for part, weights in trained.parts().items():
+        for name, value in again.parts()[part].items():
+            assert torch.equal(value, weights[name]), (part, name)
+    info = read_model_info(model_folder)
+    assert info["bases"] == loaded.info
+    assert (info["stage"], info["height"], info["stick_width"], info["lora_rank"]) == (2, 128, 2, 16)
+    assert [entry.name for entry in model_folder.parent.iterdir()] == ["model"]
+
+
+def test_model_of_stage_one_has_the_bases_temporal_layers(trained: TCAN, loaded: Bases, tmp_path: Path) -> None:
+    save_model(trained, tmp_path / "model", bases=loaded.info, stage=1, height=128, width=128, stick_width=2)
+    assert not (tmp_path / "model" / "motion_adapter").exists()
+    again = load_model(tmp_path / "model", loaded)
+    adapter = loaded.motion_adapter.state_dict()
+    assert all(torch.equal(value, adapter[name]) for name, value in again.parts()["motion_adapter"].items())
+
+
+def test_model_replaces_the_one_before(trained: TCAN, loaded: Bases, model_folder: Path) -> None:
+    (model_folder / "old").touch()
+    save_model(trained, model_folder, bases=loaded.info, stage=1, height=64, width=64, stick_width=1, mlflow_run_id="r")
+    assert read_model_info(model_folder)["mlflow_run_id"] == "r"
+    assert not (model_folder / "old").exists() and not (model_folder / "motion_adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        f"appearance_unet/{UNET}",
+        "appa/pytorch_lora_weights.safetensors",
+        f"motion_adapter/{UNET}",
+        f"temporal_controlnet/{UNET}",
+    ],
+)
+def test_model_that_is_not_whole(loaded: Bases, model_folder: Path, file: str) -> None:
+    weights = load_file(model_folder / file)
+    name = min(weights)
+    save_file({key: value for key, value in weights.items() if key != name}, model_folder / file)
+    with pytest.raises(UserError, match="lacks"):
+        load_model(model_folder, loaded)
+    save_file(weights | {"stray": torch.zeros(1)}, model_folder / file)
+    with pytest.raises(UserError, match="has too many stray"):
+        load_model(model_folder, loaded)
+    save_file(weights | {name: torch.zeros(3, 1)}, model_folder / file)
+    with pytest.raises(UserError, match="does not fit"):
+        load_model(model_folder, loaded)
+    (model_folder / file).unlink()
+    with pytest.raises(UserError, match="isn't whole"):
+        load_model(model_folder, loaded)
+
+
+def test_model_on_other_bases(bases_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(bases_folder / "unet")
+    unet.conv_out.bias.data[0] += 1e-3
+    unet.save_pretrained(tmp_path / "unet")
+    others = load_bases(**dict.fromkeys(PARTS, str(bases_folder)) | {"unet": str(tmp_path / "unet")})
+    with pytest.raises(UserError, match="trained on another unet"):
+        load_model(model_folder, others)
+
+
+def test_no_model_folder(loaded: Bases, model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model folder"):
+        load_model(tmp_path / "nothing", loaded)
+    info = json.loads((model_folder / "tcan.json").read_text())
+    (model_folder / "tcan.json").write_text(json.dumps(info | {"schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99"):
+        load_model(model_folder, loaded)
