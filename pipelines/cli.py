@@ -133,7 +133,7 @@ def _preprocess(arguments: Any, config: Any) -> None:
 def _train(arguments: Any, config: Any) -> None:
     from pipelines.train.job import train
 
-    train(arguments.dataset, arguments.out, config, stage=arguments.stage, from_model=arguments.from_model)
+    train(arguments.dataset, arguments.out, config, stage=arguments.stage, from_model=arguments["from"])
 
 
 def _animate(arguments: Any, config: Any) -> None:
@@ -187,9 +187,7 @@ COMMANDS = {
                 "default": "all",
                 "help": "Only this stage, or both, one after the other.",
             },
-            "--from_model": _path(
-                "Folder of a model of stage 1 that stage 2 starts from; without it OUT's own."
-            ),
+            "--from": _path("Folder of a model of stage 1 that stage 2 starts from; without it OUT's own."),
         },
         _train,
     ),

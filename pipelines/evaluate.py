@@ -183,7 +183,9 @@ def measure(evaluated: list[Evaluated]) -> None:
         height, width = video.truth.shape[1:3]
         m = video.measures
         m |= picture_measures(video.result, video.truth)
-        m |= _suffixed(picture_measures(np.repeat(video.truth[:1], len(video.truth), axis=0), video.truth), "still")
+        if len(video.truth) > 1:  # the first frame would equal itself, at a PSNR of infinity
+            still = np.broadcast_to(video.truth[:1], video.truth[1:].shape)
+            m |= _suffixed(picture_measures(still, video.truth[1:]), "still")
 
         m |= pose_measures(video.found, video.poses, height)
         m |= _suffixed(pose_measures(np.broadcast_to(still_pose, video.poses.shape), video.poses, height), "mean_pose")

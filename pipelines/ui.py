@@ -53,9 +53,15 @@ def ui(config: Config, port: int) -> None:
         "--default-artifact-root",
     ]
     command += [(folder / "artifacts").as_uri(), "--host", HOST, "--port", str(port), "--workers", "1"]
+    environment = {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }  # seven processes that we've no use for
     with log.open("w") as output:
         # Its own process group, because the server starts processes that must end with it.
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         _wait_until_it_answers(server, port, log)
         print(f"MLflow shows the runs of {folder} at http://{HOST}:{port} (Ctrl-C ends it)", flush=True)

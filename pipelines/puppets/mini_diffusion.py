@@ -30,7 +30,7 @@ PROMPT_WIDTH = 64
 STICK_WIDTH = 2
 REFERENCE_SHARE = 0.75
 
-STEPS = {"unet": 1100, "controlnet": 600, "motion": 400}
+STEPS = {"unet": 1000, "controlnet": 600, "motion": 400}
 LEARNING_RATE = {"unet": 2e-3, "controlnet": 2e-3, "motion": 1.5e-3}
 PICTURES = 32
 """Pictures a step, for UNet and ControlNet."""
@@ -159,18 +159,13 @@ def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionM
     def loss_at(step: int) -> Tensor:
         sample = samples.pictures_at(step, 3)
         keep, timestep = sample["keep_reference"], sample["timestep"]
-        # Only the rows that look need features; the others' never enter (`Appearance` indexes by row).
-        looking = keep.nonzero().flatten()
-        kept = capture_features(
-            unet, sample["reference_latent"][looking], timestep[looking], prompt.expand(len(looking), -1, -1)
-        )
-        order = (keep.long().cumsum(0) - 1).clamp(min=0)
-        appearance = Appearance([feature[order] for feature in kept], keep)
+        with torch.no_grad():  # half the cost: what makes a feature good is left for TCAN's stage 1 to learn
+            features = capture_features(unet, sample["reference_latent"], timestep, prompt.expand(PICTURES, -1, -1))
         prediction = unet(
             sample["noisy"][:, 0],
             timestep,
             prompt.expand(PICTURES, -1, -1),
-            cross_attention_kwargs={"appearance": appearance},
+            cross_attention_kwargs={"appearance": Appearance(features, keep)},
         ).sample
         return samples.loss(prediction[:, None], sample)
 
@@ -197,11 +192,9 @@ def train_controlnet(samples: Samples, unet: UNet2DConditionModel, prompt: Tenso
     return controlnet
 
 
-def train_motion(
-    samples: Samples, unet: UNet2DConditionModel, controlnet: ControlNetModel, prompt: Tensor, work: Path
-) -> MotionAdapter:
-    """As AnimateDiff's: temporal layers in the frozen UNet, no pose."""
-    tcan = TCAN(unet, controlnet, new_motion_adapter(), prompt)
+def train_motion(samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path) -> MotionAdapter:
+    """As AnimateDiff's: temporal layers in the frozen UNet, no pose (the ControlNet here never runs)."""
+    tcan = TCAN(unet, ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
     tcan.set_stage(2)
     tcan.controlnet.requires_grad_(False)
 

@@ -7,7 +7,9 @@ Seeded and resumable: the same command goes on from the newest checkpoints in th
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,15 +38,14 @@ def save(module: nn.Module, folder: Path) -> None:
 
 def pretrain(out: Path, work: Path, last: str = PARTS[-1]) -> None:
     """Trains (or, where the work folder has it finished, loads) the parts up to `last` and writes them into `out`."""
-    torch.manual_seed(0)
     parts = PARTS[: PARTS.index(last) + 1]
     corpus = Corpus(work / "corpus")
-    vae = train_vae(corpus, work)
+    vae = seeded(train_vae, corpus, work)
     save(vae, out / "vae")
     if "pose" in parts:
-        save(train_pose(corpus, work), out / "pose")
+        save(seeded(train_pose, corpus, work), out / "pose")
     if "unet" in parts:
-        text_encoder = new_text_encoder()
+        text_encoder = seeded(new_text_encoder)
         save(text_encoder, out / "text_encoder")
         prompt = encode_empty_prompt(text_encoder)
         new_scheduler().save_pretrained(out / "scheduler")
@@ -53,13 +54,19 @@ def pretrain(out: Path, work: Path, last: str = PARTS[-1]) -> None:
             encode(vae, corpus.pictures.frames, work / "picture-latents.pt"),
             encode(vae, corpus.clips.frames, work / "clip-latents.pt"),
         )
-        unet = train_unet(samples, prompt, work)
+        unet = seeded(train_unet, samples, prompt, work)
         save(unet, out / "unet")
     if "controlnet" in parts:
-        controlnet = train_controlnet(samples, unet, prompt, work)
+        controlnet = seeded(train_controlnet, samples, unet, prompt, work)
         save(controlnet, out / "controlnet")
     if "motion" in parts:
-        save(train_motion(samples, unet, controlnet, prompt, work), out / "motion_adapter")
+        save(seeded(train_motion, samples, unet, prompt, work), out / "motion_adapter")
+
+
+def seeded(make: Callable[..., Any], *arguments: Any) -> Any:
+    """Every part draws its first weights from the same seed, whatever was made before it."""
+    torch.manual_seed(0)
+    return make(*arguments)
 
 
 def main() -> None:

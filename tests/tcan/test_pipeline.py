@@ -1,0 +1,191 @@
+"""The pipeline on random weights against the plain way, and what a caller may rely on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tcan.errors import UserError
+from tcan.model import TCAN
+from tcan.pipeline import TCANPipeline
+from tcan.pose import draw_poses
+from tcan.temperature import temperature_map
+from tcan.video import fit_picture
+from tcan.weights import load_bases, save_model
+
+PARTS = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def model_folder(bases_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage-2 model in which nothing is at its zero initialisation."""
+    bases = load_bases(**dict.fromkeys(PARTS, str(bases_folder)))
+    torch.manual_seed(0)
+    tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt)
+    for part in tcan.parts().values():
+        for tensor in part.values():
+            tensor.add_(torch.randn_like(tensor), alpha=0.02)
+    folder = tmp_path_factory.mktemp("pipeline") / "model"
+    save_model(tcan, folder, bases=bases.info, stage=2, height=SIZE, width=SIZE, stick_width=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder: Path) -> TCANPipeline:
+    pipe = TCANPipeline.from_pretrained(model_folder)
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(1)
+    for parameter in pipe.tcan.controlnet.parameters():
+        if not parameter.any():  # its output convolutions are zero before any training
+            torch.nn.init.normal_(parameter, std=0.05)
+    return pipe
+
+
+def dance(num_frames: int) -> np.ndarray:
+    """Keypoints `[F, 18, 3]` of someone upright in a picture of 64 x 64 whose arms move."""
+    places = [
+        (32, 12), (32, 20), (26, 20), (22, 28), (20, 36), (38, 20), (42, 28), (44, 36), (28, 36), (28, 46), (28, 56),
+        (36, 36), (36, 46), (36, 56), (31, 10), (33, 10), (29, 11), (35, 11),
+    ]  # fmt: skip
+    poses = np.repeat(np.array([[(x, y, 1) for x, y in places]], dtype=np.float32), num_frames, axis=0)
+    poses[:, [3, 4, 6, 7], 1] -= np.arange(num_frames)[:, None]
+    return poses
+
+
+def picture(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def plain_way(
+    pipe: TCANPipeline, image: np.ndarray, poses: np.ndarray, steps: int, scale: float, length: int, overlap: int, seed: int
+) -> Tensor:
+    """Every window by two separate full passes, appearance and ControlNet included; averaging and DDIM by hand."""
+    drawn = torch.from_numpy(draw_poses(poses, SIZE, SIZE, 2)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
+    reference = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    starts = [0]
+    while starts[-1] + length < len(poses):
+        starts.append(starts[-1] + length - overlap)
+    total = starts[-1] + length
+    frame_of = [min(i, len(poses) - 1) for i in range(total)]
+    noise = torch.randn(length, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
+    x = torch.stack([noise[i % length] for i in range(total)])
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, dim=0)
+    for t in [1 + (1000 // steps) * i for i in reversed(range(steps))]:
+        time = torch.tensor([t])
+        collected: list[list[Tensor]] = [[] for _ in range(total)]
+        for start in starts:
+            frames = range(start, start + length)
+            pose = torch.stack([drawn[frame_of[i]] for i in frames])
+            tau = temperature_map(pose)
+            noisy, pose = x[list(frames)][None], pose[None] / 255
+            without = pipe.tcan.denoise(noisy, time, pipe.tcan.pose_residuals(noisy, time, pose), None, None, tau)
+            features = pipe.tcan.appearance(reference, time)
+            residuals = pipe.tcan.pose_residuals(noisy, time, pose)
+            conditional = pipe.tcan.denoise(noisy, time, residuals, features, None, tau)
+            for i, eps in zip(frames, (without + scale * (conditional - without))[0], strict=True):
+                collected[i].append(eps)
+        eps = torch.stack([sum(e) / len(e) for e in collected])
+        before = t - 1000 // steps
+        now, then = alphas[t].float(), alphas[max(before, 0)].float()  # set_alpha_to_one=False: alpha_0 at the end
+        x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
+        x = then.sqrt() * x0 + (1 - then).sqrt() * eps
+    return x[: len(poses)]
+
+
+@torch.no_grad()
+def test_equals_two_full_passes_a_window(pipe: TCANPipeline) -> None:
+    image, poses = picture(), dance(7)
+    sampling = dict(num_inference_steps=2, guidance_scale=3.0, window=4, overlap=2)
+    seed = torch.Generator().manual_seed(5)
+    latents = pipe(image, poses, retarget=False, generator=seed, output_type="latent", **sampling).frames
+    expected = plain_way(pipe, image, poses, steps=2, scale=3.0, length=4, overlap=2, seed=5)
+    assert latents.shape == expected.shape == (7, 4, SIZE // 8, SIZE // 8)
+    torch.testing.assert_close(latents, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 5])
+def test_any_number_of_frames(pipe: TCANPipeline, num_frames: int) -> None:
+    output = pipe(picture(), dance(num_frames), retarget=False, num_inference_steps=1, window=4, overlap=1)
+    assert output.frames.shape == (num_frames, SIZE, SIZE, 3)
+    assert 0 <= output.frames.min() and output.frames.max() <= 1
+
+
+def test_rectangles_and_pictures(pipe: TCANPipeline) -> None:
+    wide = pipe(picture(), dance(2), retarget=False, num_inference_steps=1, height=64, width=128, output_type="pil")
+    assert [frame.size for frame in wide.frames] == [(128, 64)] * 2
+    with pytest.raises(UserError, match="multiples of 64"):
+        pipe(picture(), dance(1), height=100)
+
+
+def test_what_is_seen_depends_on_seed_picture_and_pose_alone(pipe: TCANPipeline) -> None:
+    def frames(image: np.ndarray, poses: np.ndarray, seed: int, **more: object) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        options = dict(retarget=False, num_inference_steps=1, window=4, overlap=1, output_type="latent") | more
+        return pipe(image, poses, generator=generator, **options).frames
+
+    poses = dance(4)
+    first = frames(picture(), poses, 0)
+    assert torch.equal(first, frames(picture(), poses, 0))
+    moved = poses.copy()
+    moved[:, 4, 0] += 8
+    assert not torch.allclose(first, frames(picture(1), poses, 0))
+    assert not torch.allclose(first, frames(picture(), moved, 0))
+    assert not torch.allclose(first, frames(picture(), poses, 1))
+    assert not torch.allclose(first, frames(picture(), poses, 0, ptm=False))
+    assert not torch.allclose(first, frames(picture(), poses, 0, guidance_scale=1))
+
+
+def test_retargeting_puts_the_motion_on_the_character(pipe: TCANPipeline) -> None:
+    """A character twice as large in a picture twice as large is the same character on the canvas."""
+    image = np.repeat(np.repeat(picture(), 2, axis=0), 2, axis=1)
+    character = dance(1)[0]
+    character[:, :2] *= 2
+    output = pipe(image, dance(3), character=character, num_inference_steps=1)
+    np.testing.assert_allclose(output.poses, dance(3), atol=1e-3)
+
+
+def test_poses_need_a_network_or_keypoints(pipe: TCANPipeline) -> None:
+    with pytest.raises(UserError, match="the driving video: this pipeline has no pose network"):
+        pipe(picture(), np.stack([picture()]))
+
+
+class KnownPoses:
+    """A detector, as the protocol has it, of someone seen in some of the frames only."""
+
+    fingerprint = "0" * 16
+
+    def __init__(self, poses: np.ndarray, seen: list[bool]) -> None:
+        self.people = [pose[None] if here else pose[:0].reshape(0, 18, 3) for pose, here in zip(poses, seen, strict=True)]
+
+    def detect(self, frames: np.ndarray, batch_size: int = 16) -> list[np.ndarray]:
+        return self.people
+
+
+def test_frames_without_a_person_are_bridged(pipe: TCANPipeline) -> None:
+    poses, frames = dance(10), np.zeros((10, SIZE, SIZE, 3), np.uint8)
+    detecting = TCANPipeline(pipe.vae, pipe.tcan, pipe.scheduler, KnownPoses(poses, [False] * 2 + [True] * 6 + [False] * 2))
+    found = detecting.detect_poses(frames, "the video")
+    np.testing.assert_allclose(found[:3], poses[[2, 2, 2]])
+    np.testing.assert_allclose(found[7:], poses[[7, 7, 7]])
+    nobody = TCANPipeline(pipe.vae, pipe.tcan, pipe.scheduler, KnownPoses(poses, [False] * 10))
+    with pytest.raises(UserError, match="the video: no person found"):
+        nobody.detect_poses(frames, "the video")
+
+
+def test_saved_and_loaded_again(pipe: TCANPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "again")
+    again = TCANPipeline.from_pretrained(tmp_path / "again")
+    assert again.model_info == pipe.model_info
+    for part, weights in pipe.tcan.parts().items():
+        assert all(torch.equal(value, again.tcan.parts()[part][name]) for name, value in weights.items())
+
+
+def test_other_pictures_are_cut_not_stretched() -> None:
+    wide = np.zeros((64, 128, 3), np.uint8)
+    wide[:, 32:96] = 255
+    assert fit_picture(wide, 32, 32).min() > 240
