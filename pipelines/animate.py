@@ -20,7 +20,9 @@ from tcan.weights import read_model_info
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def animate(image: Path, driving: Path, model: Path, out: Path, config: Config, side_by_side: bool = False) -> None:
+def animate(
+    image: Path, driving: Path, model: Path, out: Path, config: Config, side_by_side: bool = False
+) -> None:
     """Writes an mp4 of the picture's person with the motion of the driving video's main person, at its frame rate.
 
     side_by_side: picture, driving pose and result beside each other, rather than the result alone.
@@ -51,7 +53,9 @@ def animate(image: Path, driving: Path, model: Path, out: Path, config: Config, 
         return_dict=False,
         **sampling(config),
     )
-    result = (frame for batch in pipe.decode(latents, config.animate.decode_batch) for frame in to_uint8(batch))
+    result: Iterator[np.ndarray] = (
+        frame for batch in pipe.decode(latents, config.animate.decode_batch) for frame in to_uint8(batch)
+    )
     if side_by_side:
         result = beside(fit_picture(picture, pipe.height, pipe.width), pipe.draw(poses), result)
     write_video(result, out, fps)
@@ -94,7 +98,9 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
 
 def beside(reference: np.ndarray, poses: np.ndarray, result: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """reference `[H, W, 3]`, poses `[F, H, W, 3]`, F frames `[H, W, 3]` -> F frames `[H, 3 W, 3]`."""
-    return (np.concatenate([reference, pose, frame], axis=1) for pose, frame in zip(poses, result, strict=True))
+    return (
+        np.concatenate([reference, pose, frame], axis=1) for pose, frame in zip(poses, result, strict=True)
+    )
 
 
 def make_folder(folder: Path) -> None:

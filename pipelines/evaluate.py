@@ -103,7 +103,9 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
     out = Path(out)
     make_folder(out / "videos")
     parents = {"model": pipe.model_info.get("mlflow_run_id")}
-    with tracking.run("evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), parents) as run:
+    with tracking.run(
+        "evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), parents
+    ) as run:
         evaluated, rejected = [], []
         for path in tqdm(paths, desc="videos", disable=None):
             try:
@@ -136,7 +138,9 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
             run.file(out / name)
         run.folder(out / "videos", "videos")
     print(table(measures))
-    print(f"{len(evaluated)} videos, {report['frames']} frames; all of it in {out}, pictures in {out / 'sheet.png'}")
+    print(
+        f"{len(evaluated)} videos, {report['frames']} frames; all of it in {out}, pictures in {out / 'sheet.png'}"
+    )
     return report
 
 
@@ -188,7 +192,9 @@ def measure(evaluated: list[Evaluated]) -> None:
             m |= _suffixed(picture_measures(still, video.truth[1:]), "still")
 
         m |= pose_measures(video.found, video.poses, height)
-        m |= _suffixed(pose_measures(np.broadcast_to(still_pose, video.poses.shape), video.poses, height), "mean_pose")
+        m |= _suffixed(
+            pose_measures(np.broadcast_to(still_pose, video.poses.shape), video.poses, height), "mean_pose"
+        )
         other = evaluated[(i + 1) % len(evaluated)]
         common = min(len(other.found), len(video.poses))
         mistaken = pose_measures(other.found[:common], video.poses[:common], height)

@@ -206,7 +206,9 @@ def _experiment(client: "MlflowClient", config: TrackingConfig) -> str:
     try:
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is None:
-            return client.create_experiment(config.experiment, artifact_location=location)
+            # The kind opens the page on runs and curves rather than on traces of language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return client.create_experiment(config.experiment, artifact_location=location, tags=kind)
     except MlflowException as error:
         experiment = client.get_experiment_by_name(
             config.experiment

@@ -3,8 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -46,17 +45,21 @@ class TCANPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "vae->tcan->vae"
-    _optional_components = ["pose_detector"]
+    _optional_components: ClassVar = ["pose_detector"]
 
     def __init__(
-        self, vae: AutoencoderKL, tcan: TCAN, scheduler: SchedulerMixin, pose_detector: PoseDetector | None = None
+        self,
+        vae: AutoencoderKL,
+        tcan: TCAN,
+        scheduler: SchedulerMixin,
+        pose_detector: PoseDetector | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, tcan=tcan, scheduler=scheduler, pose_detector=pose_detector)
         self.model_info: dict[str, Any] = {}
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         model_folder: str | os.PathLike,
         *,
@@ -82,7 +85,7 @@ class TCANPipeline(DiffusionPipeline):
         pipe.model_info = info
         return pipe
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Writes the model folder that `from_pretrained` reads: what was trained, and the names of the bases."""
         if kwargs:
             raise ValueError(f"a model folder takes no options: {', '.join(kwargs)}")
@@ -182,7 +185,9 @@ class TCANPipeline(DiffusionPipeline):
         device = self._execution_device
         reference = self.encode(image)
         windows = Windows(len(pose_pictures), window, overlap)
-        poses = torch.from_numpy(pose_pictures).permute(0, 3, 1, 2)[windows.source]  # stays uint8 and on the host
+        poses = torch.from_numpy(pose_pictures).permute(0, 3, 1, 2)[
+            windows.source
+        ]  # stays uint8 and on the host
         temperatures = [temperature_map(poses[part]).to(device) if ptm else None for part in windows.slices]
 
         self.scheduler.set_timesteps(num_inference_steps)
@@ -238,14 +243,23 @@ class TCANPipeline(DiffusionPipeline):
         if guidance_scale == 1:
             return self.tcan.denoise(noisy, timestep, residuals, features, temperature=temperature)
         both = self.tcan.denoise(
-            noisy.expand(2, -1, -1, -1, -1), timestep.expand(2), residuals, features, [False, True], temperature
+            noisy.expand(2, -1, -1, -1, -1),
+            timestep.expand(2),
+            residuals,
+            features,
+            [False, True],
+            temperature,
         )
         without, with_reference = both.chunk(2)
         return without + guidance_scale * (with_reference - without)
 
     def encode(self, image: np.ndarray) -> Tensor:
         """uint8 RGB `[H, W, 3]` -> the mean of its scaled latent `[1, 4, h, w]`."""
-        pixels = torch.from_numpy(image).to(self._execution_device).permute(2, 0, 1)[None].to(self.vae.dtype) / 127.5 - 1
+        pixels = (
+            torch.from_numpy(image).to(self._execution_device).permute(2, 0, 1)[None].to(self.vae.dtype)
+            / 127.5
+            - 1
+        )
         return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor, batch: int = 8) -> Iterator[np.ndarray]:
@@ -274,7 +288,7 @@ class TCANPipeline(DiffusionPipeline):
             return poses
         if character is None:
             character = self.detect_poses(image[None], "the picture")[0]
-        return retarget_poses(poses, fit_keypoints(character, *image.shape[:2], height, width))
+        return retarget_poses(poses, fit_keypoints(character, image.shape[0], image.shape[1], height, width))
 
     @property
     def height(self) -> int:
@@ -291,7 +305,12 @@ class TCANPipeline(DiffusionPipeline):
         return draw_poses(poses, height or self.height, width or self.width, self.model_info["stick_width"])
 
     def place_poses(
-        self, poses: np.ndarray, source_height: int, source_width: int, height: int | None = None, width: int | None = None
+        self,
+        poses: np.ndarray,
+        source_height: int,
+        source_width: int,
+        height: int | None = None,
+        width: int | None = None,
     ) -> np.ndarray:
         """Keypoints `[F, 18, 3]` in pixels of a source picture -> of the output, cut and resized as pictures are."""
         return fit_keypoints(poses, source_height, source_width, height or self.height, width or self.width)
@@ -305,7 +324,9 @@ class TCANPipeline(DiffusionPipeline):
             UserError: no person in any of them, naming `what`; no pose network was loaded.
         """
         if self.pose_detector is None:
-            raise UserError(f"{what}: this pipeline has no pose network; give keypoints, or from_pretrained(pose=SOURCE)")
+            raise UserError(
+                f"{what}: this pipeline has no pose network; give keypoints, or from_pretrained(pose=SOURCE)"
+            )
         poses = follow_main_person(self.pose_detector.detect(frames), *frames.shape[1:3])
         poses = fill_gaps(poses)
         seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))

@@ -68,7 +68,9 @@ def write_video(frames: Iterable[np.ndarray], path: str | os.PathLike, fps: floa
             raise UserError(f"{path}: no frame to write")
         os.replace(partial, path)
     except OSError as error:  # av's own errors of files are OSErrors too
-        raise UserError(f"{path}: cannot write the video ({error.strerror or error}); check the folder") from None
+        raise UserError(
+            f"{path}: cannot write the video ({error.strerror or error}); check the folder"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -82,11 +84,13 @@ def read_picture(path: str | os.PathLike) -> np.ndarray:
     path = _existing_file(path, "picture")
     try:
         with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
+            upright = ImageOps.exif_transpose(picture).convert("RGBA")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
-        raise UserError(f"{path}: cannot be read as a picture (damaged or another format); give another file") from None
-    white = Image.new("RGBA", picture.size, "white")
-    return np.array(Image.alpha_composite(white, picture).convert("RGB"))
+        raise UserError(
+            f"{path}: cannot be read as a picture (damaged or another format); give another file"
+        ) from None
+    white = Image.new("RGBA", upright.size, "white")
+    return np.array(Image.alpha_composite(white, upright).convert("RGB"))
 
 
 def write_picture(picture: np.ndarray, path: str | os.PathLike) -> None:
@@ -97,12 +101,16 @@ def write_picture(picture: np.ndarray, path: str | os.PathLike) -> None:
         Image.fromarray(picture).save(partial)
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write the picture ({error.strerror or error}); check the folder") from None
+        raise UserError(
+            f"{path}: cannot write the picture ({error.strerror or error}); check the folder"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
-def crop_box(source_height: int, source_width: int, height: int, width: int) -> tuple[float, float, float, float]:
+def crop_box(
+    source_height: int, source_width: int, height: int, width: int
+) -> tuple[float, float, float, float]:
     """(x0, y0, x1, y1): the largest centred box of a source picture with the canvas's proportions, in source pixels."""
     scale = min(source_height / height, source_width / width)
     x0, y0 = (source_width - width * scale) / 2, (source_height - height * scale) / 2
@@ -113,11 +121,13 @@ def fit_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """The picture's `crop_box` at the canvas's size: uint8 RGB `[H, W, 3]` -> `[height, width, 3]`."""
     if picture.shape[:2] == (height, width):
         return picture
-    box = crop_box(*picture.shape[:2], height, width)
+    box = crop_box(picture.shape[0], picture.shape[1], height, width)
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def fit_keypoints(keypoints: np.ndarray, source_height: int, source_width: int, height: int, width: int) -> np.ndarray:
+def fit_keypoints(
+    keypoints: np.ndarray, source_height: int, source_width: int, height: int, width: int
+) -> np.ndarray:
     """Keypoints `[..., 18, 3]` in source pixels -> where `fit_picture` puts them; a joint not found stays at 0."""
     x0, y0, x1, y1 = crop_box(source_height, source_width, height, width)
     fitted = keypoints.copy()

@@ -132,12 +132,16 @@ def locate(source: str, part: str, config_name: str = "config.json") -> tuple[st
         for candidate in (folder / part, folder):
             if (candidate / config_name).is_file():
                 return str(candidate), {}
-        raise UserError(f"{part}: no {config_name} in {folder} nor in {folder / part}; name a folder in diffusers' layout")
+        raise UserError(
+            f"{part}: no {config_name} in {folder} nor in {folder / part}; name a folder in diffusers' layout"
+        )
     name, _, revision = source.partition("@")
     owner, _, rest = name.partition("/")
     repository, _, subfolder = rest.partition("/")
     if source == "mini" or not repository or source.startswith((".", "/", "~")):
-        raise UserError(f"{part}: no folder {folder}; give mini, a folder in diffusers' layout, or a hub id owner/name")
+        raise UserError(
+            f"{part}: no folder {folder}; give mini, a folder in diffusers' layout, or a hub id owner/name"
+        )
     options = {"subfolder": subfolder} if subfolder else {}
     return f"{owner}/{repository}", options | ({"revision": revision} if revision else {})
 
@@ -215,7 +219,9 @@ def _check_keys(what: str, missing: Iterable[str], unexpected: Iterable[str]) ->
     for kind, keys in (("lacks", sorted(missing)), ("has too many", sorted(unexpected))):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise UserError(f"{what}: does not fit: {kind} {', '.join(keys[:3])}{more}; give weights of this architecture")
+            raise UserError(
+                f"{what}: does not fit: {kind} {', '.join(keys[:3])}{more}; give weights of this architecture"
+            )
 
 
 def _first_line(error: BaseException) -> str:
@@ -287,14 +293,18 @@ def save_model(
         if stage == 2:
             tcan.motion_adapter().save_pretrained(partial / "motion_adapter")
             (partial / "temporal_controlnet").mkdir()
-            temporal = {name: tensor.contiguous() for name, tensor in tcan.parts()["temporal_controlnet"].items()}
+            temporal = {
+                name: tensor.contiguous() for name, tensor in tcan.parts()["temporal_controlnet"].items()
+            }
             save_file(temporal, partial / MODEL_PARTS["temporal_controlnet"])
         (partial / MODEL_FILE).write_text(json.dumps(info, indent=2) + "\n")
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot write the model ({_first_line(error)}); check the folder and the disk") from None
+        raise UserError(
+            f"{folder}: cannot write the model ({_first_line(error)}); check the folder and the disk"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -310,9 +320,13 @@ def read_model_info(folder: str | os.PathLike) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text())
     except (OSError, ValueError):
-        raise UserError(f"{folder}: no model folder (no readable {MODEL_FILE} in it); give what tcan train wrote") from None
+        raise UserError(
+            f"{folder}: no model folder (no readable {MODEL_FILE} in it); give what tcan train wrote"
+        ) from None
     if info.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{file}: schema version {info.get('schema_version')}, this library reads {SCHEMA_VERSION}")
+        raise UserError(
+            f"{file}: schema version {info.get('schema_version')}, this library reads {SCHEMA_VERSION}"
+        )
     return info
 
 
@@ -332,7 +346,12 @@ def load_model(folder: str | os.PathLike, bases: Bases) -> TCAN:
                 f"not {given['source']} ({given['fingerprint']}); give that one, or train on this one"
             )
     tcan = TCAN(
-        bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt, info["lora_rank"], info["lora_alpha"]
+        bases.unet,
+        bases.controlnet,
+        bases.motion_adapter,
+        bases.empty_prompt,
+        info["lora_rank"],
+        info["lora_alpha"],
     )
     for part, file in MODEL_PARTS.items():
         if info["stage"] == 1 and part in ("motion_adapter", "temporal_controlnet"):
@@ -340,7 +359,9 @@ def load_model(folder: str | os.PathLike, bases: Bases) -> TCAN:
         try:
             weights = load_file(folder / file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / file}: cannot be read ({_first_line(error)}); the folder isn't whole") from None
+            raise UserError(
+                f"{folder / file}: cannot be read ({_first_line(error)}); the folder isn't whole"
+            ) from None
         if part == "appa":
             weights = {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
         own = tcan.parts()[part]

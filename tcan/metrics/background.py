@@ -1,9 +1,11 @@
 """Flicker: how much of the result moves where nothing moves in the source."""
 
+from contextlib import suppress
+
 import numpy as np
+from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import ConvexHull, QhullError
-from PIL import Image, ImageDraw
 
 
 def background_mask(poses: np.ndarray, height: int, width: int, margin: float = 0.10) -> np.ndarray:
@@ -22,10 +24,8 @@ def background_mask(poses: np.ndarray, height: int, width: int, margin: float = 
     draw = ImageDraw.Draw(drawing)
     for pose in poses:
         points = pose[pose[:, 2] > 0, :2].astype(np.float64)
-        try:
+        with suppress(QhullError, ValueError):  # fewer than three points, or all in a line: the line itself
             points = points[ConvexHull(points).vertices]
-        except (QhullError, ValueError):  # fewer than three points, or all in a line: the line itself
-            pass
         corners = [tuple(point) for point in points]
         if len(corners) > 2:
             draw.polygon(corners, fill=1)

@@ -7,7 +7,8 @@ import numpy as np
 from tcan.pose.skeleton import JOINTS
 
 JOINT_GROUPS = {
-    f"{joint}s": [i for i, name in enumerate(JOINTS) if name.endswith(joint)] for joint in ("wrist", "elbow", "ankle")
+    f"{joint}s": [i for i, name in enumerate(JOINTS) if name.endswith(joint)]
+    for joint in ("wrist", "elbow", "ankle")
 }
 """The joints that move most, which a whole-body share would hide."""
 

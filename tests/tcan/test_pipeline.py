@@ -60,7 +60,14 @@ def picture(seed: int = 0) -> np.ndarray:
 
 
 def plain_way(
-    pipe: TCANPipeline, image: np.ndarray, poses: np.ndarray, steps: int, scale: float, length: int, overlap: int, seed: int
+    pipe: TCANPipeline,
+    image: np.ndarray,
+    poses: np.ndarray,
+    steps: int,
+    scale: float,
+    length: int,
+    overlap: int,
+    seed: int,
 ) -> Tensor:
     """Every window by two separate full passes, appearance and ControlNet included; averaging and DDIM by hand."""
     drawn = torch.from_numpy(draw_poses(poses, SIZE, SIZE, 2)).permute(0, 3, 1, 2)
@@ -83,7 +90,9 @@ def plain_way(
             pose = torch.stack([drawn[frame_of[i]] for i in frames])
             tau = temperature_map(pose)
             noisy, pose = x[list(frames)][None], pose[None] / 255
-            without = pipe.tcan.denoise(noisy, time, pipe.tcan.pose_residuals(noisy, time, pose), None, None, tau)
+            without = pipe.tcan.denoise(
+                noisy, time, pipe.tcan.pose_residuals(noisy, time, pose), None, None, tau
+            )
             features = pipe.tcan.appearance(reference, time)
             residuals = pipe.tcan.pose_residuals(noisy, time, pose)
             conditional = pipe.tcan.denoise(noisy, time, residuals, features, None, tau)
@@ -91,7 +100,10 @@ def plain_way(
                 collected[i].append(eps)
         eps = torch.stack([sum(e) / len(e) for e in collected])
         before = t - 1000 // steps
-        now, then = alphas[t].float(), alphas[max(before, 0)].float()  # set_alpha_to_one=False: alpha_0 at the end
+        now, then = (
+            alphas[t].float(),
+            alphas[max(before, 0)].float(),
+        )  # set_alpha_to_one=False: alpha_0 at the end
         x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
         x = then.sqrt() * x0 + (1 - then).sqrt() * eps
     return x[: len(poses)]
@@ -112,11 +124,13 @@ def test_equals_two_full_passes_a_window(pipe: TCANPipeline) -> None:
 def test_any_number_of_frames(pipe: TCANPipeline, num_frames: int) -> None:
     output = pipe(picture(), dance(num_frames), retarget=False, num_inference_steps=1, window=4, overlap=1)
     assert output.frames.shape == (num_frames, SIZE, SIZE, 3)
-    assert 0 <= output.frames.min() and output.frames.max() <= 1
+    assert output.frames.min() >= 0 and output.frames.max() <= 1
 
 
 def test_rectangles_and_pictures(pipe: TCANPipeline) -> None:
-    wide = pipe(picture(), dance(2), retarget=False, num_inference_steps=1, height=64, width=128, output_type="pil")
+    wide = pipe(
+        picture(), dance(2), retarget=False, num_inference_steps=1, height=64, width=128, output_type="pil"
+    )
     assert [frame.size for frame in wide.frames] == [(128, 64)] * 2
     with pytest.raises(UserError, match="multiples of 64"):
         pipe(picture(), dance(1), height=100)
@@ -125,7 +139,9 @@ def test_rectangles_and_pictures(pipe: TCANPipeline) -> None:
 def test_what_is_seen_depends_on_seed_picture_and_pose_alone(pipe: TCANPipeline) -> None:
     def frames(image: np.ndarray, poses: np.ndarray, seed: int, **more: object) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        options = dict(retarget=False, num_inference_steps=1, window=4, overlap=1, output_type="latent") | more
+        options = (
+            dict(retarget=False, num_inference_steps=1, window=4, overlap=1, output_type="latent") | more
+        )
         return pipe(image, poses, generator=generator, **options).frames
 
     poses = dance(4)
@@ -160,7 +176,9 @@ class KnownPoses:
     fingerprint = "0" * 16
 
     def __init__(self, poses: np.ndarray, seen: list[bool]) -> None:
-        self.people = [pose[None] if here else pose[:0].reshape(0, 18, 3) for pose, here in zip(poses, seen, strict=True)]
+        self.people = [
+            pose[None] if here else pose[:0].reshape(0, 18, 3) for pose, here in zip(poses, seen, strict=True)
+        ]
 
     def detect(self, frames: np.ndarray, batch_size: int = 16) -> list[np.ndarray]:
         return self.people
@@ -168,7 +186,9 @@ class KnownPoses:
 
 def test_frames_without_a_person_are_bridged(pipe: TCANPipeline) -> None:
     poses, frames = dance(10), np.zeros((10, SIZE, SIZE, 3), np.uint8)
-    detecting = TCANPipeline(pipe.vae, pipe.tcan, pipe.scheduler, KnownPoses(poses, [False] * 2 + [True] * 6 + [False] * 2))
+    detecting = TCANPipeline(
+        pipe.vae, pipe.tcan, pipe.scheduler, KnownPoses(poses, [False] * 2 + [True] * 6 + [False] * 2)
+    )
     found = detecting.detect_poses(frames, "the video")
     np.testing.assert_allclose(found[:3], poses[[2, 2, 2]])
     np.testing.assert_allclose(found[7:], poses[[7, 7, 7]])

@@ -14,7 +14,9 @@ from tcan.video import fit_keypoints, fit_picture, read_picture, read_video, wri
 
 def smooth_frames(count: int, height: int, width: int) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
-    frames = [np.stack([x * 255 / width, y * 255 / height, np.full_like(x, 10 * i)], axis=-1) for i in range(count)]
+    frames = [
+        np.stack([x * 255 / width, y * 255 / height, np.full_like(x, 10 * i)], axis=-1) for i in range(count)
+    ]
     return np.array(frames).astype(np.uint8)
 
 
@@ -34,7 +36,11 @@ def test_video_is_what_players_know(tmp_path: Path) -> None:
     write_video(smooth_frames(2, 32, 32), tmp_path / "clip.mp4", fps=24)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", Fraction(24))
+        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == (
+            "h264",
+            "yuv420p",
+            Fraction(24),
+        )
 
 
 def test_nothing_half_written(tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ def test_model_round_trip(trained: TCAN, loaded: Bases, model_folder: Path) -> N
     assert [entry.name for entry in model_folder.parent.iterdir()] == ["model"]
 
 
-def test_model_of_stage_one_has_the_bases_temporal_layers(trained: TCAN, loaded: Bases, tmp_path: Path) -> None:
+def test_model_of_stage_one_has_the_bases_temporal_layers(
+    trained: TCAN, loaded: Bases, tmp_path: Path
+) -> None:
     save_model(trained, tmp_path / "model", bases=loaded.info, stage=1, height=128, width=128, stick_width=2)
     assert not (tmp_path / "model" / "motion_adapter").exists()
     again = load_model(tmp_path / "model", loaded)
@@ -118,7 +120,16 @@ def test_model_of_stage_one_has_the_bases_temporal_layers(trained: TCAN, loaded:
 
 def test_model_replaces_the_one_before(trained: TCAN, loaded: Bases, model_folder: Path) -> None:
     (model_folder / "old").touch()
-    save_model(trained, model_folder, bases=loaded.info, stage=1, height=64, width=64, stick_width=1, mlflow_run_id="r")
+    save_model(
+        trained,
+        model_folder,
+        bases=loaded.info,
+        stage=1,
+        height=64,
+        width=64,
+        stick_width=1,
+        mlflow_run_id="r",
+    )
     assert read_model_info(model_folder)["mlflow_run_id"] == "r"
     assert not (model_folder / "old").exists() and not (model_folder / "motion_adapter").exists()
 
