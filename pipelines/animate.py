@@ -14,6 +14,7 @@ import torch
 from pipelines.config import Config
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
+from tcan.pose.skeleton import NECK, NOSE
 from tcan.video import fit_picture, read_picture, read_video, write_video
 from tcan.weights import read_model_info
 
@@ -41,6 +42,10 @@ def animate(
     if not config.animate.retarget:
         poses = pipe.place_poses(poses, *frames.shape[1:3])
     character = pipe.detect_poses(picture[None], str(image))[0] if config.animate.retarget else None
+    if character is not None and not (character[[NECK, NOSE], 2] > 0).all():
+        raise UserError(
+            f"{image}: no person found with neck and nose in sight; give a picture that shows one from the front"
+        )
     del frames
     make_folder(out.parent)
     latents, poses = pipe(

@@ -47,8 +47,10 @@ def demo(out: Path, config: Config) -> None:
     videos = out / "videos"
     render(videos / "train", "dance", 0, TRAIN_CLIPS, TRAIN_FRAMES, config.size)
     for distribution in ("dance", "bizarre"):
-        render(videos / distribution, distribution, HELD_OUT_SEED, HELD_OUT_CLIPS, HELD_OUT_FRAMES, config.size)
-    preprocess(videos / "train", out / "dataset", config)
+        render(
+            videos / distribution, distribution, HELD_OUT_SEED, HELD_OUT_CLIPS, HELD_OUT_FRAMES, config.size
+        )
+    preprocess(str(videos / "train"), str(out / "dataset"), config)
     model = train(out / "dataset", out / "run", config)
 
     animated = []
@@ -77,14 +79,17 @@ def demo(out: Path, config: Config) -> None:
     print(f"Runs in MLflow: tcan ui --tracking.folder {tracking.folder}")
 
 
-def render(folder: Path, distribution: Distribution, first_seed: int, clips: int, frames: int, size: int) -> None:
+def render(
+    folder: Path, distribution: Distribution, first_seed: int, clips: int, frames: int, size: int
+) -> None:
     """Clips as mp4, each with its true keypoints (JSON) and its first frame (PNG) beside it."""
     missing = [i for i in range(clips) if not (folder / f"{i:02}.png").exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for i in tqdm(missing, desc=f"rendering {folder}", disable=None):
         clip = sample_clip(distribution, first_seed + i, frames, size)
         write_clip(clip, folder / f"{i:02}", FPS)
-        write_picture(clip.frames[0], folder / f"{i:02}.png")  # last: its presence says that the clip is whole
+        # last: its presence says that the clip is whole
+        write_picture(clip.frames[0], folder / f"{i:02}.png")
 
 
 def contact_sheet(videos: list[Path]) -> np.ndarray:

@@ -28,7 +28,7 @@ class TCANPipelineOutput(BaseOutput):
     """What a call returns."""
 
     frames: np.ndarray | list[PIL.Image.Image] | Tensor
-    """"np": float32 RGB `[F, H, W, 3]` in [0, 1]; "pil": a list of F pictures; "latent": scaled latents `[F, 4, h, w]`."""
+    """"np": float32 RGB `[F, H, W, 3]` in [0, 1]; "pil": a list of F pictures; "latent": scaled latents `[F, C, h, w]`."""
 
     poses: np.ndarray
     """The poses that drove the frames, after retargeting: keypoints `[F, 18, 3]` in the frames' pixels."""
@@ -129,7 +129,7 @@ class TCANPipeline(DiffusionPipeline):
             generator: fixes the noise; on the CPU it gives the same noise whatever the device.
             decode_batch: frames that the VAE decodes at once.
             output_type: "np", "pil" or "latent".
-            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": [F, 4, h, w]})`.
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": [F, C, h, w]})`.
 
         Raises:
             UserError: no person in the picture or in the driving frames; a height or width no multiple of 64.
@@ -180,7 +180,7 @@ class TCANPipeline(DiffusionPipeline):
             pose_pictures: uint8 RGB `[F, H, W, 3]`.
 
         Returns:
-            scaled latents `[F, 4, h, w]`, float32.
+            scaled latents `[F, C, h, w]`, float32.
         """
         device = self._execution_device
         reference = self.encode(image)
@@ -230,14 +230,14 @@ class TCANPipeline(DiffusionPipeline):
         Both rows share text and pose, guidance acts on the appearance alone; so the residuals serve both.
 
         Args:
-            noisy: `[1, F, 4, h, w]`.
+            noisy: `[1, F, C, h, w]`.
             timestep: `[1]`.
             pose: `[1, F, 3, H, W]` in [0, 1].
             features: of the reference, one row.
             temperature: `[H, W]`.
 
         Returns:
-            `[1, F, 4, h, w]`.
+            `[1, F, C, h, w]`.
         """
         residuals = self.tcan.pose_residuals(noisy, timestep, pose)
         if guidance_scale == 1:
@@ -254,7 +254,7 @@ class TCANPipeline(DiffusionPipeline):
         return without + guidance_scale * (with_reference - without)
 
     def encode(self, image: np.ndarray) -> Tensor:
-        """uint8 RGB `[H, W, 3]` -> the mean of its scaled latent `[1, 4, h, w]`."""
+        """uint8 RGB `[H, W, 3]` -> the mean of its scaled latent `[1, C, h, w]`."""
         pixels = (
             torch.from_numpy(image).to(self._execution_device).permute(2, 0, 1)[None].to(self.vae.dtype)
             / 127.5
@@ -263,7 +263,7 @@ class TCANPipeline(DiffusionPipeline):
         return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor, batch: int = 8) -> Iterator[np.ndarray]:
-        """Scaled latents `[F, 4, h, w]` -> float32 RGB `[<= batch, H, W, 3]` in [0, 1], batch by batch."""
+        """Scaled latents `[F, C, h, w]` -> float32 RGB `[<= batch, H, W, 3]` in [0, 1], batch by batch."""
         for part in latents.split(batch):
             part = part.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
             pixels = self.vae.decode(part, return_dict=False)[0]

@@ -132,6 +132,12 @@ def shade(colour: Colour, light: float) -> Colour:
     return r, g, b
 
 
+def blend(colour: Colour, other: Colour, share: float) -> Colour:
+    """`share` of the other colour in the first."""
+    r, g, b = ((1 - share) * c + share * d for c, d in zip(colour, other, strict=True))
+    return r, g, b
+
+
 def vary(rng: np.random.Generator, colour: Colour, hue: float = 0.02, spread: float = 0.08) -> Colour:
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in colour))
     s, v = (x * rng.uniform(1 - spread, 1 + spread) for x in (s, v))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.puppets.world import sample_clip
+from pipelines.puppets.world import Distribution, sample_clip
 
 SIZE = 128
 CHARACTERS = 5000
@@ -28,7 +28,7 @@ class Rendered:
     masks: np.ndarray
 
 
-def render(seeds: range, frames_each: int, every: int, distribution: str = "wide") -> Rendered:
+def render(seeds: range, frames_each: int, every: int, distribution: Distribution = "wide") -> Rendered:
     """`frames_each` frames of a clip for each seed, `every` frames apart."""
     clips = [sample_clip(distribution, seed, frames_each, SIZE, every=every) for seed in seeds]
     return Rendered(
@@ -38,9 +38,11 @@ def render(seeds: range, frames_each: int, every: int, distribution: str = "wide
     )
 
 
-def render_held_out(distribution: str, count: int) -> Rendered:
+def render_held_out(distribution: Distribution, count: int) -> Rendered:
     """Three frames of each of `count` characters that training never sees."""
-    return render(range(HELD_OUT_SEED, HELD_OUT_SEED + count), FRAMES_EACH, every=17, distribution=distribution)
+    return render(
+        range(HELD_OUT_SEED, HELD_OUT_SEED + count), FRAMES_EACH, every=17, distribution=distribution
+    )
 
 
 def cached(folder: Path, name: str, count: int, frames_each: int, every: int, first_seed: int) -> Rendered:
@@ -48,7 +50,11 @@ def cached(folder: Path, name: str, count: int, frames_each: int, every: int, fi
     paths = [folder / f"{name}-{part}.npy" for part in ("frames", "keypoints", "masks")]
     if not all(path.exists() for path in paths):
         pieces = [range(first_seed + i, first_seed + min(i + 100, count)) for i in range(0, count, 100)]
-        shapes = [(count, frames_each, SIZE, SIZE, 3), (count, frames_each, 18, 3), (count, frames_each, SIZE, SIZE)]
+        shapes = [
+            (count, frames_each, SIZE, SIZE, 3),
+            (count, frames_each, 18, 3),
+            (count, frames_each, SIZE, SIZE),
+        ]
         kinds = [np.uint8, np.float32, np.bool_]
         arrays = [
             np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype=kind, shape=shape)
@@ -59,7 +65,9 @@ def cached(folder: Path, name: str, count: int, frames_each: int, every: int, fi
             futures = [pool.submit(render, piece, frames_each, every) for piece in pieces]
             for piece, future in zip(pieces, futures, strict=True):
                 rendered = future.result()
-                for array, part in zip(arrays, (rendered.frames, rendered.keypoints, rendered.masks), strict=True):
+                for array, part in zip(
+                    arrays, (rendered.frames, rendered.keypoints, rendered.masks), strict=True
+                ):
                     array[done : done + len(piece)] = part
                 done += len(piece)
         for array, path in zip(arrays, paths, strict=True):
@@ -77,7 +85,9 @@ class Corpus:
         self.pictures = cached(folder, "pictures", CHARACTERS, FRAMES_EACH, every=17, first_seed=0)
         self.clips = cached(folder, "clips", CLIPS, CLIP_FRAMES, every=1, first_seed=CHARACTERS)
 
-    def random_pictures(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def random_pictures(
+        self, rng: np.random.Generator, count: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Frames `[B, H, W, 3]`, keypoints `[B, 18, 3]` and masks `[B, H, W]` of `count` different characters."""
         which = np.sort(rng.choice(CHARACTERS, count, replace=False))
         frame = rng.integers(FRAMES_EACH)

@@ -19,7 +19,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     Args:
         matrices: `[N, rows, columns]`.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # Muon's quintic: fast rather than exact convergence of the singular values
+    # Muon's quintic: fast rather than exact convergence of the singular values
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -36,11 +37,13 @@ class Muon(torch.optim.Optimizer):
     weights of one shape are orthogonalized in one batch, which is what makes it affordable on a CPU.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(
+        self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             updates: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
             for parameter in group["params"]:
@@ -92,9 +95,7 @@ def fit(
     optimizers = [Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
     average = copy.deepcopy(module).requires_grad_(False).eval()
     averaged = [
-        (a, p)
-        for (a, p) in zip(average.parameters(), module.parameters(), strict=True)
-        if p.requires_grad
+        (a, p) for (a, p) in zip(average.parameters(), module.parameters(), strict=True) if p.requires_grad
     ]
     start = 0
     checkpoint = work / f"{name}.pt"

@@ -6,7 +6,6 @@ TCAN's appearance UNet will be (method: appearance into denoising), in three sam
 from a UNet that can use a reference, as the authors' started from one that could use a prompt.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +126,9 @@ class Samples:
         which = torch.from_numpy(rng.choice(count, CLIPS, replace=False))
         reference = torch.from_numpy(rng.integers(frames, size=CLIPS))
         latents = self.clip_latents[which].float()
-        return self._noised(rng, latents, latents[torch.arange(CLIPS), reference], self.clips.keypoints[which.numpy()])
+        return self._noised(
+            rng, latents, latents[torch.arange(CLIPS), reference], self.clips.keypoints[which.numpy()]
+        )
 
     def _noised(
         self, rng: np.random.Generator, latents: Tensor, reference: Tensor, keypoints: np.ndarray
@@ -160,7 +161,9 @@ def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionM
         sample = samples.pictures_at(step, 3)
         keep, timestep = sample["keep_reference"], sample["timestep"]
         with torch.no_grad():  # half the cost: what makes a feature good is left for TCAN's stage 1 to learn
-            features = capture_features(unet, sample["reference_latent"], timestep, prompt.expand(PICTURES, -1, -1))
+            features = capture_features(
+                unet, sample["reference_latent"], timestep, prompt.expand(PICTURES, -1, -1)
+            )
         prediction = unet(
             sample["noisy"][:, 0],
             timestep,
@@ -172,7 +175,9 @@ def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionM
     return fit("unet", unet, loss_at, steps=STEPS["unet"], lr=LEARNING_RATE["unet"], work=work)
 
 
-def train_controlnet(samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path) -> ControlNetModel:
+def train_controlnet(
+    samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path
+) -> ControlNetModel:
     """Trained inside a TCAN whose every other part is frozen and still as the bases are."""
     tcan = TCAN(unet, ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
     tcan.controlnet.requires_grad_(True)
@@ -185,7 +190,9 @@ def train_controlnet(samples: Samples, unet: UNet2DConditionModel, prompt: Tenso
         noise = sample.pop("noise")
         return samples.loss(tcan(**sample), sample | {"noise": noise})
 
-    fitted = fit("controlnet", tcan, loss_at, steps=STEPS["controlnet"], lr=LEARNING_RATE["controlnet"], work=work)
+    fitted = fit(
+        "controlnet", tcan, loss_at, steps=STEPS["controlnet"], lr=LEARNING_RATE["controlnet"], work=work
+    )
     controlnet = ControlNetModel.from_unet(unet)
     weights = {k: v for k, v in fitted.controlnet.state_dict().items() if "motion_modules" not in k}
     controlnet.load_state_dict(weights)
@@ -202,7 +209,11 @@ def train_motion(samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, w
         sample = samples.clips_at(step, 5)
         with torch.no_grad():
             features = tcan.appearance(sample["reference_latent"], sample["timestep"])
-        prediction = tcan.denoise(sample["noisy"], sample["timestep"], None, features, sample["keep_reference"])
+        prediction = tcan.denoise(
+            sample["noisy"], sample["timestep"], None, features, sample["keep_reference"]
+        )
         return samples.loss(prediction, sample)
 
-    return fit("motion", tcan, loss_at, steps=STEPS["motion"], lr=LEARNING_RATE["motion"], work=work).motion_adapter()
+    return fit(
+        "motion", tcan, loss_at, steps=STEPS["motion"], lr=LEARNING_RATE["motion"], work=work
+    ).motion_adapter()

@@ -27,16 +27,26 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
         paf, heatmap, paf_weight = pose_targets(torch.from_numpy(keypoints), SIZE, SIZE)
         loss = pictures.new_zeros(())
         for paf_out, heatmap_out in network.stages(pictures):
-            loss = loss + 10 * (paf_weight * (paf_out - paf).square()).mean() + 10 * (heatmap_out - heatmap).square().mean()
+            loss = (
+                loss
+                + 10 * (paf_weight * (paf_out - paf).square()).mean()
+                + 10 * (heatmap_out - heatmap).square().mean()
+            )
         return loss
 
     return fit("pose", network, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work)
 
 
-def augment(rng: np.random.Generator, frames: np.ndarray, keypoints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def augment(
+    rng: np.random.Generator, frames: np.ndarray, keypoints: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Brightness, contrast, shifts and softness: the network must also read what the VAE and the UNet draw."""
     frames, keypoints = frames.astype(np.float32), keypoints.copy()
-    frames = (frames - 128) * rng.uniform(0.8, 1.2, (len(frames), 1, 1, 1)) + 128 + rng.uniform(-20, 20, (len(frames), 1, 1, 3))
+    frames = (
+        (frames - 128) * rng.uniform(0.8, 1.2, (len(frames), 1, 1, 1))
+        + 128
+        + rng.uniform(-20, 20, (len(frames), 1, 1, 3))
+    )
     dy, dx = rng.integers(-10, 11, 2)
     frames = np.roll(frames, (dy, dx), (1, 2))
     seen = keypoints[..., 2] > 0
@@ -45,7 +55,11 @@ def augment(rng: np.random.Generator, frames: np.ndarray, keypoints: np.ndarray)
     inside = ((keypoints[..., :2] >= 0) & (keypoints[..., :2] < SIZE)).all(-1)
     keypoints[~(seen & inside)] = 0
     if rng.random() < 0.5:
-        soft = F.avg_pool2d(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), 3, 1, 1).permute(0, 2, 3, 1).numpy()
+        soft = (
+            F.avg_pool2d(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), 3, 1, 1)
+            .permute(0, 2, 3, 1)
+            .numpy()
+        )
         share = rng.uniform(0, 1)
         frames = share * soft + (1 - share) * frames
     frames = frames + rng.normal(0, rng.uniform(0, 8), frames.shape)

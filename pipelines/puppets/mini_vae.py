@@ -40,7 +40,7 @@ def zero_last_convolutions(module: nn.Module) -> None:
 
 def to_pixels(frames: np.ndarray) -> Tensor:
     """uint8 `[B, H, W, 3]` -> float `[B, 3, H, W]` in [-1, 1]."""
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return torch.tensor(frames).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def luma_and_chroma(rgb: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +51,9 @@ def luma_and_chroma(rgb: Tensor) -> tuple[Tensor, Tensor]:
 def picture_loss(output: Tensor, target: Tensor, weight: Tensor, gradient_weight: float) -> Tensor:
     """L1 + 4 MSE on brightness and on colour apart, and L1 on gradients; `weight` `[B, 1, H, W]` favours the puppet."""
     loss = output.new_zeros(())
-    for part, share in zip(zip(luma_and_chroma(output), luma_and_chroma(target)), (1.0, 1.5)):
-        difference = part[0] - part[1]
+    parts = zip(luma_and_chroma(output), luma_and_chroma(target), (1.0, 1.5), strict=True)
+    for output_part, target_part, share in parts:
+        difference = output_part - target_part
         loss = loss + share * (weight * (difference.abs() + 4 * difference.square())).mean()
     if gradient_weight:
         for dim in (2, 3):
@@ -104,12 +105,13 @@ def vae_psnr(vae: AutoencoderKL, rendered: Rendered) -> tuple[float, float]:
     output = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in target.split(16)])
     squared = (output.clamp(-1, 1) - target).square().mean(1)
     inside = squared[torch.from_numpy(masks)]
-    return tuple(float(10 * torch.log10(4 / part.mean())) for part in (squared, inside))
+    whole, puppet = (float(10 * torch.log10(4 / part.mean())) for part in (squared, inside))
+    return whole, puppet
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, frames: np.ndarray, cache: Path) -> Tensor:
-    """Latents of frames `[..., H, W, 3]`, scaled, `[..., 4, H/8, W/8]` fp16; computed once into `cache`."""
+    """Latents of frames `[..., H, W, 3]`, scaled, `[..., C, H/8, W/8]` fp16; computed once into `cache`."""
     if not cache.exists():
         flat = frames.reshape(-1, *frames.shape[-3:])
         latents = [

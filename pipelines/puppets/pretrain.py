@@ -70,9 +70,13 @@ def seeded(make: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("tcan/mini"), help="the bases folder to write")
-    parser.add_argument("--work", type=Path, required=True, help="rendered frames and checkpoints, to go on from")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="rendered frames and checkpoints, to go on from"
+    )
     parser.add_argument("--last", choices=PARTS, default=PARTS[-1], help="stop after this part")
     arguments = parser.parse_args()
     pretrain(arguments.out, arguments.work, arguments.last)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from pipelines.puppets.character import Character, Colour, shade
+from pipelines.puppets.character import Character, Colour, blend, shade
 from pipelines.puppets.motion import CAMERA_TILT, KEYS, Choreography, Skeleton, pose_body
 
 MARGIN = 0.02  # of the picture, kept free around hands, feet and hair
@@ -71,7 +71,9 @@ def _place(character: Character, dance: Choreography, seconds: np.ndarray) -> tu
     return skeleton.shifted((centre + inside) / scale), scale, floor
 
 
-def _extent(skeleton: Skeleton, character: Character):
+def _extent(
+    skeleton: Skeleton, character: Character
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Left, right, top and bottom of the puppet, each `[F]`, in standing heights from the middle of the floor."""
     body, look = character.body, character.look
     tall = (
@@ -221,13 +223,12 @@ class _Artist:
         down = down[:, 0] + 1j * down[:, 1]
         self.upright = down / np.abs(down) / 1j  # turns the head's own x + iy into the picture
 
-        wide = np.cos(_HEAD_TURN)
-        tall = np.sin(_HEAD_TURN)
+        x, y = np.cos(_HEAD_TURN), np.sin(_HEAD_TURN)
         power = 1 - 0.5 * body.square
-        wide, tall = np.sign(wide) * np.abs(wide) ** power, np.sign(tall) * np.abs(tall) ** power
-        wide = wide * (1 - body.jaw * np.clip(tall, 0, 1) ** 1.5)
+        x, y = np.sign(x) * np.abs(x) ** power, np.sign(y) * np.abs(y) ** power
+        x = x * (1 - body.jaw * np.clip(y, 0, 1) ** 1.5)
         self.rx, self.ry = radii[0] * self.unit, radii[1] * self.unit
-        self.skull = self.rx * wide + 1j * self.ry * tall
+        self.skull = self.rx * x + 1j * self.ry * y
 
     def keypoints(self, size: int) -> np.ndarray:
         p, f = self.points, self.features
@@ -302,14 +303,13 @@ class _Artist:
             behind.append((upper, lower))
         for side in range(2):
             self._arm(side, *behind[side], back=True)
-        for side in np.argsort(depths["knees"] + 0.5 * depths["ankles"]):
-            self._leg(int(side))
+        for side in map(int, np.argsort(depths["knees"] + 0.5 * depths["ankles"])):
+            self._leg(side)
         self._hips()
         self._torso()
         self._head()
-        order = np.argsort(depths["wrists"])
-        for side in order:
-            self._arm(int(side), *behind[side], back=False)
+        for side in map(int, np.argsort(depths["wrists"])):
+            self._arm(side, *behind[side], back=False)
         return canvas
 
     def _shadow(self, index: int) -> None:
@@ -512,9 +512,9 @@ class _Artist:
             )
         if look.top == "jacket":
             inner = np.sin(np.clip(self.yaw, -1, 1)) * 0.8
-            v = np.linspace(-0.1, end, 6)
+            edge = np.linspace(-0.1, end, 6)
             self._fill(
-                np.concatenate([self._side(inner - 0.32, v), self._side(inner + 0.32, v[::-1])]), accent
+                np.concatenate([self._side(inner - 0.32, edge), self._side(inner + 0.32, edge[::-1])]), accent
             )
         elif look.top == "hoodie":
             self._fill(
@@ -542,6 +542,10 @@ class _Artist:
     def _own(self, x: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
         """Points given in the upright head's half widths and half heights."""
         return self.at["head"] + (self.rx * np.asarray(x) + 1j * self.ry * np.asarray(y)) * self.up
+
+    def _spot(self, x: float, y: float) -> complex:
+        """As `_own`, of one point."""
+        return self.at["head"] + (self.rx * x + 1j * self.ry * y) * self.up
 
     def _shifted(self, name: str) -> float:
         """How far the head has turned, as a shift of what sits on top of it, in half widths."""
@@ -578,28 +582,28 @@ class _Artist:
                 )
             self._fill(self._own(turn + 1.1 * x, -0.28 + 1.0 * y), self.look.hair)
         elif style == "ponytail":
-            tip = self._own(turn - 1.15 + 2.5 * swing, 1.1)
+            tip = self._spot(turn - 1.15 + 2.5 * swing, 1.1)
             self._limb(
-                [self._own(turn * 1.2, -0.75), self._own(turn - 0.95 + swing, -0.35), tip],
+                [self._spot(turn * 1.2, -0.75), self._spot(turn - 0.95 + swing, -0.35), tip],
                 [0.3 * self.rx, 0.42 * self.rx, 0.14 * self.rx],
                 self.look.hair,
                 0.85,
             )
         elif style == "pigtails":
             for side in (-1, 1):
-                root = self._own(turn + side * 0.95, -0.35)
+                root = self._spot(turn + side * 0.95, -0.35)
                 self._limb(
                     [
                         root,
-                        self._own(turn + side * 1.45 + swing, 0.15),
-                        self._own(turn + side * 1.5 + 2.5 * swing, 1.05),
+                        self._spot(turn + side * 1.45 + swing, 0.15),
+                        self._spot(turn + side * 1.5 + 2.5 * swing, 1.05),
                     ],
                     [0.26 * self.rx, 0.4 * self.rx, 0.15 * self.rx],
                     self.look.hair,
                 )
                 self._ball(root, 0.2 * self.rx, self.look.top_accent)
         elif style == "bun":
-            self._ball(self._own(turn * 1.3, -1.22), 0.46 * self.rx, self.look.hair)
+            self._ball(self._spot(turn * 1.3, -1.22), 0.46 * self.rx, self.look.hair)
 
     def _outer(self, name: str, volume: float) -> np.ndarray:
         """The curve `name` on the head, closed over the top of it."""
@@ -625,9 +629,9 @@ class _Artist:
         if look.muzzle:
             self._fill(face["muzzle"], shade(look.skin, 1.5))
         if look.blush:
-            blush = tuple(0.55 * c + 0.45 * d for c, d in zip(look.skin, (255, 105, 110), strict=True))
+            blush = blend(look.skin, (255, 105, 110), 0.45)
             for side in ("right", "left"):
-                self._fill(face[f"cheek {side}"], blush)  # type: ignore[arg-type]
+                self._fill(face[f"cheek {side}"], blush)
         if look.beard:
             self._fill(face["beard"], look.hair)
         self._mouth()
@@ -730,49 +734,49 @@ class _Artist:
         turn = self._shifted("nose")
         x, y = _ROUND.real, _ROUND.imag
         if behind:
-            inner = tuple(0.5 * c + 0.5 * d for c, d in zip(look.skin, (255, 170, 180), strict=True))
+            inner = blend(look.skin, (255, 170, 180), 0.5)
             for side in (-1, 1):
                 squeeze = 1 - 0.25 * side * turn
                 place = -0.3 * turn + side * 0.62 * squeeze
                 lag = 1.2 * self.swing / self.rx
                 if look.ears == "cat":
-                    tip = self._own(place + side * 0.28 + 0.3 * lag, -1.42)
+                    tip = self._spot(place + side * 0.28 + 0.3 * lag, -1.42)
                     base = self._own(
                         place + np.array([-0.4, 0.4]),
                         np.array([-0.68, -0.68]) + side * np.array([-0.12, 0.2]),
                     )
                     self._shape(np.array([base[0], tip, base[1]]), look.skin)
                     middle = (base.sum() + tip) / 3
-                    self._fill(middle + 0.55 * (np.array([base[0], tip, base[1]]) - middle), inner)  # type: ignore[arg-type]
+                    self._fill(middle + 0.55 * (np.array([base[0], tip, base[1]]) - middle), inner)
                 elif look.ears == "round":
                     self._shape(self._own(place * 1.15 + 0.42 * x, -0.82 + 0.42 * y), look.skin)
-                    self._fill(self._own(place * 1.15 + 0.23 * x, -0.82 + 0.23 * y), inner)  # type: ignore[arg-type]
+                    self._fill(self._own(place * 1.15 + 0.23 * x, -0.82 + 0.23 * y), inner)
                 elif look.ears == "bunny":
-                    root, tip = self._own(place * 0.7, -0.8), self._own(place * 0.95 + lag, -1.62)
+                    root, tip = self._spot(place * 0.7, -0.8), self._spot(place * 0.95 + lag, -1.62)
                     self._limb([root, tip], [0.2 * self.rx, 0.25 * self.rx], look.skin)
-                    self._capsule(root, tip, 0.11 * self.rx, 0.11 * self.rx, inner)  # type: ignore[arg-type]
+                    self._capsule(root, tip, 0.11 * self.rx, 0.11 * self.rx, inner)
                 elif look.ears == "pointed":
                     base = self._own(-0.2 * turn + side * 0.85, np.array([-0.3, 0.3]))
-                    tip = self._own(-0.3 * turn + side * 1.55, -0.35 + 0.2 * lag)
+                    tip = self._spot(-0.3 * turn + side * 1.55, -0.35 + 0.2 * lag)
                     self._shape(np.array([base[0], tip, base[1]]), look.skin)
                     middle = (base.sum() + tip) / 3
-                    self._fill(middle + 0.5 * (np.array([base[0], tip, base[1]]) - middle), inner)  # type: ignore[arg-type]
+                    self._fill(middle + 0.5 * (np.array([base[0], tip, base[1]]) - middle), inner)
                 if look.horns == "horns":
                     chain = [
-                        self._own(place * 0.8, -0.8),
-                        self._own(place * 1.05, -1.2),
-                        self._own(place * 0.95, -1.5),
+                        self._spot(place * 0.8, -0.8),
+                        self._spot(place * 1.05, -1.2),
+                        self._spot(place * 0.95, -1.5),
                     ]
                     self._limb(chain, [0.17 * self.rx, 0.13 * self.rx, 0.04 * self.rx], (250, 236, 205))
                 elif look.horns == "antennae":
-                    tip = self._own(place * 0.95 + lag, -1.45)
+                    tip = self._spot(place * 0.95 + lag, -1.45)
                     self._limb(
-                        [self._own(place * 0.45, -0.85), tip], [0.06 * self.rx] * 2, shade(look.skin, 0.7)
+                        [self._spot(place * 0.45, -0.85), tip], [0.06 * self.rx] * 2, shade(look.skin, 0.7)
                     )
                     self._ball(tip, 0.17 * self.rx, look.top_accent)
             if look.horns == "unicorn":
                 self._limb(
-                    [self._own(0.35 * turn, -0.85), self._own(0.45 * turn, -1.5)],
+                    [self._spot(0.35 * turn, -0.85), self._spot(0.45 * turn, -1.5)],
                     [0.18 * self.rx, 0.03 * self.rx],
                     (255, 222, 130),
                 )
@@ -784,7 +788,7 @@ class _Artist:
                 np.concatenate([band, band[::-1] - 0.26 * self.ry * 1j * self.up]),
                 shade(look.hat_colour, 1.35),
             )
-            self._ball(self._own(-0.1 * turn, -1.2), 0.2 * self.rx, shade(look.hat_colour, 1.5))
+            self._ball(self._spot(-0.1 * turn, -1.2), 0.2 * self.rx, shade(look.hat_colour, 1.5))
         elif look.hat == "cap":
             self._shape(self._outer("brim", 1.12), look.hat_colour)
             self._shape(self.face["cap peak"], shade(look.hat_colour, 0.75))
@@ -793,7 +797,7 @@ class _Artist:
                 self._own(0.2 * turn + np.array([-0.5, 0.0, 0.5]), np.array([-0.85, -1.8, -0.85])),
                 look.hat_colour,
             )
-            self._ball(self._own(0.2 * turn, -1.8), 0.15 * self.rx, look.top_accent)
+            self._ball(self._spot(0.2 * turn, -1.8), 0.15 * self.rx, look.top_accent)
 
     def _tail(self) -> None:
         look, unit = self.look, self.unit

@@ -141,7 +141,8 @@ def _model(task: Task, bases: Bases) -> TCAN:
     model.set_stage(task.stage)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    return model.train()
+    # The buffers too: DeepSpeed converts parameters alone.
+    return model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32).train()
 
 
 def _engine(model: TCAN, config: Any, stage: StageConfig, workers: int) -> Any:
@@ -181,24 +182,18 @@ def _sampler(task: Task, stage: StageConfig, split: Any) -> Sampler:
     )
 
 
-def _on(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The batch on the device; pose `[B, F, 3, H, W]` in [0, 1] and the reference in the model's precision."""
+def _on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch on the device; pose float32 `[B, F, 3, H, W]` in [0, 1]."""
     tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     tensors = {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
-    tensors["pose"] = tensors["pose"].movedim(-1, 2).to(dtype) / 255
-    tensors["reference"] = tensors["reference"].to(dtype)
+    tensors["pose"] = tensors["pose"].movedim(-1, 2).float() / 255
     return tensors
 
 
 def _loss(engine: Any, bases: Bases, batch: Batch, device: torch.device) -> Tensor:
-    dtype = next(engine.module.parameters()).dtype
-    t = _on(batch, device, dtype)
-
-    def model(noisy: Tensor, *rest: Tensor) -> Tensor:
-        return engine(noisy.to(dtype), *rest)  # the noise is added in fp32 whatever the model's precision
-
+    t = _on(batch, device)
     return diffusion_loss(
-        model,
+        engine,
         bases.scheduler,
         t["latents"],
         t["noise"],
@@ -340,11 +335,10 @@ class _Pictures:
     @torch.no_grad()
     def draw(self, model: nn.Module) -> np.ndarray:
         """uint8 [H, W, 3]."""
-        dtype = next(model.parameters()).dtype
-        t = _on(self._batch, self._device, dtype)
+        t = _on(self._batch, self._device)
         latents = t["noise"]
         for step in self._scheduler.timesteps:
-            eps = model(latents.to(dtype), step.expand(len(latents)), t["pose"], t["reference"])
+            eps = model(latents, step.expand(len(latents)), t["pose"], t["reference"])
             latents = self._scheduler.step(eps.float(), step, latents).prev_sample
         prediction = self._decode(latents)
         frames = sorted({round(i) for i in np.linspace(0, latents.shape[1] - 1, PICTURE_COLUMNS)})

@@ -201,8 +201,9 @@ def test_saved_and_loaded_again(pipe: TCANPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "again")
     again = TCANPipeline.from_pretrained(tmp_path / "again")
     assert again.model_info == pipe.model_info
+    loaded = again.tcan.parts()
     for part, weights in pipe.tcan.parts().items():
-        assert all(torch.equal(value, again.tcan.parts()[part][name]) for name, value in weights.items())
+        assert all(torch.equal(value, loaded[part][name]) for name, value in weights.items())
 
 
 def test_other_pictures_are_cut_not_stretched() -> None:
