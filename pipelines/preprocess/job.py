@@ -10,7 +10,6 @@ in `rejected/`; run again, the job does what is missing.
 import dataclasses
 import functools
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import ray.data
 from tqdm import tqdm
 
 from pipelines import tracking
+from pipelines.cluster import connect
 from pipelines.config import Config
 from pipelines.dataset import INFO_FILE, SCHEMA_VERSION
 from pipelines.preprocess.decode import decode
@@ -159,11 +159,7 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
 
 def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, Any]]:
     """The Ray Data pipeline: rows of ENCODED_SCHEMA, in no order, as they are ready."""
-    if not ray.is_initialized():
-        # A cluster is used when it is named, never one that happens to run on this machine.
-        ray.init(
-            os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, logging_level=logging.WARNING
-        )
+    connect()
     settings = config.preprocess
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)

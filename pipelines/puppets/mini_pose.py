@@ -9,11 +9,14 @@ from torch import Tensor
 
 from pipelines.puppets.corpus import SIZE, Corpus
 from pipelines.puppets.fit import fit
+from pipelines.puppets.scene import sample_background
 from tcan.pose.network import BodyPoseNetwork
 from tcan.pose.targets import pose_targets
 
-STEPS = 900
+STEPS = 1000
 LEARNING_RATE = 3e-3
+NOBODY = 2
+"""Pictures of every 16 that show no puppet: without them the network finds one everywhere."""
 
 
 def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
@@ -22,6 +25,7 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([2, step])
         frames, keypoints, _ = corpus.random_pictures(rng, 16)
+        frames[:NOBODY], keypoints[:NOBODY] = [nobody(rng) for _ in range(NOBODY)], 0
         frames, keypoints = augment(rng, frames, keypoints)
         pictures = torch.from_numpy(frames[..., ::-1].copy()).permute(0, 3, 1, 2).float().div(256).sub(0.5)
         paf, heatmap, paf_weight = pose_targets(torch.from_numpy(keypoints), SIZE, SIZE)
@@ -35,6 +39,13 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
         return loss
 
     return fit("pose", network, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work)
+
+
+def nobody(rng: np.random.Generator) -> np.ndarray:
+    """An empty scene, or a plain surface, uint8 `[H, W, 3]`."""
+    if rng.random() < 0.3:
+        return np.full((SIZE, SIZE, 3), rng.integers(256, size=3), np.uint8)
+    return sample_background("wide", rng, SIZE)[0]
 
 
 def augment(

@@ -231,7 +231,3 @@ class Sampler:
         stride = workers * micro_batch
         firsts = range(rank * micro_batch, self.batch_size, stride)
         return [self.batch(step, range(first, first + micro_batch)) for first in firsts]
-
-    def describe(self, step: int) -> str:
-        """The samples of a step in one line, for whoever looks for the one that did harm."""
-        return ", ".join(self.video(step, index).video_id for index in range(self.batch_size))

@@ -20,6 +20,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from pipelines import tracking
+from pipelines.cluster import connect
 from pipelines.config import Config
 from pipelines.dataset import INFO_FILE, read_info
 from pipelines.train import checkpoint
@@ -117,7 +118,7 @@ def _train_stage(
         vae_scaling_factor=info["vae_scaling_factor"], stick_width=config.train.stick_width, frames=config.train.frames,
         drop_reference=config.train.drop_reference,
     )  # fmt: skip
-    _start_ray(config)
+    _connect(config)
 
     start_run = read_model_info(start).get("mlflow_run_id") if start else None
     parents = {"dataset": info["mlflow_run_id"], "stage1": start_run}
@@ -152,6 +153,8 @@ def _train_stage(
 
 def _fit(task: Task, out: Path) -> ray.train.Result:
     config = task.config.train
+    # Imports take most of a minute on a busy machine or a cold disk; Ray's own limit is one minute, then it starts over.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     resources = {"CPU": config.cpus_per_worker} | (
         {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
     )
@@ -166,15 +169,15 @@ def _fit(task: Task, out: Path) -> ray.train.Result:
             storage_path=str(out),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
     return trainer.fit()
 
 
-def _start_ray(config: Config) -> None:
-    """Connects to the cluster that RAY_ADDRESS names, else starts Ray on this machine."""
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=True, logging_level="warning")
+def _connect(config: Config) -> None:
+    """Connects to Ray; UserError when this machine alone is too small for the workers."""
+    connect()
     if "RAY_ADDRESS" in os.environ:  # a cluster may grow
         return
     needed = {"CPU": config.train.workers * config.train.cpus_per_worker}

@@ -85,16 +85,12 @@ def run_worker(settings: dict[str, Task]) -> None:
             engine.backward(part)
             engine.step()  # an optimizer step at the last of them
             loss += part.detach() / len(batches)
-        log.step(
-            step + 1, loss, engine.get_global_grad_norm(), lr, time.perf_counter() - began, waited, sampler
-        )
+        log.step(step + 1, loss, engine.get_global_grad_norm(), lr, time.perf_counter() - began, waited)
 
         last = step + 1 == stage_config.steps
         if pictures and (last or (step + 1) % stage_config.picture_every == 0):
-            picture = pictures.draw(
-                engine.module
-            )  # by all workers: under ZeRO-3 each holds a part of the weights
-            log.picture(picture, step + 1)
+            # By all workers: under ZeRO-3 each holds a part of the weights.
+            log.picture(pictures.draw(engine.module), step + 1)
         if last and checkpoint.frozen_fingerprint(engine.module) != frozen:
             raise RuntimeError(f"stage {task.stage} changed parameters that it must leave alone")
         if last or (step + 1) % stage_config.checkpoint_every == 0:
@@ -245,16 +241,7 @@ class _Log:
     def _attach(self) -> None:
         self._run = tracking.attach(self._task.tracking, self._task.run_id)
 
-    def step(
-        self,
-        step: int,
-        loss: Tensor,
-        grad_norm: Any,
-        lr: float,
-        seconds: float,
-        waited: float,
-        sampler: Sampler,
-    ) -> None:
+    def step(self, step: int, loss: Tensor, grad_norm: Any, lr: float, seconds: float, waited: float) -> None:
         values = {
             "grad_norm": float(grad_norm),
             "lr": lr,

@@ -1,10 +1,7 @@
 """Training: which sample comes when, and real runs of Ray Train workers with DeepSpeed engines."""
 
 import json
-import os
-import signal
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -314,14 +311,14 @@ def calm(tmp_path_factory, bases, clips, ray_cluster) -> tuple[Config, Path]:
     return config, folder / "out"
 
 
-def kill_a_worker(storage: Path, killed: list[int]) -> None:
+def kill_a_worker(storage: Path, killed: list[int], over: threading.Event) -> None:
     """Waits for the first checkpoint, then SIGKILLs a worker of the run."""
-    deadline = time.monotonic() + 240
-    while not (storage / "checkpoint_manager_snapshot.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not (storage / "checkpoint_manager_snapshot.json").exists():
+        if over.wait(0.05):
+            return
     for process in psutil.Process().children(recursive=True):
         if "RayTrainWorker" in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             killed.append(process.pid)
             return
 
@@ -360,11 +357,14 @@ def test_again_leaves_what_is_finished_alone(calm, clips, capsys):
 def test_killed_worker_changes_nothing(calm, tmp_path, bases, clips, ray_cluster):
     from pipelines.train.job import train
 
-    config, killed = configured(bases, tmp_path), []
-    watcher = threading.Thread(target=kill_a_worker, args=(tmp_path / "out" / "stage1", killed))
+    config, killed, over = configured(bases, tmp_path), [], threading.Event()
+    watcher = threading.Thread(target=kill_a_worker, args=(tmp_path / "out" / "stage1", killed, over))
     watcher.start()
-    train(clips, tmp_path / "out", config, stage="1")
-    watcher.join()
+    try:
+        train(clips, tmp_path / "out", config, stage="1")
+    finally:
+        over.set()
+        watcher.join()
     assert killed
     assert losses(config, tmp_path / "out", 1) == losses(*calm, 1)  # a repeated step repeats its value
     assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
