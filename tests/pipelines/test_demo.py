@@ -79,9 +79,9 @@ def test_nobody_to_animate(out: Path, tmp_path: Path):
     Image.fromarray(behind).save(tmp_path / "nobody.png")
     Image.fromarray(clip.frames[0]).save(tmp_path / "somebody.png")
     model, target = out / "run" / "model", tmp_path / "result.mp4"
-    with pytest.raises(UserError, match="nobody.png: no person"):
+    with pytest.raises(UserError, match=r"nobody\.png: no person"):
         animate(tmp_path / "nobody.png", tmp_path / "somebody.mp4", model, target, small())
-    with pytest.raises(UserError, match="nobody.mp4: no person"):
+    with pytest.raises(UserError, match=r"nobody\.mp4: no person"):
         animate(tmp_path / "somebody.png", tmp_path / "nobody.mp4", model, target, small())
     assert not target.exists()
     with pytest.raises(UserError, match="none of the 1 videos can be used"):
