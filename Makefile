@@ -37,7 +37,7 @@ lock: $(UV)
 
 # deepspeed comes as source only, and is built here (half a minute).
 $(STAMP): requirements.lock pyproject.toml $(UV)
-	$(UV) pip sync --python $(BIN)/python --require-hashes requirements.lock
+	$(UV) pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
