@@ -116,7 +116,6 @@ def _quiet_libraries() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",  # what Ray's C++ side has to say is in its log files too
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints a worker's lines twice
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray announces a change of default at every start
     }.items():
