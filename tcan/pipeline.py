@@ -17,6 +17,7 @@ from tcan.errors import UserError
 from tcan.model import TCAN
 from tcan.pose import PoseDetector, draw_poses, fill_gaps, follow_main_person
 from tcan.pose import retarget as retarget_poses
+from tcan.pose.skeleton import NECK
 from tcan.temperature import temperature_map
 from tcan.video import fit_keypoints, fit_picture
 from tcan.weights import load_bases, load_model, load_pose_detector, read_model_info, save_model
@@ -329,7 +330,9 @@ class TCANPipeline(DiffusionPipeline):
             )
         poses = follow_main_person(self.pose_detector.detect(frames), *frames.shape[1:3])
         poses = fill_gaps(poses)
-        seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
+        seen = np.flatnonzero(
+            poses[:, NECK, 2] > 0
+        )  # all joints hang on the neck; without it, it was no person
         if not len(seen):
             raise UserError(f"{what}: no person found; give one that shows a whole person")
         return poses[seen[np.abs(np.arange(len(poses))[:, None] - seen).argmin(axis=1)]]
