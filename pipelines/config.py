@@ -206,6 +206,20 @@ class TrainConfig:
     """Memory of a worker for clips already read from the dataset."""
 
     def __post_init__(self) -> None:
+        for key in (
+            "workers",
+            "cpus_per_worker",
+            "lora_rank",
+            "stick_width",
+            "log_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, key) < 1:
+                raise UserError(f"train.{key} = {getattr(self, key)}: must be at least 1")
+        if self.frames < 2:
+            raise UserError(
+                f"train.frames = {self.frames}: must be at least 2, one frame has no motion to learn from"
+            )
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
             if stage.batch_size % (self.workers * stage.micro_batch):
                 raise UserError(

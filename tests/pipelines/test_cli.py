@@ -123,6 +123,11 @@ def test_bad_configuration_file(
         ("preprocess videos", "missing: OUT; tcan preprocess --help explains"),
         ("ui there", "unexpected argument: there; tcan ui --help lists what it takes"),
         ("ui --config sd51", "--config sd51: No such file or directory; give mini, sd15 or a YAML file"),
+        ("train d --out o --train.workers 0", "train.workers = 0: must be at least 1"),
+        (
+            "train d --out o --train.frames 1",
+            "train.frames = 1: must be at least 2, one frame has no motion to learn from",
+        ),
         ("ui --size 100", "size = 100: must be a multiple of 64, such as 128 or 512"),
     ],
 )
