@@ -31,7 +31,6 @@ from pipelines.preprocess.shards import Contents, ShardWriter, VideoAssembler, r
 from pipelines.preprocess.sources import Source, identify, list_sources
 from pipelines.puppets.world import sample_clip, write_clip
 from tcan.errors import UserError
-from tcan.weights import MINI
 
 SIZE = 64
 OPTIONS = (
@@ -443,7 +442,6 @@ def test_nothing_usable_is_one_line_and_no_dataset(made: Made, tmp_path: Path) -
             read_info(tmp_path / "out")
 
 
-@pytest.mark.skipif(not (MINI / "pose").is_dir(), reason="the shipped weights are not there")
 def test_the_person_is_where_the_puppet_is(ray_cluster: None, tmp_path: Path) -> None:
     clip = sample_clip("dance", seed=5, num_frames=20)
     (tmp_path / "videos").mkdir()
