@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipelines.puppets.corpus import SIZE, Corpus
+from pipelines.puppets.corpus import SIZE, Corpus, Rendered, render_held_out
 from pipelines.puppets.fit import fit
 from pipelines.puppets.scene import sample_background
+from tcan.metrics.pose import joint_errors
+from tcan.pose import OpenPose, follow_main_person
 from tcan.pose.network import BodyPoseNetwork
 from tcan.pose.targets import pose_targets
 
@@ -38,7 +40,26 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
             )
         return loss
 
-    return fit("pose", network, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work)
+    held_out = {name: render_held_out(name, 30) for name in ("dance", "bizarre")}
+
+    def look(step: int, average: BodyPoseNetwork) -> str:
+        shares = {name: found_shares(average, rendered) for name, rendered in held_out.items()}
+        return ", ".join(
+            f"{name} {near:.1%} within 5 %, {nearer:.1%} within 3 %"
+            for name, (near, nearer) in shares.items()
+        )
+
+    return fit("pose", network, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work, look=look)
+
+
+def found_shares(network: BodyPoseNetwork, rendered: Rendered) -> tuple[float, float]:
+    """Shares of the true joints that are found within 5 % and within 3 % of the picture's height."""
+    detector = OpenPose(network, network.config.input_height, network.config.blur_sigma)
+    people = detector.detect(rendered.frames.reshape(-1, SIZE, SIZE, 3))
+    found = np.concatenate([follow_main_person([everybody], SIZE, SIZE) for everybody in people])
+    errors = joint_errors(found, rendered.keypoints.reshape(-1, 18, 3), SIZE)
+    counted = ~np.isnan(errors)
+    return float((errors[counted] < 0.05).mean()), float((errors[counted] < 0.03).mean())
 
 
 def nobody(rng: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,6 @@
 """What each worker of Ray Train does: build TCAN, wrap it in a DeepSpeed engine, take steps, report checkpoints."""
 
 import dataclasses
-import logging
 import math
 import os
 import time
@@ -52,7 +51,6 @@ def run_worker(settings: dict[str, Task]) -> None:
 
     Raises FloatingPointError when the loss is no number, RuntimeError when a frozen parameter has changed.
     """
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for every checkpoint otherwise
     task = settings["task"]
     config, stage_config = task.config.train, stage_of(task.config, task.stage)
     context = ray.train.get_context()
