@@ -31,8 +31,9 @@ PRESETS = {name: Path(__file__).parent / "configs" / f"{name}.yaml" for name in 
 class BasesConfig:
     """Where the frozen, pretrained networks come from.
 
-    Each is one of: mini (the weights in this package); a local folder in diffusers' layout, of the part itself or with
-    the part as a subfolder; a hub id owner/name[/subfolder][@revision].
+    Each is one of: mini (the weights in this package); a single file that holds it in its original layout, such as an
+    SD1.5 checkpoint, control_v11p_sd15_openpose.pth or mm_sd_v15_v2.ckpt; a local folder in diffusers' layout, of the
+    part itself or with the part as a subfolder; a hub id owner/name[/subfolder][@revision].
     """
 
     vae: str
@@ -51,7 +52,7 @@ class BasesConfig:
     """CLIPTextModel; only its answer to the empty prompt is used."""
 
     scheduler: str
-    """The noise schedule, as DDIMScheduler reads it."""
+    """The noise schedule, as DDIMScheduler reads it; sd15: SD1.5's."""
 
     pose: str
     """The pose network: mini, a local folder or file, or a hub id with body_pose_model.pth."""

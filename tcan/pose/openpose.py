@@ -70,7 +70,7 @@ class OpenPose:
     @classmethod
     def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu") -> "OpenPose":
         """source: a folder of `BodyPoseNetwork`, or OpenPose's `body_pose_model.pth` as a file, in a folder, or in a
-        repository of the Hugging Face hub (`lllyasviel/Annotators`).
+        repository of the Hugging Face hub (`lllyasviel/Annotators[@revision]`).
 
         Raises UserError where there is no such thing or it does not fit.
         """
@@ -249,7 +249,8 @@ def _download(source: str) -> Path:
     )
 
     try:
-        return Path(hf_hub_download(source, OPENPOSE_FILE))
+        repository, _, revision = source.partition("@")
+        return Path(hf_hub_download(repository, OPENPOSE_FILE, revision=revision or None))
     except (
         HfHubHTTPError,
         HFValidationError,

@@ -1,0 +1,280 @@
+"""The single files that people have: each loads, by its names and shapes alone, or is refused in one line."""
+
+import collections
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from tcan.errors import UserError
+from tcan.pose import OpenPose
+from tcan.weights import load_bases, load_part
+from tests.tcan import original_files as files
+
+PREFIX = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
+# What some of the original names mean, by diffusers' names.
+PAIRS = {
+    "unet": {
+        "time_embed.2.bias": "time_embedding.linear_2.bias",
+        "input_blocks.3.0.op.weight": "down_blocks.0.downsamplers.0.conv.weight",
+        "input_blocks.4.0.skip_connection.weight": "down_blocks.1.resnets.0.conv_shortcut.weight",
+        "input_blocks.8.1.transformer_blocks.0.attn2.to_k.weight": (
+            "down_blocks.2.attentions.1.transformer_blocks.0.attn2.to_k.weight"
+        ),
+        "middle_block.2.emb_layers.1.weight": "mid_block.resnets.1.time_emb_proj.weight",
+        "output_blocks.2.1.conv.weight": "up_blocks.0.upsamplers.0.conv.weight",
+        "output_blocks.5.2.conv.bias": "up_blocks.1.upsamplers.0.conv.bias",
+        "output_blocks.11.1.proj_out.weight": "up_blocks.3.attentions.2.proj_out.weight",
+        "out.2.weight": "conv_out.weight",
+    },
+    "vae": {
+        "encoder.down.1.block.0.nin_shortcut.weight": "encoder.down_blocks.1.resnets.0.conv_shortcut.weight",
+        "encoder.mid.attn_1.q.weight": "encoder.mid_block.attentions.0.to_q.weight",
+        "decoder.mid.attn_1.proj_out.weight": "decoder.mid_block.attentions.0.to_out.0.weight",
+        "decoder.up.3.block.2.conv1.bias": "decoder.up_blocks.0.resnets.2.conv1.bias",
+        "decoder.norm_out.weight": "decoder.conv_norm_out.weight",
+        "post_quant_conv.bias": "post_quant_conv.bias",
+    },
+    "text_encoder": {
+        "text_model.encoder.layers.7.mlp.fc1.weight": "encoder.layers.7.mlp.fc1.weight",
+        "text_model.final_layer_norm.bias": "final_layer_norm.bias",
+    },
+    "controlnet": {
+        "zero_convs.11.0.weight": "controlnet_down_blocks.11.weight",
+        "middle_block_out.0.bias": "controlnet_mid_block.bias",
+        "input_hint_block.0.weight": "controlnet_cond_embedding.conv_in.weight",
+        "input_hint_block.10.weight": "controlnet_cond_embedding.blocks.4.weight",
+        "input_hint_block.14.bias": "controlnet_cond_embedding.conv_out.bias",
+        "input_blocks.10.0.in_layers.2.weight": "down_blocks.3.resnets.0.conv1.weight",
+    },
+    "motion_adapter": {
+        "down_blocks.1.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.1.to_q.weight": (
+            "down_blocks.1.motion_modules.0.transformer_blocks.0.attn2.to_q.weight"
+        ),
+        "up_blocks.3.motion_modules.2.temporal_transformer.transformer_blocks.0.ff_norm.bias": (
+            "up_blocks.3.motion_modules.2.transformer_blocks.0.norm3.bias"
+        ),
+        "up_blocks.0.motion_modules.0.temporal_transformer.proj_out.weight": (
+            "up_blocks.0.motion_modules.0.proj_out.weight"
+        ),
+    },
+}
+
+
+def save(weights: dict[str, Tensor], path: Path, **beside: object) -> Path:
+    torch.save({"state_dict": weights, **beside} if beside else weights, path)
+    return path
+
+
+def check_values(part: str, weights: dict[str, Tensor], module: torch.nn.Module, prefix: str = "") -> None:
+    """Every number of the file is in the network once, the known ones at their place."""
+    state = {name: t for name, t in module.state_dict().items() if not name.endswith("pos_embed.pe")}
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    assert collections.Counter(files.numbers(state)) == collections.Counter(files.numbers(weights))
+    for original, name in PAIRS[part].items():
+        if part == "text_encoder" and hasattr(module, "text_model"):
+            name = f"text_model.{name}"
+        assert (state[name] == weights[prefix + original].flatten()[0]).all(), original
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """An SD1.5 .ckpt, and what is in it."""
+    weights = files.tensors(files.checkpoint())
+    return save(weights, tmp_path_factory.mktemp("sd") / "sd15.ckpt", global_step=840000), weights
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_stable_diffusion_checkpoint(checkpoint: tuple[Path, dict[str, Tensor]], part: str) -> None:
+    path, weights = checkpoint
+    own = {name: tensor for name, tensor in weights.items() if name.startswith(PREFIX[part])}
+    own = {name: tensor for name, tensor in own.items() if not name.endswith("position_ids")}
+    check_values(part, own, load_part(part, str(path)), PREFIX[part])
+
+
+def test_stable_diffusion_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "sd15.safetensors"
+    files.write_sparse_safetensors(files.checkpoint(), path)
+    vae = load_part("vae", str(path))
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863 and vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", ""])
+def test_openpose_controlnet(tmp_path: Path, prefix: str) -> None:
+    weights = {prefix + name: tensor for name, tensor in files.tensors(files.controlnet()).items()}
+    path = save(weights, tmp_path / "control_v11p_sd15_openpose.pth")
+    check_values("controlnet", weights, load_part("controlnet", str(path)), prefix)
+
+
+def test_vae_in_its_original_layout(tmp_path: Path) -> None:
+    weights = files.tensors(files.vae())
+    more = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
+    path = save(weights | more, tmp_path / "vae-ft-mse-840000-ema-pruned.ckpt")
+    check_values("vae", weights, load_part("vae", str(path)))
+
+
+def test_vae_in_diffusers_first_layout(tmp_path: Path) -> None:
+    """sd-vae-ft-mse on the hub names its attention as diffusers did then."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+    vae.save_pretrained(tmp_path, safe_serialization=False)
+    weights = vae.state_dict()
+    renamed = {}
+    for name, tensor in weights.items():
+        for new, before in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        renamed[name] = tensor
+    assert renamed.keys() != weights.keys()
+    torch.save(renamed, tmp_path / "diffusion_pytorch_model.bin")
+    loaded = load_part("vae", str(tmp_path)).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("middle", [True, False])
+def test_motion_modules(tmp_path: Path, middle: bool) -> None:
+    weights = files.tensors(files.motion_modules(middle))
+    adapter = load_part("motion_adapter", str(save(weights, tmp_path / "mm_sd_v15_v2.ckpt")))
+    assert adapter.mid_block is None and adapter.config.use_motion_mid_block is False
+    used = {name: t for name, t in weights.items() if "mid_block" not in name and not name.endswith(".pe")}
+    check_values("motion_adapter", used, adapter)
+    table = adapter.state_dict()["up_blocks.2.motion_modules.1.transformer_blocks.0.pos_embed.pe"]
+    torch.testing.assert_close(table, files.positions(32, 640))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [("length", "is for 24 frames, not 32"), ("values", "sinusoidal")]
+)
+def test_motion_modules_of_other_positions(tmp_path: Path, change: str, reason: str) -> None:
+    weights = files.tensors(files.motion_modules(middle=False))
+    for name in [name for name in weights if name.endswith(".pe")]:
+        weights[name] = weights[name][:, :24] if change == "length" else weights[name].flip(1)
+    with pytest.raises(UserError, match=reason):
+        load_part("motion_adapter", str(save(weights, tmp_path / "mm_sd_v15.ckpt")))
+
+
+@pytest.mark.parametrize(
+    ("part", "prefix", "name"),
+    [
+        ("unet", "model.diffusion_model.", "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"),
+        ("unet", "model.diffusion_model.", "output_blocks.5.2.conv.bias"),
+        ("vae", "", "encoder.mid.attn_1.q.weight"),
+        ("text_encoder", "cond_stage_model.transformer.", "text_model.encoder.layers.3.mlp.fc2.bias"),
+        ("controlnet", "control_model.", "zero_convs.5.0.bias"),
+        ("motion_adapter", "", "up_blocks.1.motion_modules.0.temporal_transformer.norm.bias"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path: Path, part: str, prefix: str, name: str) -> None:
+    shapes = files.motion_modules() if part == "motion_adapter" else getattr(files, part)()
+    weights = {prefix + name: tensor for name, tensor in files.tensors(shapes).items()}
+    name = prefix + name
+    lacking = {key: tensor for key, tensor in weights.items() if key != name}
+    longer = weights | {name: torch.zeros(7, *weights[name].shape[1:])}
+    stray = {f"{prefix}stray.{i}.weight": torch.zeros(1) for i in range(5)}
+    foreign = weights | stray
+    inside = name.rpartition(".")[0] + ".stray"
+    for changed, reason in (
+        (lacking, "lacks "),
+        (longer, r"is \[7"),
+        (foreign, r"has too many .*stray\.0\.weight, .*stray\.1\.weight, .*stray\.2\.weight and 2 more"),
+        (
+            weights | {inside: torch.zeros(1)},
+            f"has too many .*{inside.removeprefix(prefix)}|has too many .*stray",
+        ),
+    ):
+        with pytest.raises(UserError, match=f"does not fit: .*{reason}") as error:
+            load_part(part, str(save(changed, tmp_path / "file.ckpt")))
+        assert "\n" not in str(error.value)
+
+
+def test_a_file_of_another_part_says_what_it_is(tmp_path: Path) -> None:
+    path = save(files.tensors(files.vae()), tmp_path / "vae.ckpt")
+    with pytest.raises(UserError, match=r"unet: .*vae\.ckpt holds no SD1.5 UNet, but: SD1.5 VAE"):
+        load_part("unet", str(path))
+
+
+def test_a_name_that_no_checkpoint_has(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    path = save(checkpoint[1] | {"conditioner.embedders.1.x": torch.zeros(1)}, tmp_path / "sdxl.ckpt")
+    with pytest.raises(UserError, match=r"has too many conditioner\.embedders\.1\.x"):
+        load_part("vae", str(path))
+
+
+class ModelCheckpoint:
+    """Pickled under the name by which old Lightning checkpoints hold such a thing."""
+
+    __module__ = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+class Wicked:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch wicked",)
+
+
+def test_lightning_checkpoints_open_and_code_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+    import types
+
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType(ModelCheckpoint.__module__)
+    module.ModelCheckpoint = ModelCheckpoint  # type: ignore[attr-defined]
+    weights = files.tensors(files.vae())
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+        patched.setitem(sys.modules, "pytorch_lightning.callbacks", types.ModuleType("callbacks"))
+        patched.setitem(sys.modules, ModelCheckpoint.__module__, module)
+        save(weights, Path("lightning.ckpt"), callbacks={ModelCheckpoint: {"best": ModelCheckpoint()}})
+    assert load_part("vae", "lightning.ckpt").config.latent_channels == 4
+    save(weights, Path("wicked.ckpt"), callbacks=Wicked())
+    with pytest.raises(
+        UserError, match=r"wicked.ckpt: cannot be opened as weights alone: it holds \S*system"
+    ) as error:
+        load_part("vae", "wicked.ckpt")
+    assert "\n" not in str(error.value) and not Path("wicked").exists()
+
+
+@pytest.mark.parametrize("name", ["text.ckpt", "text.safetensors", "list.pth", "empty.ckpt"])
+def test_files_that_are_no_weights(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("" if name == "empty.ckpt" else "not weights")
+    if name == "list.pth":
+        torch.save([1, 2], path)
+    with pytest.raises(UserError, match=r"is not a file of weights|cannot be opened as weights") as error:
+        load_part("vae", str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vae: no such file: models/vae\.safetensors"):
+        load_part("vae", "models/vae.safetensors")
+
+
+def test_openpose_weights_as_pickled_by_old_torch(tmp_path: Path) -> None:
+    """Not a zip yet: it can't be mapped, and is read whole."""
+    torch.save(files.tensors({"a.weight": (3, 3)}), tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="keys missing"):
+        OpenPose.from_pretrained(tmp_path / "a.pth")
+    with pytest.raises(UserError, match="is none of the files known here"):
+        load_part("vae", str(tmp_path / "a.pth"))
+
+
+@pytest.mark.slow
+def test_all_of_sd15_from_single_files(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    """No network, no other file: the architectures are in the package."""
+    sd = str(checkpoint[0])
+    control = save(files.tensors(files.controlnet()), tmp_path / "control_v11p_sd15_openpose.pth")
+    motion = save(files.tensors(files.motion_modules()), tmp_path / "mm_sd_v15_v2.ckpt")
+    bases = load_bases(
+        vae=sd, unet=sd, controlnet=str(control), motion_adapter=str(motion), text_encoder=sd, scheduler=sd
+    )
+    assert bases.empty_prompt.shape == (1, 77, 768)
+    assert bases.scheduler.config.beta_schedule == "scaled_linear"
+    assert bases.info["unet"]["source"] == sd and len(bases.info["unet"]["fingerprint"]) == 16
