@@ -1,4 +1,4 @@
-"""The command line: `tcan preprocess | train | animate | evaluate | demo | ui`, or `python -m pipelines.cli ...`.
+"""The command line: `tcan preprocess | train | animate | evaluate | export | weights | demo | ui`, or `python -m pipelines.cli ...`.
 
 A job's modules are imported when it runs, so that `tcan --help` answers at once.
 """
@@ -150,6 +150,26 @@ def _evaluate(arguments: Any, config: Any) -> None:
     evaluate(Path(arguments.videos), Path(arguments.model), Path(arguments.out), config)
 
 
+def _export(arguments: Any, config: Any) -> None:
+    from tcan.weights import export_model
+
+    export_model(arguments.model, arguments.out, pose=config.bases.pose)
+    print(f"{arguments.out}: the model and all it needs", flush=True)
+
+
+def _weights(arguments: Any, config: Any) -> None:
+    from tcan.weights.check import describe
+
+    problems = []
+    for path in arguments.paths:
+        try:
+            print(f"{path}: {describe(Path(path))}: fits", flush=True)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+
+
 def _demo(arguments: Any, config: Any) -> None:
     from pipelines.demo import demo
 
@@ -214,6 +234,22 @@ COMMANDS = {
             "--out": _required_path("Folder of the measures and the videos made."),
         },
         _evaluate,
+    ),
+    "export": Command(
+        "Write a model and all it was trained on into one folder that needs nothing else.",
+        {
+            "--model": _required_path("Folder of a trained model."),
+            "--out": _required_path("The folder to write; `tcan animate --model` takes it."),
+        },
+        _export,
+    ),
+    "weights": Command(
+        "Say what files and folders of weights are, and whether they fit.",
+        {
+            "action": {"type": Literal["check"], "help": "check: names and shapes, strictly."},
+            "paths": {"nargs": "+", "type": str, "help": "Files or folders, also of trained models."},
+        },
+        _weights,
     ),
     "demo": Command(
         "Run all of it on rendered puppets, from videos to animated videos.",

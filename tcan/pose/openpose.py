@@ -99,6 +99,15 @@ class OpenPose:
             raise UserError(f"pose network {path}: the weights do not fit: {problems}")
         return cls(network, network.config.input_height, network.config.blur_sigma, device)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes what `from_pretrained` reads: a folder of `BodyPoseNetwork`, or one with OpenPose's file."""
+        if hasattr(self.network, "save_pretrained"):
+            self.network.save_pretrained(folder)
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        weights = self.network.state_dict()
+        torch.save({name.split(".", 1)[1]: weights[name] for name in weights}, Path(folder) / OPENPOSE_FILE)
+
     @property
     def fingerprint(self) -> str:
         from tcan.weights import fingerprint

@@ -9,12 +9,13 @@ from tcan.weights.bases import (
     portable_source,
 )
 from tcan.weights.common import fingerprint
-from tcan.weights.model_folder import MODEL_FILE, load_model, read_model_info, save_model
+from tcan.weights.model_folder import MODEL_FILE, export_model, load_model, read_model_info, save_model
 
 __all__ = [
     "MODEL_FILE",
     "Bases",
     "encode_empty_prompt",
+    "export_model",
     "fingerprint",
     "load_bases",
     "load_model",

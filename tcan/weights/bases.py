@@ -80,13 +80,14 @@ def load_bases(
     info = {}
     for part in ("vae", "unet", "controlnet", "motion_adapter"):
         module = load_part(part, sources[part])
-        info[part] = {"source": portable_source(sources[part]), "fingerprint": fingerprint(module)}
+        info[part] = {"source": portable_source(sources[part]), "fingerprint": base_fingerprint(part, module)}
         with quiet():
             loaded[part] = module.to(device, dtype).requires_grad_(False).eval()
-    prompt = encode_empty_prompt(load_part("text_encoder", text_encoder))
+    encoder = load_part("text_encoder", text_encoder)
+    prompt = encode_empty_prompt(encoder)
     info["text_encoder"] = {
         "source": portable_source(text_encoder),
-        "fingerprint": fingerprint({"empty_prompt": prompt}),
+        "fingerprint": base_fingerprint("text_encoder", encoder),
     }
     check_together({part: dict(module.config) for part, module in loaded.items()}, prompt.shape[-1])
     info["scheduler"] = {"source": portable_source(scheduler)}
@@ -181,6 +182,13 @@ def load_part(part: str, source: str) -> Any:
         module.mid_block = None  # AnimateDiff's mm_sd_v15_v2 has temporal layers there, TCAN has none
         module.register_to_config(use_motion_mid_block=False)
     return module
+
+
+def base_fingerprint(part: str, network: Any) -> str:
+    """Of a base as `load_part` gives it; of the text encoder its answer to the empty prompt is all that counts."""
+    if part == "text_encoder":
+        return fingerprint({"empty_prompt": encode_empty_prompt(network)})
+    return fingerprint(network)
 
 
 def load_scheduler(source: str) -> DDIMScheduler:

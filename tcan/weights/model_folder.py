@@ -3,19 +3,23 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tcan import __version__
 from tcan.appa import save_appa
 from tcan.errors import UserError
 from tcan.model import TCAN
-from tcan.weights.bases import Bases
-from tcan.weights.common import check_keys, check_shapes, first_line
+from tcan.weights.bases import Bases, base_fingerprint, load_part, load_pose_detector, load_scheduler
+from tcan.weights.common import check_keys, check_shapes, first_line, quiet
 
 MODEL_FILE = "tcan.json"
 MODEL_PARTS = {
@@ -71,10 +75,7 @@ def save_model(
         "stick_width": stick_width,
         **more,
     }
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
-    try:
-        partial.mkdir(parents=True)
+    with _written_whole(folder) as partial:
         tcan.appearance_unet.save_pretrained(partial / "appearance_unet")
         save_appa(tcan.denoiser, partial / "appa")
         if stage == 2:
@@ -84,7 +85,67 @@ def save_model(
                 name: tensor.contiguous() for name, tensor in tcan.parts()["temporal_controlnet"].items()
             }
             save_file(temporal, partial / MODEL_PARTS["temporal_controlnet"])
-        (partial / MODEL_FILE).write_text(json.dumps(info, indent=2) + "\n")
+        _write_info(info, partial)
+
+
+def export_model(model: str | os.PathLike, folder: str | os.PathLike, pose: str | None = None) -> None:
+    """Writes a model folder that needs no other: what was trained, as `save_model`, and all that it was trained on.
+
+        bases/{vae,unet,controlnet,motion_adapter,text_encoder,scheduler,pose}/    in diffusers' layout
+
+    tcan.json names them as `./bases/...`, so the folder may be moved. One base at a time is in memory.
+
+    Args:
+        model: a model folder.
+        pose: the pose network to take where the model folder names none.
+
+    Raises:
+        UserError: no whole model folder, a base that can't be loaded or isn't the one it was trained on, no pose
+            network named, a folder that can't be written or is the model's own.
+    """
+    model, folder = Path(model), Path(folder)
+    info = read_model_info(model)
+    if folder.resolve() == model.resolve():
+        raise UserError(f"{folder}: is the model's own folder; name another one")
+    if "pose" not in info["bases"]:
+        if pose is None:
+            raise UserError(f"{model}: names no pose network; give one to export with it")
+        info["bases"]["pose"] = {"source": pose}
+    read_parts(model, info, untrained_model(model, info))
+    with _written_whole(folder) as partial, quiet():
+        for part, base in info["bases"].items():
+            target = partial / "bases" / part
+            if part == "scheduler":
+                load_scheduler(base["source"]).save_pretrained(target)
+            elif part == "pose":
+                load_pose_detector(base["source"]).save_pretrained(target)
+            else:
+                network = load_part(part, base["source"])
+                given = {"source": base["source"], "fingerprint": base_fingerprint(part, network)}
+                check_base(model, part, base, given)
+                network.save_pretrained(target)
+            base["source"] = f"./bases/{part}"
+        for part in _trained_parts(info):
+            shutil.copytree(model / part, partial / part)
+        _write_info(info, partial)
+
+
+def _write_info(info: Mapping[str, Any], folder: Path) -> None:
+    (folder / MODEL_FILE).write_text(json.dumps(info, indent=2) + "\n")
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name, and the place, of `folder` when all is written.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         if folder.exists():
             os.replace(folder, replaced)
         os.replace(partial, folder)
@@ -98,7 +159,7 @@ def save_model(
 
 
 def read_model_info(folder: str | os.PathLike) -> dict[str, Any]:
-    """What tcan.json says.
+    """What tcan.json says; the sources of bases that lie in the folder itself as absolute paths.
 
     Raises:
         UserError: the folder is missing or no model folder, or of another version.
@@ -114,6 +175,9 @@ def read_model_info(folder: str | os.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{file}: schema version {info.get('schema_version')}, this library reads {SCHEMA_VERSION}"
         )
+    for base in info["bases"].values():
+        if base["source"].startswith("./"):
+            base["source"] = str((Path(folder) / base["source"]).resolve())
     return info
 
 
@@ -126,12 +190,7 @@ def load_model(folder: str | os.PathLike, bases: Bases) -> TCAN:
     folder = Path(folder)
     info = read_model_info(folder)
     for part, trained_on in info["bases"].items():
-        given = bases.info.get(part, {})
-        if "fingerprint" in given and trained_on.get("fingerprint") != given["fingerprint"]:
-            raise UserError(
-                f"{folder}: was trained on another {part}: {trained_on['source']} ({trained_on.get('fingerprint')}), "
-                f"not {given['source']} ({given['fingerprint']}); give that one, or train on this one"
-            )
+        check_base(folder, part, trained_on, bases.info.get(part, {}))
     tcan = TCAN(
         bases.unet,
         bases.controlnet,
@@ -140,9 +199,35 @@ def load_model(folder: str | os.PathLike, bases: Bases) -> TCAN:
         info["lora_rank"],
         info["lora_alpha"],
     )
-    for part, file in MODEL_PARTS.items():
-        if info["stage"] == 1 and part in ("motion_adapter", "temporal_controlnet"):
-            continue  # as the bases have them
+    tcan.load_parts(read_parts(folder, info, tcan))
+    return tcan.to(bases.empty_prompt.device, bases.empty_prompt.dtype).eval()
+
+
+def check_base(
+    folder: Path | str, part: str, trained_on: Mapping[str, str], given: Mapping[str, str]
+) -> None:
+    """Raises UserError when a base isn't the one that the model of the folder was trained on."""
+    if "fingerprint" in given and trained_on.get("fingerprint") != given["fingerprint"]:
+        raise UserError(
+            f"{folder}: was trained on another {part}: {trained_on['source']} ({trained_on.get('fingerprint')}), "
+            f"not {given['source']} ({given['fingerprint']}); give that one, or train on this one"
+        )
+
+
+def _trained_parts(info: Mapping[str, Any]) -> dict[str, str]:
+    """The parts that a model folder holds, and their files: after stage 1 the temporal layers are those of the bases."""
+    stage1 = ("appearance_unet", "appa")
+    return {part: file for part, file in MODEL_PARTS.items() if info["stage"] == 2 or part in stage1}
+
+
+def read_parts(folder: Path, info: Mapping[str, Any], tcan: TCAN) -> dict[str, dict[str, Tensor]]:
+    """What `TCAN.load_parts` takes, read from a model folder; names and shapes are exactly this model's.
+
+    Raises:
+        UserError: a file that is missing or doesn't fit.
+    """
+    expected, parts = tcan.parts(), {}
+    for part, file in _trained_parts(info).items():
         try:
             weights = load_file(folder / file)
         except (OSError, SafetensorError) as error:
@@ -151,8 +236,35 @@ def load_model(folder: str | os.PathLike, bases: Bases) -> TCAN:
             ) from None
         if part == "appa":
             weights = {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
-        own = tcan.parts()[part]
+        own = expected[part]
         check_keys(f"{folder / file}", own.keys() - weights.keys(), weights.keys() - own.keys())
         check_shapes(f"{folder / file}", own, weights)
-        tcan.load_parts({part: weights})
-    return tcan.to(bases.empty_prompt.device, bases.empty_prompt.dtype).eval()
+        parts[part] = weights
+    return parts
+
+
+def untrained_model(folder: Path, info: Mapping[str, Any]) -> TCAN:
+    """A TCAN of the sizes of a model folder on torch's meta device: names and shapes, no memory, no bases.
+
+    Raises:
+        UserError: a configuration that can't be read.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            unet = UNet2DConditionModel.from_config(
+                UNet2DConditionModel.load_config(folder / "appearance_unet")
+            )
+            if info["stage"] == 2:
+                adapter = MotionAdapter.from_config(MotionAdapter.load_config(folder / "motion_adapter"))
+            else:
+                adapter = MotionAdapter(
+                    block_out_channels=unet.config.block_out_channels,
+                    motion_layers_per_block=unet.config.layers_per_block,
+                    motion_norm_num_groups=unet.config.norm_num_groups,
+                    use_motion_mid_block=False,
+                )
+            prompt = torch.zeros(1, 1, unet.config.cross_attention_dim)
+            controlnet = ControlNetModel.from_unet(unet)
+            return TCAN(unet, controlnet, adapter, prompt, info["lora_rank"], info["lora_alpha"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be read ({first_line(error)}); the folder isn't whole") from None

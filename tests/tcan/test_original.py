@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.pose import OpenPose
+from tcan.pose.openpose import _openpose_class
 from tcan.weights import load_bases, load_part
+from tcan.weights.check import describe
 from tests.tcan import original_files as files
 
 PREFIX = {
@@ -264,6 +266,21 @@ def test_openpose_weights_as_pickled_by_old_torch(tmp_path: Path) -> None:
         OpenPose.from_pretrained(tmp_path / "a.pth")
     with pytest.raises(UserError, match="is none of the files known here"):
         load_part("vae", str(tmp_path / "a.pth"))
+
+
+def test_what_files_are(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    network = _openpose_class()()
+    shapes = {name.split(".", 1)[1]: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for path, text in (
+        (checkpoint[0], "SD1.5 UNet (859.5 M), SD1.5 VAE (83.7 M), SD1.5 text encoder (123.1 M)"),
+        (save(files.tensors(files.controlnet()), tmp_path / "c.pth"), "SD1.5 ControlNet (361.3 M)"),
+        (
+            save(files.tensors(files.motion_modules()), tmp_path / "m.ckpt"),
+            "AnimateDiff motion modules (417.1 M)",
+        ),
+        (save(files.tensors(shapes), tmp_path / "body_pose_model.pth"), "OpenPose body network (52.3 M)"),
+    ):
+        assert describe(path) == f"{text}, in the original layout"
 
 
 @pytest.mark.slow

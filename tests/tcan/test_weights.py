@@ -1,17 +1,31 @@
 """Loading is strict; a model folder is what it was made from, or an error."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextModel
 
+from pipelines.animate import load_pipeline
+from pipelines.config import load_config
 from tcan.errors import UserError
 from tcan.model import TCAN
-from tcan.weights import Bases, fingerprint, load_bases, load_model, read_model_info, save_model
+from tcan.pipeline import TCANPipeline
+from tcan.weights import (
+    Bases,
+    export_model,
+    fingerprint,
+    load_bases,
+    load_model,
+    read_model_info,
+    save_model,
+)
+from tcan.weights.check import describe
 
 PARTS = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
 UNET = "diffusion_pytorch_model.safetensors"
@@ -67,6 +81,14 @@ def test_bases_from_a_parent_folder_and_from_each_part(bases_folder: Path, loade
     assert all(torch.equal(stored[name], value) for name, value in loaded.unet.state_dict().items())
     assert loaded.empty_prompt.shape == (1, 4, 64)
     assert not any(p.requires_grad for p in loaded.vae.parameters())
+
+
+def test_the_prompt_is_empty(bases_folder: Path, loaded: Bases) -> None:
+    """Begin, then end to the full length of 4: of a vocabulary of 3 the last two, as in CLIP's."""
+    encoder = CLIPTextModel.from_pretrained(bases_folder / "text_encoder").eval()
+    with torch.no_grad():
+        expected = encoder(torch.tensor([[1, 2, 2, 2]])).last_hidden_state
+    torch.testing.assert_close(loaded.empty_prompt, expected)
 
 
 def test_bases_in_another_dtype_keep_their_fingerprints(bases_folder: Path, loaded: Bases) -> None:
@@ -167,6 +189,96 @@ def test_model_on_other_bases(bases_folder: Path, model_folder: Path, tmp_path: 
     others = load_bases(**dict.fromkeys(PARTS, str(bases_folder)) | {"unet": str(tmp_path / "unet")})
     with pytest.raises(UserError, match="trained on another unet"):
         load_model(model_folder, others)
+
+
+def export(model: Path, bases_folder: Path, out: Path) -> Path:
+    export_model(model, out.with_name("before"), pose=str(bases_folder / "pose"))
+    return out.with_name("before").rename(out)  # it may be moved
+
+
+def test_export_needs_nothing_else(trained: TCAN, bases_folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(bases_folder, tmp_path / "bases")
+    bases = load_bases(**dict.fromkeys(PARTS, str(copied)))
+    save_model(trained, tmp_path / "model", bases=bases.info, stage=2, height=64, width=64, stick_width=2)
+    pipe = TCANPipeline.from_pretrained(tmp_path / "model", pose=str(copied))
+    out = export(tmp_path / "model", copied, tmp_path / "out")
+    shutil.rmtree(copied)
+    shutil.rmtree(tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    again = load_pipeline(out, load_config())  # as `tcan animate --model` does
+    assert again.pose_detector.fingerprint == pipe.pose_detector.fingerprint
+    assert fingerprint(again.vae) == fingerprint(pipe.vae)
+    assert fingerprint(again.tcan) == fingerprint(pipe.tcan)
+    assert torch.equal(again.tcan.empty_prompt, pipe.tcan.empty_prompt)
+    assert dict(again.scheduler.config) == dict(pipe.scheduler.config)
+    assert describe(out).startswith("TCAN of stage 2 at 64 x 64: appearance_unet (")
+
+
+def test_exported_parts_open_with_diffusers_alone(
+    trained: TCAN, model_folder: Path, bases_folder: Path, tmp_path: Path
+) -> None:
+    out = export(model_folder, bases_folder, tmp_path / "out")
+    unet = UNet2DConditionModel.from_pretrained(out / "bases" / "unet")
+    unet.load_lora_adapter(out / "appa", prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+    motion = UNetMotionModel.from_unet2d(
+        UNet2DConditionModel.from_pretrained(out / "bases" / "unet"),
+        MotionAdapter.from_pretrained(out / "motion_adapter"),
+    )
+    attention = "up_blocks.3.attentions.1.transformer_blocks.0.attn1.to_v"
+    x = torch.randn(2, 48)
+    mine = trained.denoiser.get_submodule(attention)
+    torch.testing.assert_close(unet.get_submodule(attention)(x), mine(x))
+    assert not torch.equal(mine(x), mine.base_layer(x))
+    for name, tensor in trained.parts()["motion_adapter"].items():
+        assert torch.equal(motion.state_dict()[name], tensor), name
+
+
+def test_what_cannot_be_exported(
+    trained: TCAN, model_folder: Path, loaded: Bases, bases_folder: Path, tmp_path: Path
+) -> None:
+    pose = str(bases_folder / "pose")
+    with pytest.raises(UserError, match="names no pose network"):
+        export_model(model_folder, tmp_path / "out")
+    with pytest.raises(UserError, match="is the model's own folder"):
+        export_model(model_folder, model_folder, pose=pose)
+    unet = UNet2DConditionModel.from_pretrained(bases_folder / "unet")
+    unet.conv_out.bias.data[0] += 1e-3
+    unet.save_pretrained(tmp_path / "unet")
+    info = loaded.info | {"unet": loaded.info["unet"] | {"source": str(tmp_path / "unet")}}
+    save_model(trained, tmp_path / "other", bases=info, stage=2, height=64, width=64, stick_width=2)
+    with pytest.raises(UserError, match="was trained on another unet"):
+        export_model(tmp_path / "other", tmp_path / "out", pose=pose)
+    with pytest.raises(UserError, match="was trained on another unet"):
+        describe(tmp_path / "other")
+    (model_folder / "appa" / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(UserError, match="isn't whole"):
+        export_model(model_folder, tmp_path / "out", pose=pose)
+    with pytest.raises(UserError, match="isn't whole"):
+        describe(model_folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_folders_are(bases_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(bases_folder / "unet")
+    size = f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M"
+    assert describe(bases_folder / "unet") == f"unet ({size}), in diffusers' layout"
+    whole = describe(bases_folder)
+    assert all(f"{part} (" in whole for part in (*PARTS[:5], "pose")) and f"unet ({size})" in whole
+    assert "on bases here: vae (" in describe(model_folder)
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    with pytest.raises(UserError, match="holds FluxTransformer2DModel, which is no part of TCAN"):
+        describe(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is no folder of weights"):
+        describe(tmp_path / "empty")
+
+
+def test_bases_that_do_not_fit_each_other(bases_folder: Path, tmp_path: Path) -> None:
+    """Each loads; together they would fail at the first step."""
+    config = UNet2DConditionModel.load_config(bases_folder / "unet") | {"cross_attention_dim": 32}
+    UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match="controlnet does not fit unet: its cross_attention_dim is 64"):
+        load_bases(**dict.fromkeys(PARTS, str(bases_folder)) | {"unet": str(tmp_path / "unet")})
 
 
 def test_no_model_folder(loaded: Bases, model_folder: Path, tmp_path: Path) -> None:
