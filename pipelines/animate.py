@@ -15,6 +15,7 @@ from pipelines.config import Config
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pose.skeleton import NECK, NOSE
+from tcan.schedule import sampler
 from tcan.video import fit_picture, read_picture, read_video, write_video
 from tcan.weights import read_model_info
 
@@ -80,6 +81,7 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
     pipe = TCANPipeline.from_pretrained(
         model, torch_dtype=PRECISIONS[config.animate.precision], device=device, **bases
     )
+    pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: only where a terminal shows it
     return pipe
 
@@ -92,7 +94,11 @@ def sampling(config: Config) -> dict[str, Any]:
         "guidance_scale": animate.guidance_scale,
         "window": animate.window,
         "overlap": animate.overlap,
+        "loop": animate.loop,
         "ptm": animate.ptm,
+        "ptm_strength": animate.ptm_strength,
+        "ptm_limit": animate.ptm_limit,
+        "controlnet_scale": animate.controlnet_scale,
     }
 
 

@@ -164,6 +164,25 @@ class TrainConfig:
     drop_reference: float = 0.1
     """Share of stage 1's samples without a reference: what guidance needs."""
 
+    stage1_reference: Literal["random", "first"] = "random"
+    """Reference of stage 1's pictures: any frame of the video, far from the target (the paper's); or its first."""
+
+    stage2_reference: Literal["first", "random"] = "first"
+    """Reference of stage 2's clips: the video's first frame (the paper's), or any."""
+
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """What is predicted: the noise (the paper's), or v, a mixture of noise and picture. Goes into the model folder."""
+
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that nothing of the picture is left at the last timestep: very dark and very bright results
+    become possible. Needs v_prediction. Goes into the model folder."""
+
+    snr_gamma: float | None = None
+    """Min-SNR-gamma: timesteps with little noise weigh less in the loss, 5 is usual; unset: all weigh the same."""
+
+    noise_offset: float = 0.0
+    """Noise of this size added alike to a whole clip, a number a channel, 0.05 is usual: brightness is learned better."""
+
     lora_rank: int = 16
     """Rank of APPA."""
 
@@ -217,6 +236,10 @@ class TrainConfig:
         ):
             if getattr(self, key) < 1:
                 raise UserError(f"train.{key} = {getattr(self, key)}: must be at least 1")
+        if self.zero_terminal_snr and self.prediction_type != "v_prediction":
+            raise UserError("train.zero_terminal_snr: needs train.prediction_type v_prediction")
+        if (self.snr_gamma is not None and self.snr_gamma <= 0) or self.noise_offset < 0:
+            raise UserError("train: snr_gamma must be above 0, noise_offset at least 0")
         if self.frames < 2:
             raise UserError(
                 f"train.frames = {self.frames}: must be at least 2, one frame has no motion to learn from"
@@ -236,8 +259,11 @@ class TrainConfig:
 class AnimateConfig:
     """Picture + driving video -> video."""
 
+    scheduler: str = "DDIMScheduler"
+    """Class name of the diffusers scheduler that samples, such as DPMSolverMultistepScheduler."""
+
     steps: int = 25
-    """DDIM steps."""
+    """Its steps."""
 
     guidance_scale: float = 7.5
     """Of the appearance; 1: none, at half the time."""
@@ -248,8 +274,21 @@ class AnimateConfig:
     overlap: int = 4
     """Frames that neighbouring windows share."""
 
+    loop: bool = False
+    """The driving video ends where it begins; so will the result, without a seam."""
+
+    controlnet_scale: float = 1.0
+    """Of the poses' weight: 1 is the paper's."""
+
     ptm: bool = True
     """The pose-driven temperature map: less flicker away from the person."""
+
+    ptm_strength: float = 1.0
+    """How steeply it rises with the distance from the person: 1 is the paper's, 0 is none."""
+
+    ptm_limit: int | None = None
+    """It acts only in layers whose grid has at most so many cells on its longer side (64, 32, 16, 8 at 512 pixels);
+    unset: in all of them."""
 
     retarget: bool = True
     """Fit the poses to the character's proportions and place."""
@@ -273,6 +312,9 @@ class AnimateConfig:
             raise UserError(
                 f"animate: overlap = {self.overlap}: must be from 0 to below window = {self.window}"
             )
+        for key in ("controlnet_scale", "ptm_strength"):
+            if getattr(self, key) < 0:
+                raise UserError(f"animate.{key} = {getattr(self, key)}: must be at least 0")
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tcan.appa import add_appa, appa_parameters, appa_state_dict, load_appa_state_dict
 from tcan.appearance import appearance_unet, capture_features, install_appearance
 from tcan.attention import Appearance
+from tcan.schedule import min_snr_weight
 from tcan.temporal import load_temporal_state_dict, motion_unet, temporal_layers, temporal_state_dict
 from tcan.temporal_controlnet import control_residuals, temporal_controlnet
 
@@ -101,10 +102,10 @@ class TCAN(nn.Module):
         prompt = self.empty_prompt.expand(len(reference_latent), -1, -1)
         return capture_features(self.appearance_unet, reference_latent.to(prompt.dtype), timestep, prompt)
 
-    def pose_residuals(self, noisy: Tensor, timestep: Tensor, pose: Tensor) -> Residuals:
+    def pose_residuals(self, noisy: Tensor, timestep: Tensor, pose: Tensor, scale: float = 1.0) -> Residuals:
         """The ControlNet's residuals (12 down and one middle at SD1.5 size), each `[B * F, C_i, h_i, w_i]`.
 
-        noisy `[B, F, 4, h, w]`, timestep `[B]`, pose `[B, F, 3, H, W]` in [0, 1].
+        noisy `[B, F, 4, h, w]`, timestep `[B]`, pose `[B, F, 3, H, W]` in [0, 1]; scale: they are multiplied by it.
         """
         batch, frames = noisy.shape[:2]
         return control_residuals(
@@ -114,6 +115,7 @@ class TCAN(nn.Module):
             self.empty_prompt.expand(batch * frames, -1, -1),
             pose.flatten(0, 1).to(self.empty_prompt.dtype),
             frames,
+            scale,
         )
 
     def denoise(
@@ -124,6 +126,7 @@ class TCAN(nn.Module):
         features: Sequence[Tensor] | None,
         keep_reference: Tensor | Sequence[bool] | None = None,
         temperature: Tensor | None = None,
+        temperature_limit: int | None = None,
     ) -> Tensor:
         """The prediction `[B, F, 4, h, w]`.
 
@@ -132,6 +135,8 @@ class TCAN(nn.Module):
         features: `appearance` of these clips, or of one reference, then shared by all rows; None: none.
         keep_reference: `[B]` bool: a row where it is False uses plain self-attention; None: all keep it.
         temperature: `[H, W]` or `[B, H, W]` (`tcan.temperature`); None: 1, and costs nothing.
+        temperature_limit: cells of the longer side of a layer's grid; the temperature of layers above it is 1; None: no
+            limit.
 
         Guidance is then one call: both rows in the batch, one clip's residuals, `keep_reference=[False, True]`.
         """
@@ -146,7 +151,7 @@ class TCAN(nn.Module):
             kwargs = {"appearance": Appearance(features, keep, frames)}
         layers = temporal_layers(self.denoiser).values()
         for layer in layers:
-            layer.temperature = temperature
+            layer.temperature, layer.temperature_limit = temperature, temperature_limit
         try:
             sample = self.denoiser(
                 noisy.transpose(1, 2).to(self.empty_prompt.dtype),
@@ -159,7 +164,7 @@ class TCAN(nn.Module):
             )[0]
         finally:
             for layer in layers:
-                layer.temperature = None
+                layer.temperature = layer.temperature_limit = None
         return sample.transpose(1, 2)
 
     def forward(
@@ -231,13 +236,20 @@ def diffusion_loss(
     pose: Tensor,
     reference_latent: Tensor,
     keep_reference: Tensor | None = None,
+    snr_gamma: float | None = None,
 ) -> Tensor:
-    """MSE on the noise, a scalar (method "Training").
+    """MSE on the noise, a scalar (method "Training"); on v where the scheduler's prediction type is that.
 
-    model: a TCAN, or what wraps its `forward` (a DeepSpeed engine). scheduler: for its schedule's
-    `add_noise` alone. latents, noise `[B, F, 4, h, w]`; timestep int64 `[B]`, one per clip; the rest as in
+    model: a TCAN, or what wraps its `forward` (a DeepSpeed engine). scheduler: for its schedule alone
+    (`tcan.schedule.noise_schedule`). snr_gamma: weigh each clip by `tcan.schedule.min_snr_weight`. latents, noise `[B, F, 4, h, w]`; timestep int64 `[B]`, one per clip; the rest as in
     `TCAN.forward`.
     """
     noisy = scheduler.add_noise(latents, noise, timestep)
-    eps = model(noisy, timestep, pose, reference_latent, keep_reference)
-    return F.mse_loss(eps.float(), noise.float())
+    prediction = model(noisy, timestep, pose, reference_latent, keep_reference).float()
+    target = noise.float()
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(latents, noise, timestep).float()
+    if snr_gamma is None:
+        return F.mse_loss(prediction, target)
+    per_clip = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
+    return (min_snr_weight(scheduler, timestep, snr_gamma) * per_clip).mean()

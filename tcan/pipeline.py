@@ -1,5 +1,6 @@
 """TCANPipeline: a picture and a sequence of poses -> frames."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tcan.model import TCAN
 from tcan.pose import PoseDetector, draw_poses, fill_gaps, follow_main_person
 from tcan.pose import retarget as retarget_poses
 from tcan.pose.skeleton import NECK
+from tcan.schedule import noise_schedule
 from tcan.temperature import temperature_map
 from tcan.video import fit_keypoints, fit_picture
 from tcan.weights import load_bases, load_model, load_pose_detector, read_model_info, save_model
@@ -82,7 +84,7 @@ class TCANPipeline(DiffusionPipeline):
         bases = load_bases(**asked, device=device, dtype=torch_dtype)
         tcan = load_model(model_folder, bases)
         detector = None if pose is None else load_pose_detector(pose, device)
-        pipe = cls(bases.vae, tcan, bases.scheduler, detector)
+        pipe = cls(bases.vae, tcan, noise_schedule(bases.scheduler, **info.get("schedule", {})), detector)
         pipe.model_info = info
         return pipe
 
@@ -106,7 +108,11 @@ class TCANPipeline(DiffusionPipeline):
         guidance_scale: float = 7.5,
         window: int = 16,
         overlap: int = 4,
+        loop: bool = False,
         ptm: bool = True,
+        ptm_strength: float = 1.0,
+        ptm_limit: int | None = None,
+        controlnet_scale: float = 1.0,
         generator: torch.Generator | None = None,
         decode_batch: int = 8,
         output_type: str = "np",
@@ -126,7 +132,11 @@ class TCANPipeline(DiffusionPipeline):
             height, width: of the output in pixels, multiples of 64; those of training if None.
             guidance_scale: of the appearance: 1 turns guidance, and its second pass, off.
             window, overlap: frames that attend to each other, and how many neighbouring windows share.
+            loop: the poses end where they begin: so does the result (`Windows`).
             ptm: the pose-driven temperature map on the UNet's temporal attention.
+            ptm_strength: how steeply it rises with the distance from the skeleton (`temperature_map`); 1 is the paper's.
+            ptm_limit: it acts in layers whose grid has at most so many cells on its longer side; None: in all.
+            controlnet_scale: of the poses' residuals.
             generator: fixes the noise; on the CPU it gives the same noise whatever the device.
             decode_batch: frames that the VAE decodes at once.
             output_type: "np", "pil" or "latent".
@@ -147,7 +157,11 @@ class TCANPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             window=window,
             overlap=overlap,
+            loop=loop,
             ptm=ptm,
+            ptm_strength=ptm_strength,
+            ptm_limit=ptm_limit,
+            controlnet_scale=controlnet_scale,
             generator=generator,
             callback_on_step_end=callback_on_step_end,
         )
@@ -167,7 +181,11 @@ class TCANPipeline(DiffusionPipeline):
         guidance_scale: float = 7.5,
         window: int = 16,
         overlap: int = 4,
+        loop: bool = False,
         ptm: bool = True,
+        ptm_strength: float = 1.0,
+        ptm_limit: int | None = None,
+        controlnet_scale: float = 1.0,
         generator: torch.Generator | None = None,
         callback_on_step_end: Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any] | None = None,
     ) -> Tensor:
@@ -185,16 +203,21 @@ class TCANPipeline(DiffusionPipeline):
         """
         device = self._execution_device
         reference = self.encode(image)
-        windows = Windows(len(pose_pictures), window, overlap)
+        windows = Windows(len(pose_pictures), window, overlap, loop)
         poses = torch.from_numpy(pose_pictures).permute(0, 3, 1, 2)[
             windows.source
         ]  # stays uint8 and on the host
-        temperatures = [temperature_map(poses[part]).to(device) if ptm else None for part in windows.slices]
+        temperatures = [
+            temperature_map(poses[part], ptm_strength).to(device) if ptm else None for part in windows.indices
+        ]
 
         self.scheduler.set_timesteps(num_inference_steps)
         noise = randn_tensor((window, *reference.shape[1:]), generator=generator, device=torch.device("cpu"))
         # one window's noise repeated along time, so that all windows start from the same
         latents = noise[torch.arange(len(poses)) % window] * self.scheduler.init_noise_sigma
+        # Samplers that draw noise at every step draw it here.
+        draws = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if draws else {}
 
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             t = timestep.to(device).reshape(1)
@@ -208,11 +231,13 @@ class TCANPipeline(DiffusionPipeline):
                     features,
                     guidance_scale,
                     temperature,
+                    ptm_limit,
+                    controlnet_scale,
                 )
-                for part, temperature in zip(windows.slices, temperatures, strict=True)
+                for part, temperature in zip(windows.indices, temperatures, strict=True)
             )
             prediction = windows.average(eps.float().cpu() for eps in predictions)[0]
-            latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+            latents = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
                 callback_on_step_end(self, step, int(timestep), {"latents": latents[: windows.num_frames]})
         return latents[: windows.num_frames]
@@ -225,6 +250,8 @@ class TCANPipeline(DiffusionPipeline):
         features: list[Tensor],
         guidance_scale: float,
         temperature: Tensor | None,
+        ptm_limit: int | None = None,
+        controlnet_scale: float = 1.0,
     ) -> Tensor:
         """The guided noise of one window: eps_uncond + scale (eps_ref - eps_uncond).
 
@@ -240,9 +267,9 @@ class TCANPipeline(DiffusionPipeline):
         Returns:
             `[1, F, C, h, w]`.
         """
-        residuals = self.tcan.pose_residuals(noisy, timestep, pose)
+        residuals = self.tcan.pose_residuals(noisy, timestep, pose, controlnet_scale)
         if guidance_scale == 1:
-            return self.tcan.denoise(noisy, timestep, residuals, features, temperature=temperature)
+            return self.tcan.denoise(noisy, timestep, residuals, features, None, temperature, ptm_limit)
         both = self.tcan.denoise(
             noisy.expand(2, -1, -1, -1, -1),
             timestep.expand(2),
@@ -250,6 +277,7 @@ class TCANPipeline(DiffusionPipeline):
             features,
             [False, True],
             temperature,
+            ptm_limit,
         )
         without, with_reference = both.chunk(2)
         return without + guidance_scale * (with_reference - without)

@@ -17,10 +17,12 @@ class TemporalTransformer(AnimateDiffTransformer3D):
     over one frame, which also keeps a frame from leaking into another where the attention doesn't look. A
     clip of one frame is a picture and passes unchanged.
 
-    temperature: `[H, W]` or `[B, H, W]`, set around a call of the UNet by `temperature_map`'s user; None: 1.
+    temperature: `[H, W]` or `[B, H, W]`, set around a call of the UNet by `temperature_map`'s user; None: 1. It acts on
+    grids whose longer side has at most `temperature_limit` cells.
     """
 
     temperature: Tensor | None = None
+    temperature_limit: int | None = None
     gradient_checkpointing = False
 
     @classmethod
@@ -43,7 +45,8 @@ class TemporalTransformer(AnimateDiffTransformer3D):
         batch = len(x)
         x = self.proj_in(x.flatten(0, 2))
         kwargs = None
-        if self.temperature is not None:
+        limit = self.temperature_limit
+        if self.temperature is not None and (limit is None or max(height, width) <= limit):
             kwargs = {"temperature": temperature_of_places(self.temperature, batch, height, width)}
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

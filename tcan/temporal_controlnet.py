@@ -67,12 +67,15 @@ def control_residuals(
     prompt: Tensor,
     pose: Tensor,
     num_frames: int,
+    scale: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
-    """The down residuals (12 at SD1.5 size) and the middle one, scale 1.
+    """The down residuals (12 at SD1.5 size) and the middle one, times scale.
 
     noisy `[B * F, 4, h, w]`, timestep `[B * F]`, prompt `[B * F, T, D]`, pose `[B * F, 3, H, W]` in [0, 1].
     """
     for block in controlnet.down_blocks:
         if isinstance(block, _NumFrames):
             block.num_frames = num_frames
-    return controlnet(noisy, timestep, prompt, controlnet_cond=pose, return_dict=False)
+    return controlnet(
+        noisy, timestep, prompt, controlnet_cond=pose, conditioning_scale=scale, return_dict=False
+    )

@@ -144,6 +144,8 @@ class Sampler:
     Videos come in passes, each once a pass in an order of its own: n = k * batch_size + i counts samples from the
     start, so n // videos is the pass. batch_size is the global one.
     size: side of the training picture in pixels; a larger canvas is cropped on the latents' grid.
+    reference: a sample's; None: the method's, random in stage 1, first in stage 2.
+    noise_offset: the noise gets this times a normal number a channel, the same for all places and frames of a sample.
     Raises UserError when no video of the store is long enough.
     """
 
@@ -159,11 +161,15 @@ class Sampler:
         stick_width: int,
         frames: int,
         drop_reference: float,
+        reference: Literal["first", "random"] | None = None,
+        noise_offset: float = 0.0,
     ):
         self.store, self.stage, self.seed, self.batch_size, self.size = store, stage, seed, batch_size, size
         self.scaling, self.stick_width = vae_scaling_factor, stick_width
         self.frames = frames if stage == 2 else 1
         self.drop_reference = drop_reference if stage == 1 else 0.0
+        self.reference = reference or ("random" if stage == 1 else "first")
+        self.noise_offset = noise_offset
         shortest = frames if stage == 2 else 2
         self.videos = [
             video for video in store.videos if len(video.starts(shortest) if stage == 2 else video.number[1:])
@@ -188,14 +194,20 @@ class Sampler:
         """One sample, as `Batch` without its first axis."""
         rng = self._rng(_SAMPLE, step, index)
         video = self.video(step, index)
-        if self.stage == 1:
-            reference_at, target_at = stage1_pair(len(video.number), rng)
-            target = self.store.frames(video, [target_at])
-            reference = self.store.frames(video, [reference_at])["latent_mean"][0]
-        else:
+        length = len(video.number)
+        if self.stage == 2:
             start = int(rng.choice(video.starts(self.frames)))
             target = self.store.frames(video, np.arange(start, start + self.frames))
+            reference_at = int(rng.integers(length)) if self.reference == "random" else None
+        elif self.reference == "random":
+            reference_at, target_at = stage1_pair(length, rng)
+            target = self.store.frames(video, [target_at])
+        else:
+            reference_at, target = None, self.store.frames(video, [int(rng.integers(1, length))])
+        if reference_at is None:
             reference = self.store.reference_latent(video)
+        else:
+            reference = self.store.frames(video, [reference_at])["latent_mean"][0]
 
         side = self.size // LATENT_STRIDE
         canvas_height, canvas_width = reference.shape[-2:]
@@ -213,9 +225,13 @@ class Sampler:
         posterior = mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * rng.standard_normal(
             mean.shape, np.float32
         )
+        noise = rng.standard_normal(mean.shape, np.float32)
+        if self.noise_offset:
+            channels = rng.standard_normal((1, mean.shape[1], 1, 1), np.float32)
+            noise += np.float32(self.noise_offset) * channels
         return {
             "latents": posterior * np.float32(self.scaling),
-            "noise": rng.standard_normal(mean.shape, np.float32),
+            "noise": noise,
             "timestep": np.int64(timestep),
             "pose": draw_poses(keypoints, self.size, self.size, self.stick_width),
             "reference": reference[crop].astype(np.float32) * np.float32(self.scaling),

@@ -25,7 +25,7 @@ from pipelines.config import Config
 from pipelines.dataset import INFO_FILE, read_info
 from pipelines.train import checkpoint
 from pipelines.train.data import ClipStore, Sampler
-from pipelines.train.loop import Task, bases_sources, run_worker, stage_of
+from pipelines.train.loop import Task, bases_sources, run_worker, schedule_options, stage_of
 from tcan.errors import UserError
 from tcan.weights import MODEL_FILE, load_bases, read_model_info
 
@@ -70,8 +70,13 @@ def train(
         raise UserError(
             f"stage 2 starts from {start}, which isn't there; run stage 1 first, or name a model with --from"
         )
-    if read_model_info(start)["stage"] != 1:
+    start_info, options = read_model_info(start), schedule_options(config.train)
+    if start_info["stage"] != 1:
         raise UserError(f"{start}: stage 2 starts from a model of stage 1; this one has been through stage 2")
+    if start_info.get("schedule", options) != options:
+        raise UserError(
+            f"{start}: was trained with {start_info['schedule']}, not {options}; give stage 2 the same"
+        )
     _train_stage(2, dataset, info, out, models[2], start, config)
     return models[2]
 
@@ -142,6 +147,7 @@ def _train_stage(
                 "mlflow_run_id": record.id,
                 "dataset": settings["dataset"],
                 "steps": stage_config.steps,
+                "schedule": schedule_options(config.train),
             },
         )
         result = _fit(task, out)

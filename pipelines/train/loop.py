@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines import tracking
-from pipelines.config import Config, StageConfig, TrackingConfig
+from pipelines.config import Config, StageConfig, TrackingConfig, TrainConfig
 from pipelines.train import checkpoint
 from pipelines.train.data import Batch, ClipStore, Sampler
 from tcan.errors import UserError
 from tcan.model import TCAN, diffusion_loss
+from tcan.schedule import noise_schedule
 from tcan.weights import Bases, load_bases, load_model, portable_source, save_model
 
 PICTURE_SAMPLES = {1: 4, 2: 1}  # rows of a sample picture, by stage
@@ -60,6 +61,7 @@ def run_worker(settings: dict[str, Task]) -> None:
     torch.set_num_threads(config.cpus_per_worker)
 
     bases = load_bases(**bases_sources(task.config))
+    bases.scheduler = noise_schedule(bases.scheduler, **schedule_options(config))
     engine = _engine(_model(task, bases), config, stage_config, workers)
     frozen = checkpoint.frozen_fingerprint(engine.module)
     done = checkpoint.load(engine)
@@ -81,7 +83,7 @@ def run_worker(settings: dict[str, Task]) -> None:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for batch in batches:
-            part = _loss(engine, bases, batch, device)
+            part = _loss(engine, bases, batch, device, config.snr_gamma)
             engine.backward(part)
             engine.step()  # an optimizer step at the last of them
             loss += part.detach() / len(batches)
@@ -110,6 +112,11 @@ def bases_sources(config: Config) -> dict[str, str]:
     sources = dataclasses.asdict(config.bases)
     del sources["pose"]
     return sources
+
+
+def schedule_options(config: TrainConfig) -> dict[str, Any]:
+    """What `tcan.schedule.noise_schedule` takes, and the model folder keeps as "schedule"."""
+    return {"prediction_type": config.prediction_type, "zero_terminal_snr": config.zero_terminal_snr}
 
 
 def learning_rate(step: int, config: StageConfig) -> float:
@@ -175,6 +182,8 @@ def _sampler(task: Task, stage: StageConfig, split: Any) -> Sampler:
         stick_width=config.stick_width,
         frames=config.frames,
         drop_reference=config.drop_reference,
+        reference=config.stage1_reference if task.stage == 1 else config.stage2_reference,
+        noise_offset=config.noise_offset,
     )
 
 
@@ -186,7 +195,7 @@ def _on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return tensors
 
 
-def _loss(engine: Any, bases: Bases, batch: Batch, device: torch.device) -> Tensor:
+def _loss(engine: Any, bases: Bases, batch: Batch, device: torch.device, snr_gamma: float | None) -> Tensor:
     t = _on(batch, device)
     return diffusion_loss(
         engine,
@@ -197,6 +206,7 @@ def _loss(engine: Any, bases: Bases, batch: Batch, device: torch.device) -> Tens
         t["pose"],
         t["reference"],
         t["keep_reference"],
+        snr_gamma,
     )
 
 

@@ -49,7 +49,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     heavy = "import sys; from pipelines import cli; cli.main(['--help']); print(sorted({'torch', 'ray', 'mlflow', 'diffusers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("preprocess", "train", "animate", "evaluate", "demo", "ui"):
+    for command in ("preprocess", "train", "animate", "evaluate", "export", "weights", "demo", "ui"):
         assert f"  {command} " in done.stdout
 
 
@@ -127,6 +127,17 @@ def test_bad_configuration_file(
         (
             "train d --out o --train.frames 1",
             "train.frames = 1: must be at least 2, one frame has no motion to learn from",
+        ),
+        (
+            "train d --out o --train.zero_terminal_snr true",
+            "train.zero_terminal_snr: needs train.prediction_type v_prediction",
+        ),
+        ("weights chek x", "action: expected Literal['check'], got chek"),
+        ("weights check", "missing: PATHS; tcan weights --help explains"),
+        ("weights check no/such/thing", "no/such/thing: no such file or folder"),
+        (
+            "export --model nothing --out x",
+            "nothing: no model folder (no readable tcan.json in it); give what tcan train wrote",
         ),
         ("ui --size 100", "size = 100: must be a multiple of 64, such as 128 or 512"),
     ],

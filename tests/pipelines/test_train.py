@@ -168,6 +168,46 @@ def test_stage2_takes_consecutive_frames_and_the_first_as_reference(dataset):
     assert starts[2] == {*range(9), 40, 41}  # not across the gap
 
 
+def test_other_references(dataset):
+    def option(stage, reference):
+        return Sampler(
+            ClipStore(dataset), stage, seed=0, batch_size=1, size=SIZE, vae_scaling_factor=0.5, stick_width=2, frames=16,
+            drop_reference=0.1, reference=reference,
+        )  # fmt: skip
+
+    first, spread = option(1, "first"), option(2, "random")
+    references = set()
+    for step in range(60):
+        sample = first.sample(step, 0)
+        assert mark(sample["reference"], 0) == -1  # the video's first frame
+        assert mark(sample["latents"][0], 0) > 0
+        sample = spread.sample(step, 0)
+        assert mark(sample["reference"], 1) == mark(sample["latents"][0], 1)  # of the same video
+        references.add(mark(sample["reference"], 0))
+    assert len(references) > 20 and min(references) >= 0
+
+
+def test_noise_offset_is_one_number_a_channel(dataset):
+    def noise(step, offset):
+        source = Sampler(
+            ClipStore(dataset), 2, seed=0, batch_size=1, size=SIZE, vae_scaling_factor=0.5, stick_width=2, frames=16,
+            drop_reference=0.1, noise_offset=offset,
+        )  # fmt: skip
+        return source.sample(step, 0)
+
+    shifts = []
+    for step in range(100):
+        plain, shifted = noise(step, 0.0), noise(step, 0.05)
+        shift = shifted["noise"] - plain["noise"]
+        np.testing.assert_allclose(
+            shift, np.broadcast_to(shift[:1, :, :1, :1], shift.shape), rtol=0, atol=1e-6
+        )
+        shifts.append(shift[0, :, 0, 0])
+        for key in plain.keys() - {"noise"}:
+            np.testing.assert_array_equal(plain[key], shifted[key])
+    assert np.std(shifts) == pytest.approx(0.05, rel=0.2) and abs(np.mean(shifts)) < 0.01
+
+
 def test_every_video_comes_once_a_pass(dataset):
     source = sampler(dataset, 1, batch_size=2)
     ids = [source.video(*divmod(n, 2)).video_id for n in range(30)]

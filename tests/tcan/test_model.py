@@ -200,6 +200,26 @@ def test_loss_is_the_mean_squared_error_on_the_noise(model: TCAN, batch) -> None
     assert abs(loss.item() - (eps - noise).square().mean().item()) < 1e-5
 
 
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_loss_on_v_and_weighted_by_min_snr(model: TCAN, batch, gamma: float | None) -> None:
+    inputs = batch(2, 3)
+    inputs["timestep"] = torch.tensor([40, 700])  # SNR above and below gamma
+    schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    latents, noise = inputs.pop("noisy"), torch.randn(2, 3, 4, 8, 16, dtype=torch.float64)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha = (1 - betas).cumprod(0)[inputs["timestep"]].view(2, 1, 1, 1, 1)
+    with torch.no_grad():
+        out = model(noisy=alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, **inputs)
+        for kind in ("epsilon", "v_prediction"):
+            scheduler = DDIMScheduler(**schedule, prediction_type=kind)
+            loss = diffusion_loss(model, scheduler, latents, noise, **inputs, snr_gamma=gamma)
+            v = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+            error = (out - (v if kind == "v_prediction" else noise)).square().mean((1, 2, 3, 4))
+            snr = (alpha / (1 - alpha)).flatten() + (kind == "v_prediction")
+            weight = 1.0 if gamma is None else snr.clamp(max=gamma) / snr
+            assert loss.item() == pytest.approx((weight * error).mean().item(), rel=1e-4)
+
+
 @torch.no_grad()
 def test_parts_round_trip(bases: dict, model: TCAN, batch) -> None:
     other = TCAN(**bases)

@@ -1,5 +1,7 @@
 """The pipeline on random weights against the plain way, and what a caller may rely on."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from tcan.errors import UserError
 from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
 from tcan.pose import draw_poses
+from tcan.schedule import sampler
 from tcan.temperature import temperature_map
 from tcan.video import fit_picture
 from tcan.weights import load_bases, save_model
@@ -120,6 +123,55 @@ def test_equals_two_full_passes_a_window(pipe: TCANPipeline) -> None:
     torch.testing.assert_close(latents, expected, atol=2e-4, rtol=2e-4)
 
 
+@torch.no_grad()
+def test_another_scheduler_follows_its_own_formula(pipe: TCANPipeline) -> None:
+    """Euler's method on dx / dsigma = eps, with sigma = sqrt((1 - a) / a) (Karras et al., arXiv 2206.00364)."""
+    euler = TCANPipeline(pipe.vae, pipe.tcan, sampler(pipe.scheduler, "EulerDiscreteScheduler"))
+    euler.model_info = pipe.model_info
+    image, poses = picture(), dance(3)
+    latents = euler(
+        image, poses, retarget=False, generator=torch.Generator().manual_seed(5), output_type="latent",
+        num_inference_steps=2, guidance_scale=1, window=3, overlap=0, ptm=False,
+    ).frames  # fmt: skip
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, dim=0)
+    sigma = [((1 - alphas[t]) / alphas[t]).sqrt().item() for t in (501, 1)] + [0.0]
+    pose = torch.from_numpy(draw_poses(poses, SIZE, SIZE, 2)).movedim(-1, 1)[None] / 255
+    x = torch.randn(1, 3, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(5))
+    x *= (sigma[0] ** 2 + 1) ** 0.5
+    for t, now, then in zip((501, 1), sigma, sigma[1:], strict=False):
+        eps = pipe.tcan(x / (now**2 + 1) ** 0.5, torch.tensor([t]), pose, pipe.encode(image))
+        x = x + (then - now) * eps
+    torch.testing.assert_close(latents, x[0], atol=2e-4, rtol=2e-4)
+
+
+def test_every_scheduler_of_this_kind_samples(pipe: TCANPipeline) -> None:
+    names = [kind.__name__ for kind in pipe.scheduler.compatibles]
+    names = [name for name in names if name not in ("EDMEulerScheduler", "DPMSolverSDEScheduler")]
+    assert len(names) >= 10
+    for name in names:
+        other = TCANPipeline(pipe.vae, pipe.tcan, sampler(pipe.scheduler, name))
+        other.model_info = pipe.model_info
+        other.set_progress_bar_config(disable=True)
+        runs = [
+            other(
+                picture(), dance(2), retarget=False, generator=torch.Generator().manual_seed(5), window=2, overlap=0,
+                num_inference_steps=2, guidance_scale=1, output_type="latent",
+            ).frames
+            for _ in range(2)
+        ]  # fmt: skip
+        assert runs[0].isfinite().all() and torch.equal(*runs), name
+
+
+def test_a_model_remembers_its_schedule(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    info = json.loads((folder / "tcan.json").read_text())
+    info["schedule"] = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    (folder / "tcan.json").write_text(json.dumps(info))
+    config = TCANPipeline.from_pretrained(folder).scheduler.config
+    assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
+
+
 @pytest.mark.parametrize("num_frames", [1, 3, 5])
 def test_any_number_of_frames(pipe: TCANPipeline, num_frames: int) -> None:
     output = pipe(picture(), dance(num_frames), retarget=False, num_inference_steps=1, window=4, overlap=1)
@@ -152,7 +204,14 @@ def test_what_is_seen_depends_on_seed_picture_and_pose_alone(pipe: TCANPipeline)
     assert not torch.allclose(first, frames(picture(1), poses, 0))
     assert not torch.allclose(first, frames(picture(), moved, 0))
     assert not torch.allclose(first, frames(picture(), poses, 1))
-    assert not torch.allclose(first, frames(picture(), poses, 0, ptm=False))
+    without = frames(picture(), poses, 0, ptm=False)
+    assert not torch.allclose(first, without)
+    assert not torch.allclose(first, frames(picture(), poses, 0, ptm_strength=2))
+    assert torch.equal(without, frames(picture(), poses, 0, ptm_strength=0))
+    assert torch.equal(without, frames(picture(), poses, 0, ptm_limit=0))
+    assert torch.equal(first, frames(picture(), poses, 0, ptm_limit=SIZE // 8))
+    assert not torch.allclose(first, frames(picture(), poses, 0, controlnet_scale=0))
+    assert not torch.allclose(first, frames(picture(), poses, 0, loop=True))
     assert not torch.allclose(first, frames(picture(), poses, 0, guidance_scale=1))
 
 

@@ -21,6 +21,8 @@ def test_hand_made_picture_against_brute_force() -> None:
             expected = 3 * distance / math.sqrt((height / 2) ** 2 + (width / 2) ** 2) + 1
             assert abs(tau[y, x].item() - expected) < 1e-6
     assert torch.equal(temperature_map(poses.float() / 255), tau)
+    torch.testing.assert_close(temperature_map(poses, strength=0.5), 1 + (tau - 1) / 2)
+    assert torch.equal(temperature_map(poses, strength=0), torch.ones(height, width))
 
 
 def test_no_pose_is_temperature_one() -> None:

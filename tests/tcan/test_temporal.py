@@ -106,6 +106,17 @@ def test_temperature_of_one_is_none() -> None:
     assert torch.equal(temperature_of_places(torch.ones(16, 24), 2, 2, 3), torch.ones(12))
 
 
+def test_temperature_is_limited_to_small_grids() -> None:
+    module, x = layer(), torch.randn(6, 16, 2, 3, dtype=torch.float64)
+    plain = module(x, num_frames=3)
+    module.temperature = torch.rand(16, 24) + 1
+    everywhere = module(x, num_frames=3)
+    assert not torch.equal(everywhere, plain)
+    for limit, expected in ((3, everywhere), (2, plain)):  # the grid is 2 x 3
+        module.temperature_limit = limit
+        assert torch.equal(module(x, num_frames=3), expected)
+
+
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):

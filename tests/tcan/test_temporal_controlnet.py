@@ -52,6 +52,14 @@ def test_temporal_layers_act_at_down_factors_4_and_8_alone(bases: dict, model: T
     assert not torch.equal(residuals(model, inputs)[-1], frozen_residuals(bases, inputs)[-1])
 
 
+@torch.no_grad()
+def test_scale_multiplies_the_residuals(model: TCAN, batch) -> None:
+    inputs = batch(1, 3)
+    down, middle = model.pose_residuals(inputs["noisy"], inputs["timestep"], inputs["pose"], scale=0.5)
+    for scaled, whole in zip([*down, middle], residuals(model, inputs), strict=True):
+        torch.testing.assert_close(scaled, whole / 2, rtol=1e-12, atol=0)
+
+
 def test_frozen_weights_keep_their_names(bases: dict, model: TCAN) -> None:
     frozen = bases["controlnet"].state_dict()
     mine = model.controlnet.state_dict()

@@ -11,14 +11,14 @@ from tcan.windows import Windows
 @pytest.mark.parametrize("frames", [1, 2, 15, 16, 17, 28, 29, 40, 100])
 def test_windows_are_whole_overlap_and_cover(frames: int) -> None:
     windows = Windows(frames)
-    slices = windows.slices
+    parts = [part.tolist() for part in windows.indices]
     length = 1 if frames == 1 else 16
-    assert slices[0].start == 0
-    assert all(s.stop - s.start == length for s in slices)
-    assert all(b.start == a.stop - 4 for a, b in pairwise(slices))
-    padded = slices[-1].stop
+    assert all(part == list(range(part[0], part[0] + length)) for part in parts)
+    assert parts[0][0] == 0
+    assert all(b[0] == a[-1] + 1 - 4 for a, b in pairwise(parts))
+    padded = parts[-1][-1] + 1
     assert padded >= frames
-    assert len(slices) == 1 or slices[-2].stop < frames  # no window too many
+    assert len(parts) == 1 or parts[-2][-1] + 1 < frames  # no window too many
     assert windows.source.tolist() == [min(i, frames - 1) for i in range(padded)]
 
 
@@ -32,6 +32,31 @@ def test_predictions_are_averaged_by_count() -> None:
             p[:, frame - start]
             for p, start in zip(predictions, (0, 12, 24), strict=True)
             if 0 <= frame - start < 16
+        ]
+        torch.testing.assert_close(mean[:, frame], sum(seen) / len(seen), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 16, 17, 40])
+def test_a_loop_joins_its_end_to_its_beginning(frames: int) -> None:
+    windows = Windows(frames, loop=True)
+    parts = [part.tolist() for part in windows.indices]
+    assert windows.source.tolist() == list(range(frames))  # nothing padded
+    assert all(len(part) == min(16, frames) and len(set(part)) == len(part) for part in parts)
+    assert all((b - a) % frames == 1 % frames for part in parts for a, b in pairwise(part))
+    joined = {pair for part in parts for pair in pairwise(part)}
+    assert joined == {(i, (i + 1) % frames) for i in range(frames)} - {(0, 0)}
+
+
+def test_a_loops_predictions_are_averaged_by_count() -> None:
+    windows = Windows(20, 8, 2, loop=True)  # 0..7, 6..13, 12..19, 18..5
+    predictions = [torch.randn(2, 8, 3, dtype=torch.float64) for _ in range(4)]
+    mean = windows.average(iter(predictions))
+    assert mean.shape == (2, 20, 3)
+    for frame in range(20):
+        seen = [
+            p[:, (frame - start) % 20]
+            for p, start in zip(predictions, (0, 6, 12, 18), strict=True)
+            if (frame - start) % 20 < 8
         ]
         torch.testing.assert_close(mean[:, frame], sum(seen) / len(seen), rtol=0, atol=1e-15)
 
