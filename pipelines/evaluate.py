@@ -36,7 +36,7 @@ from tcan.metrics import (
     pose_measures,
 )
 from tcan.pipeline import TCANPipeline
-from tcan.pose import follow_main_person
+from tcan.pose import follow_main_person, read_poses
 from tcan.video import fit_picture, read_video, write_picture, write_video
 
 SHEET_TIMES = 4
@@ -173,10 +173,10 @@ def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarr
     """True keypoints `[F, 18, 3]` in pixels of the output, where the file beside a video holds some; else None."""
     if not path.is_file():
         return None
-    truth = json.loads(path.read_text())
-    people = [frame["people"][0]["pose_keypoints_2d"] for frame in truth["frames"][:num_frames]]
-    poses = np.array(people, dtype=np.float32).reshape(-1, 18, 3)
-    return pipe.place_poses(poses, truth["height"], truth["width"])
+    truth = read_poses(path)
+    nobody = np.zeros((18, 3), np.float32)
+    poses = np.stack([people[0] if len(people) else nobody for people in truth.people[:num_frames]])
+    return pipe.place_poses(poses, truth.height or pipe.height, truth.width or pipe.width)
 
 
 def measure(evaluated: list[Evaluated]) -> None:

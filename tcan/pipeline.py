@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.model import TCAN
-from tcan.pose import PoseDetector, draw_poses, fill_gaps, follow_main_person
+from tcan.pose import PoseDetector, draw_poses, find_people, one_body
 from tcan.pose import retarget as retarget_poses
-from tcan.pose.skeleton import NECK
 from tcan.schedule import noise_schedule
 from tcan.temperature import temperature_map
 from tcan.video import fit_keypoints, fit_picture
@@ -43,8 +42,12 @@ class TCANPipeline(DiffusionPipeline):
         pipe = TCANPipeline.from_pretrained("runs/model").to("cuda")
         frames = pipe(picture, driving_frames, generator=torch.Generator().manual_seed(0)).frames
 
-    Device memory depends on the window and the size of the frames, not on their number: latents and poses of the whole
-    video stay on the host, one window at a time is on the device.
+    Device memory depends on the window and the size of the frames, not on their number. What the host must hold of a
+    whole video: its poses, its latents (16 bytes for each 8 x 8 pixels: 64 KiB a frame at 512 x 512) and the
+    scheduler's working copies of them, and a temperature map a window (4 bytes a pixel), because each step of the
+    denoising goes through all windows before the next begins. Pose pictures are drawn window by window and frames decoded
+    batch by batch. The result's `frames` are all frames at once: for a long video ask for "latent" and go through
+    `decode`.
     """
 
     model_cpu_offload_seq = "vae->tcan->vae"
@@ -152,7 +155,7 @@ class TCANPipeline(DiffusionPipeline):
         poses = self._prepare_poses(image, np.asarray(poses), retarget, character, height, width)
         latents = self.denoise(
             fit_picture(image, height, width),
-            self.draw(poses, height, width),
+            poses,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             window=window,
@@ -175,7 +178,7 @@ class TCANPipeline(DiffusionPipeline):
     def denoise(
         self,
         image: np.ndarray,
-        pose_pictures: np.ndarray,
+        poses: np.ndarray,
         *,
         num_inference_steps: int = 25,
         guidance_scale: float = 7.5,
@@ -195,26 +198,29 @@ class TCANPipeline(DiffusionPipeline):
         once, for both rows of guidance.
 
         Args:
-            image: uint8 RGB `[H, W, 3]`.
-            pose_pictures: uint8 RGB `[F, H, W, 3]`.
+            image: uint8 RGB `[H, W, 3]`, of the output's size.
+            poses: keypoints `[F, 18, 3]` in pixels of the output.
 
         Returns:
             scaled latents `[F, C, h, w]`, float32.
         """
         device = self._execution_device
         reference = self.encode(image)
-        windows = Windows(len(pose_pictures), window, overlap, loop)
-        poses = torch.from_numpy(pose_pictures).permute(0, 3, 1, 2)[
-            windows.source
-        ]  # stays uint8 and on the host
+        windows = Windows(len(poses), window, overlap, loop)
+        padded = poses[windows.source.numpy()]
+
+        def pose_pictures(part: Tensor) -> Tensor:
+            """uint8 `[F, 3, H, W]`, drawn anew at each step: those of all windows would be far more than the latents."""
+            return torch.from_numpy(self.draw(padded[part.numpy()], *image.shape[:2])).permute(0, 3, 1, 2)
+
         temperatures = [
-            temperature_map(poses[part], ptm_strength).to(device) if ptm else None for part in windows.indices
+            temperature_map(pose_pictures(part), ptm_strength) if ptm else None for part in windows.indices
         ]
 
         self.scheduler.set_timesteps(num_inference_steps)
         noise = randn_tensor((window, *reference.shape[1:]), generator=generator, device=torch.device("cpu"))
         # one window's noise repeated along time, so that all windows start from the same
-        latents = noise[torch.arange(len(poses)) % window] * self.scheduler.init_noise_sigma
+        latents = noise[torch.arange(len(padded)) % window] * self.scheduler.init_noise_sigma
         # Samplers that draw noise at every step draw it here.
         draws = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if draws else {}
@@ -227,10 +233,10 @@ class TCANPipeline(DiffusionPipeline):
                 self.predict_noise(
                     noisy[:, part].to(device, reference.dtype),
                     t,
-                    poses[None, part].to(device, reference.dtype) / 255,
+                    pose_pictures(part)[None].to(device, reference.dtype) / 255,
                     features,
                     guidance_scale,
-                    temperature,
+                    None if temperature is None else temperature.to(device),
                     ptm_limit,
                     controlnet_scale,
                 )
@@ -344,23 +350,19 @@ class TCANPipeline(DiffusionPipeline):
         """Keypoints `[F, 18, 3]` in pixels of a source picture -> of the output, cut and resized as pictures are."""
         return fit_keypoints(poses, source_height, source_width, height or self.height, width or self.width)
 
-    def detect_poses(self, frames: np.ndarray, what: str) -> np.ndarray:
-        """The main person's keypoints `[F, 18, 3]` in uint8 frames `[F, H, W, 3]`.
+    def detect_poses(self, frames: Iterable[np.ndarray], what: str, smooth: int = 0) -> np.ndarray:
+        """The main person's keypoints `[F, 18, 3]`, in every frame (`tcan.pose.one_body` says how).
 
-        Joints lost for a few frames are filled in; a frame without a person takes the pose of the nearest one with.
+        Args:
+            frames: uint8 RGB `[H, W, 3]` each; taken a few at a time, so a generator needs no memory.
+            what: names them where something is wrong with them.
+            smooth: frames over which to smooth the movement (odd, 5 or more); 0: not at all.
 
         Raises:
-            UserError: no person in any of them, naming `what`; no pose network was loaded.
+            UserError: no person in any of them; no pose network was loaded.
         """
         if self.pose_detector is None:
             raise UserError(
                 f"{what}: this pipeline has no pose network; give keypoints, or from_pretrained(pose=SOURCE)"
             )
-        poses = follow_main_person(self.pose_detector.detect(frames), *frames.shape[1:3])
-        poses = fill_gaps(poses)
-        seen = np.flatnonzero(
-            poses[:, NECK, 2] > 0
-        )  # all joints hang on the neck; without it, it was no person
-        if not len(seen):
-            raise UserError(f"{what}: no person found; give one that shows a whole person")
-        return poses[seen[np.abs(np.arange(len(poses))[:, None] - seen).argmin(axis=1)]]
+        return one_body(*find_people(self.pose_detector, frames), what, smooth)

@@ -5,15 +5,20 @@ of the picture they belong to, score in [0, 1]. A joint not found is all 0.
 """
 
 from tcan.pose.draw import draw_poses
-from tcan.pose.follow import fill_gaps, follow_main_person
-from tcan.pose.openpose import OpenPose, PoseDetector
+from tcan.pose.files import PoseFile, read_poses, write_poses
+from tcan.pose.follow import follow_main_person, one_body
+from tcan.pose.openpose import OpenPose, PoseDetector, find_people
 from tcan.pose.retarget import retarget
 
 __all__ = [
     "OpenPose",
     "PoseDetector",
+    "PoseFile",
     "draw_poses",
-    "fill_gaps",
+    "find_people",
     "follow_main_person",
+    "one_body",
+    "read_poses",
     "retarget",
+    "write_poses",
 ]

@@ -9,8 +9,9 @@ scores and part affinity fields are computed at the few places where they are re
 
 import importlib.util
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,22 @@ class PoseDetector(Protocol):
     def detect(self, frames: NDArray[np.uint8], batch_size: int = 16) -> list[NDArray[np.float32]]:
         """frames [F, H, W, 3] RGB -> for each frame its people's keypoints [P, 18, 3] in pixels; P may be 0."""
         ...
+
+
+def find_people(
+    detector: PoseDetector, frames: Iterable[NDArray[np.uint8]], batch_size: int = 16
+) -> tuple[list[NDArray[np.float32]], int, int]:
+    """frames [H, W, 3] of any number, of one size -> for each its people's keypoints [P, 18, 3]; and H and W.
+
+    `batch_size` frames are held at a time. Of no frames, the size is 0.
+    """
+    people: list[NDArray[np.float32]] = []
+    height, width = 0, 0
+    rest = iter(frames)
+    while batch := list(islice(rest, batch_size)):
+        height, width = batch[0].shape[:2]
+        people += detector.detect(np.stack(batch), batch_size)
+    return people, height, width
 
 
 class OpenPose:

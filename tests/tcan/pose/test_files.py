@@ -1,0 +1,97 @@
+"""Poses on disk: each form that people have, as it is written elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tcan.errors import UserError
+from tcan.pose import read_poses, write_poses
+from tests.tcan.pose.bodies import body
+
+# OpenPose's points by name, from its documentation: of its model of 25, and the 18 in this package's order.
+BODY_25 = (
+    *("Nose", "Neck", "RShoulder", "RElbow", "RWrist", "LShoulder", "LElbow", "LWrist", "MidHip"),
+    *("RHip", "RKnee", "RAnkle", "LHip", "LKnee", "LAnkle", "REye", "LEye", "REar", "LEar"),
+    *("LBigToe", "LSmallToe", "LHeel", "RBigToe", "RSmallToe", "RHeel"),
+)
+COCO = (
+    *("Nose", "Neck", "RShoulder", "RElbow", "RWrist", "LShoulder", "LElbow", "LWrist"),
+    *("RHip", "RKnee", "RAnkle", "LHip", "LKnee", "LAnkle", "REye", "LEye", "REar", "LEar"),
+)
+
+
+def frame(*people: np.ndarray, **more: Any) -> dict[str, Any]:
+    return more | {"people": [{"person_id": [-1], "pose_keypoints_2d": person.tolist()} for person in people]}
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    poses = np.stack([body(50 + f, 40, 90.123, 0.1 * f) for f in range(3)])
+    poses[1, 4] = 0
+    write_poses(poses, tmp_path / "poses.json", height=128, width=96, fps=29.97)
+    read = read_poses(tmp_path / "poses.json")
+    assert (read.height, read.width, read.fps) == (128, 96, 29.97)
+    np.testing.assert_allclose(np.concatenate(read.people), poses, atol=0.006)
+    assert [file.name for file in tmp_path.iterdir()] == ["poses.json"]
+    assert len((tmp_path / "poses.json").read_text().splitlines()) == 3 + 2  # a line a frame
+
+
+def test_a_folder_as_openpose_writes_it(tmp_path: Path) -> None:
+    """BODY_25, a file a frame; nobody in the second; somebody of whom only a hand was found in the third."""
+    points = np.random.default_rng(0).uniform(1, 100, (2, 25, 3)).astype(np.float32)
+    points[..., 2] /= 100
+    points[0, 3, 2] = 0  # not found, wherever it says it is
+    hand = {"pose_keypoints_2d": [], "hand_left_keypoints_2d": [1.0, 2.0, 0.5]}
+    frames = [frame(*points.reshape(2, 75)), frame(), frame(points[0].ravel())]
+    frames[2]["people"].append(hand)
+    for number, content in enumerate(frames):
+        name = f"dance_{number:012}_keypoints.json"
+        (tmp_path / name).write_text(json.dumps(content | {"version": 1.3}))
+    read = read_poses(tmp_path)
+    assert [people.shape for people in read.people] == [(2, 18, 3), (0, 18, 3), (1, 18, 3)]
+    assert (read.height, read.width, read.fps) == (None, None, None)
+    for joint, name in enumerate(COCO):
+        expected = points[:, BODY_25.index(name)] * (points[:, BODY_25.index(name), 2:] > 0)
+        np.testing.assert_allclose(read.people[0][:, joint], expected)
+
+
+def test_a_list_of_frames_and_a_single_frame(tmp_path: Path) -> None:
+    one = frame(body(30, 20, 40).ravel(), canvas_height=64, canvas_width=48)
+    for content, count in (([one, one], 2), (one, 1)):
+        (tmp_path / "poses.json").write_text(json.dumps(content))
+        read = read_poses(tmp_path / "poses.json")
+        assert (len(read.people), read.height, read.width) == (count, 64, 48)
+        np.testing.assert_allclose(read.people[-1][0], body(30, 20, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[]", "holds no frames"),
+        ("{}", "holds no frames"),
+        ('{"frames": [{"people": []}, 3]}', 'frame 1: no list of "people"'),
+        ('{"frames": [{"people": [{"pose_keypoints_2d": [1, 2, 3]}]}]}', r"frame 0: .*\(54 numbers\)"),
+        (f'[{{"people": [{{"pose_keypoints_2d": {[None] * 54}}}]}}]'.replace("None", "null"), "frame 0"),
+        ('{"frames": [{"people": []}], "fps": "fast"}', "fps = fast: must be a number"),
+    ],
+)
+def test_what_is_no_pose_file_is_said(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "poses.json").write_text(content)
+    with pytest.raises(UserError, match=reason) as error:
+        read_poses(tmp_path / "poses.json")
+    assert "poses.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_files_and_folders_of_others(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="check the path"):
+        read_poses(tmp_path / "missing.json")
+    with pytest.raises(UserError, match=r"no \.json in this folder"):
+        read_poses(tmp_path)
+    (tmp_path / "clips.json").write_text('{"frames": []}')
+    with pytest.raises(UserError, match="one frame as OpenPose writes it"):
+        read_poses(tmp_path)
+    with pytest.raises(UserError, match="cannot write the poses"):
+        write_poses(body(1, 1, 1)[None], tmp_path / "no" / "folder.json", 64, 64)
