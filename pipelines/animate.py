@@ -1,10 +1,12 @@
-"""A picture, a driving video, a model folder -> the animated video.
+"""A picture, a driving video or its poses, a model folder -> the animated video.
 
 tcan animate --image hero.png --driving dance.mp4 --model run/model --out hero-dances.mp4
+tcan animate --image hero.png --poses dance.json --model run/model --out hero-dances.gif
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,67 +16,169 @@ import torch
 from pipelines.config import Config
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
+from tcan.pose import follow_main_person, one_body, read_poses
 from tcan.pose.skeleton import NECK, NOSE
 from tcan.schedule import sampler
-from tcan.video import fit_picture, read_picture, read_video, write_video
+from tcan.video import VideoFrames, check_target, fit_picture, read_picture, write_video
 from tcan.weights import read_model_info
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def animate(
-    image: Path, driving: Path, model: Path, out: Path, config: Config, side_by_side: bool = False
-) -> None:
-    """Writes an mp4 of the picture's person with the motion of the driving video's main person, at its frame rate.
+@dataclass(frozen=True)
+class Animation:
+    """One result, and the files it is made from; `driving` or `poses` must be given."""
 
-    side_by_side: picture, driving pose and result beside each other, rather than the result alone.
+    image: Path
+    out: Path
+    """As `tcan.video.write_video` takes it: .mp4, .webm, .gif, or a folder of PNG."""
+    driving: Path | None = None
+    poses: Path | None = None
+    """Takes the place of the poses found in `driving`; any form that `tcan.pose.read_poses` reads."""
+    character: Path | None = None
+    """The same for the picture."""
+    fps: float | None = None
+    """Frames a second; None: the driving video's, or as the file of poses says."""
+    audio: bool = False
+    side_by_side: bool = False
+
+
+@dataclass
+class Inputs:
+    """The files of an animation, opened and found good as far as that is known without a model."""
+
+    picture: np.ndarray  # uint8 [H, W, 3]
+    fps: float
+    video: VideoFrames | None
+    poses: np.ndarray | None  # the driver's, given by hand: [F, 18, 3]
+    size: (
+        tuple[int, int] | None
+    )  # height and width that the driver's poses are in pixels of, where they are known
+    character: np.ndarray | None  # given by hand: [18, 3] in pixels of the picture
+
+
+def animate(animation: Animation, model: Path, config: Config) -> None:
+    """Writes the picture's person with the motion of the driving video's main person, at its frame rate.
+
+    Memory holds a few frames, and of the whole video what `TCANPipeline` says.
 
     Raises:
-        UserError: a file that is missing, damaged, of another kind, or without a person; a model folder that isn't
-            whole or doesn't fit its bases; a target that can't be written.
+        UserError: a file that is missing, damaged, of another kind, or without a person; files that don't go together;
+            a model folder that isn't whole or doesn't fit its bases; a target that can't be written.
     """
-    out = Path(out)
-    if out.suffix.lower() != ".mp4":
-        raise UserError(f"{out}: the result is an mp4; name it so")
-    picture = read_picture(image)
-    frames, fps = read_video(driving)
-    pipe = load_pipeline(model, config)
-    poses = pipe.detect_poses(frames, str(driving))
-    if not config.animate.retarget:
-        poses = pipe.place_poses(poses, *frames.shape[1:3])
-    character = pipe.detect_poses(picture[None], str(image))[0] if config.animate.retarget else None
-    if character is not None and not (character[[NECK, NOSE], 2] > 0).all():
+    inputs = read_inputs(animation, config)
+    count = make(load_pipeline(model, config), animation, inputs, config)
+    print(f"{animation.out}: {count} frames, {inputs.fps:g} a second", flush=True)
+
+
+def read_inputs(animation: Animation, config: Config) -> Inputs:
+    """Opens an animation's files.
+
+    Raises:
+        UserError: as `animate`.
+    """
+    check_target(animation.out, animation.audio)
+    if animation.driving is None and animation.poses is None:
+        raise UserError(f"{animation.out}: needs a motion; give a video with --driving or poses with --poses")
+    if animation.audio and animation.driving is None:
+        raise UserError("--audio copies the sound of the driving video; give one with --driving")
+    if animation.character is not None and not config.animate.retarget:
+        raise UserError("--character is for fitting the poses to it; leave it out, or animate.retarget on")
+    picture = read_picture(animation.image)
+    video = None if animation.driving is None else VideoFrames(animation.driving)
+    size = None if video is None else (video.height, video.width)
+    poses, fps = None, animation.fps or (video and video.fps)
+    if animation.poses is not None:
+        file = read_poses(animation.poses)
+        if file.height and file.width:
+            size = file.height, file.width
+        fps = fps or file.fps
+        if video is not None and (count := sum(1 for _ in video)) != len(file.people):
+            raise UserError(
+                f"{animation.poses}: {len(file.people)} frames, but {animation.driving} has {count}; "
+                "give poses of this video, or leave it out"
+            )
+        points = np.concatenate(file.people)
+        extent = float(points[..., 1].max(initial=1)), float(points[..., 0].max(initial=1))
+        height, width = size or extent
+        poses = one_body(file.people, height, width, str(animation.poses), config.animate.smooth)
+    if not fps:
         raise UserError(
-            f"{image}: no person found with neck and nose in sight; give a picture that shows one from the front"
+            f"{animation.poses}: holds no frame rate; give it with --fps, or the video with --driving"
         )
-    del frames
-    make_folder(out.parent)
+    if size is None and not config.animate.retarget:
+        raise UserError(
+            f"{animation.poses}: doesn't say of which height and width its picture is, which poses that aren't "
+            "retargeted need; add both to the file, or give the video with --driving"
+        )
+    return Inputs(picture, fps, video, poses, size, _given_character(animation.character, picture))
+
+
+def _given_character(path: Path | None, picture: np.ndarray) -> np.ndarray | None:
+    """The body of the file's first frame `[18, 3]`, in pixels of the picture."""
+    if path is None:
+        return None
+    file = read_poses(path)
+    height, width = picture.shape[:2]
+    character = follow_main_person(file.people[:1], height, width)[0]
+    if file.height and file.width:  # drawn by hand on a larger or smaller copy
+        character[:, :2] *= width / file.width, height / file.height
+    return _checked_character(character, path)
+
+
+def _checked_character(character: np.ndarray, path: Path) -> np.ndarray:
+    if not (character[[NECK, NOSE], 2] > 0).all():
+        raise UserError(
+            f"{path}: no person found with neck and nose in sight; give a picture that shows one from the front, or "
+            "keypoints with --character"
+        )
+    return character
+
+
+def make(pipe: TCANPipeline, animation: Animation, inputs: Inputs, config: Config) -> int:
+    """Animates, and writes the result as it is decoded; returns its number of frames.
+
+    Raises:
+        UserError: as `animate`.
+    """
+    picture, poses, settings = inputs.picture, inputs.poses, config.animate
+    height, width = settings.height or pipe.height, settings.width or pipe.width
+    if poses is None:
+        assert inputs.video is not None
+        poses = pipe.detect_poses(inputs.video, str(animation.driving), settings.smooth)
+    character = inputs.character
+    if not settings.retarget:
+        assert inputs.size is not None
+        poses = pipe.place_poses(poses, *inputs.size, height, width)
+    elif character is None:
+        character = pipe.detect_poses([picture], str(animation.image))[0]
+        character = _checked_character(character, animation.image)
+    make_folder(animation.out.parent)
     latents, poses = pipe(
         picture,
         poses,
         character=character,
-        retarget=config.animate.retarget,
+        retarget=settings.retarget,
+        height=height,
+        width=width,
         generator=torch.Generator().manual_seed(config.seed),
         output_type="latent",
         return_dict=False,
         **sampling(config),
     )
     result: Iterator[np.ndarray] = (
-        frame for batch in pipe.decode(latents, config.animate.decode_batch) for frame in to_uint8(batch)
+        frame for batch in pipe.decode(latents, settings.decode_batch) for frame in to_uint8(batch)
     )
-    if side_by_side:
-        result = beside(fit_picture(picture, pipe.height, pipe.width), pipe.draw(poses), result)
-    write_video(result, out, fps)
-    print(f"{out}: {len(poses)} frames, {fps:g} a second", flush=True)
+    if animation.side_by_side:
+        drawn = (pipe.draw(pose[None], height, width)[0] for pose in poses)
+        result = beside(fit_picture(picture, height, width), drawn, result)
+    write_video(result, animation.out, inputs.fps, animation.driving if animation.audio else None)
+    return len(poses)
 
 
 def load_pipeline(model: Path, config: Config) -> TCANPipeline:
     """The model folder as `config.animate` wants it loaded: bases, precision, device."""
-    device = config.animate.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"animate.device = {device}: no GPU is at hand; use auto or cpu")
+    device = find_device(config)
     bases = dataclasses.asdict(config.bases)
     if config.animate.bases == "model":
         bases = {} if "pose" in read_model_info(model)["bases"] else {"pose": bases["pose"]}
@@ -84,6 +188,20 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: only where a terminal shows it
     return pipe
+
+
+def find_device(config: Config) -> str:
+    """The device that `config.animate.device` means here.
+
+    Raises:
+        UserError: a GPU, where there is none.
+    """
+    device = config.animate.device
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"animate.device = {device}: no GPU is at hand; use auto or cpu")
+    return device
 
 
 def sampling(config: Config) -> dict[str, Any]:
@@ -107,8 +225,10 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return (frames * 255).round().astype(np.uint8)
 
 
-def beside(reference: np.ndarray, poses: np.ndarray, result: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """reference `[H, W, 3]`, poses `[F, H, W, 3]`, F frames `[H, W, 3]` -> F frames `[H, 3 W, 3]`."""
+def beside(
+    reference: np.ndarray, poses: Iterable[np.ndarray], result: Iterable[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """reference `[H, W, 3]`, F drawn poses and F frames `[H, W, 3]` each -> F frames `[H, 3 W, 3]`."""
     return (
         np.concatenate([reference, pose, frame], axis=1) for pose, frame in zip(poses, result, strict=True)
     )

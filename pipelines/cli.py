@@ -1,4 +1,4 @@
-"""The command line: `tcan preprocess | train | animate | evaluate | export | weights | demo | ui`, or `python -m pipelines.cli ...`.
+"""The command line: `tcan COMMAND ...`, or `python -m pipelines.cli COMMAND ...`; `tcan --help` names the commands.
 
 A job's modules are imported when it runs, so that `tcan --help` answers at once.
 """
@@ -138,10 +138,29 @@ def _train(arguments: Any, config: Any) -> None:
 
 
 def _animate(arguments: Any, config: Any) -> None:
-    from pipelines.animate import animate
+    names = ("image", "driving", "poses", "character", "out", "fps")
+    given = {name: arguments[name] for name in names if arguments[name] is not None}
+    options = {"audio": arguments.audio, "side_by_side": arguments.side_by_side}
+    if arguments.pairs is not None:
+        if given:
+            raise UserError(f"--pairs names pictures, videos and results: leave out --{', --'.join(given)}")
+        from pipelines.pairs import animate_pairs
 
-    image, driving, model = Path(arguments.image), Path(arguments.driving), Path(arguments.model)
-    animate(image, driving, model, Path(arguments.out), config, side_by_side=arguments.side_by_side)
+        animate_pairs(Path(arguments.pairs), Path(arguments.model), config, **options)
+        return
+    if missing := [f"--{name}" for name in ("image", "out") if name not in given]:
+        raise UserError(f"missing: {', '.join(missing)}; tcan animate --help explains")
+
+    from pipelines.animate import Animation, animate
+
+    paths: dict[str, Any] = {name: Path(value) for name, value in given.items() if name != "fps"}
+    animate(Animation(**paths, fps=arguments.fps, **options), Path(arguments.model), config)
+
+
+def _pose(arguments: Any, config: Any) -> None:
+    from pipelines.pose import pose
+
+    pose(Path(arguments.source), Path(arguments.out), config)
 
 
 def _evaluate(arguments: Any, config: Any) -> None:
@@ -215,16 +234,38 @@ COMMANDS = {
     "animate": Command(
         "Animate the person in a picture with the motion of a video.",
         {
-            "--image": _required_path("Picture of the person."),
-            "--driving": _required_path("Video whose motion to take."),
+            "--image": _path("Picture of the person."),
+            "--driving": _path("Video whose motion to take."),
+            "--poses": _path(
+                "Poses to take instead of those found in the video: a file of `tcan pose`, corrected or made by hand, or "
+                "a folder of OpenPose's files."
+            ),
+            "--character": _path("The picture's keypoints, such a file too; without it they are found."),
+            "--pairs": _path(
+                "Instead of one picture: a .csv or .parquet with the columns picture, driving and out, whose missing "
+                "results are made over the Ray cluster."
+            ),
             "--model": _required_path("Folder of a trained model."),
-            "--out": _required_path("The mp4 to write."),
+            "--out": _path("What to write: .mp4, .webm, .gif, or without a suffix a folder of PNG pictures."),
+            "--fps": {
+                "type": float,
+                "help": "Frames a second; without it those of the video, or what the file of poses says.",
+            },
+            "--audio": {"action": "store_true", "help": "Copy the driving video's sound."},
             "--side_by_side": {
                 "action": "store_true",
                 "help": "Write picture, driving pose and result beside each other.",
             },
         },
         _animate,
+    ),
+    "pose": Command(
+        "Find the poses of a video or picture, and write them to a file that can be corrected by hand.",
+        {
+            "source": _path("Video or picture."),
+            "--out": _required_path("The .json to write; a preview is written beside it."),
+        },
+        _pose,
     ),
     "evaluate": Command(
         "Measure a model on held-out videos: each one's first frame animated by its own motion.",

@@ -293,6 +293,15 @@ class AnimateConfig:
     retarget: bool = True
     """Fit the poses to the character's proportions and place."""
 
+    smooth: int = 0
+    """Frames over which the poses' movement is smoothed, joints that jump away first taken out: odd, such as 7; 0: not."""
+
+    height: int | None = None
+    """Of the result in pixels, a multiple of 64; unset: that of the model's training."""
+
+    width: int | None = None
+    """Of the result in pixels, a multiple of 64; unset: that of the model's training."""
+
     decode_batch: int = 8
     """Frames that the VAE decodes at once."""
 
@@ -305,9 +314,19 @@ class AnimateConfig:
     bases: Literal["model", "config"] = "model"
     """Take the bases from where the model folder says, or from where `bases` of this configuration says."""
 
+    workers: int = 0
+    """Workers of --pairs, each with a GPU where the cluster has some, else with a CPU; 0: as many as there is room for."""
+
     def __post_init__(self) -> None:
         if self.steps < 1 or self.decode_batch < 1:
             raise UserError("animate: steps and decode_batch must be at least 1")
+        if self.smooth and (self.smooth < 5 or self.smooth % 2 == 0):
+            raise UserError(f"animate.smooth = {self.smooth}: must be odd and at least 5, or 0")
+        for name in ("height", "width"):
+            if (value := getattr(self, name)) is not None and (value <= 0 or value % 64):
+                raise UserError(f"animate.{name} = {value}: must be a multiple of 64, such as 512 or 768")
+        if self.workers < 0:
+            raise UserError(f"animate.workers = {self.workers}: must be at least 0")
         if not 0 <= self.overlap < self.window:
             raise UserError(
                 f"animate: overlap = {self.overlap}: must be from 0 to below window = {self.window}"

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pipelines.animate import animate
+from pipelines.animate import Animation, animate
 from pipelines.config import Config, TrackingConfig
 from pipelines.evaluate import evaluate, table
 from pipelines.preprocess.job import preprocess
@@ -59,8 +59,8 @@ def demo(out: Path, config: Config) -> None:
         if target.exists():
             print(f"{target}: made before, left alone", flush=True)
         else:
-            image = videos / character / "00.png"
-            animate(image, videos / "dance" / f"{dance:02}.mp4", model, target, config, side_by_side=True)
+            image, driving = videos / character / "00.png", videos / "dance" / f"{dance:02}.mp4"
+            animate(Animation(image, target, driving, side_by_side=True), model, config)
         animated.append(target)
     sheet = out / "sheet.png"
     write_picture(contact_sheet(animated), sheet)

@@ -152,7 +152,7 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
     """
     frames, fps = read_video(path, config.evaluate.frames)
     truth = np.stack([fit_picture(frame, pipe.height, pipe.width) for frame in frames])
-    poses = pipe.detect_poses(truth, str(path))
+    poses = pipe.detect_poses(truth, str(path), config.animate.smooth)
     frames_01, _ = pipe(
         truth[0],
         poses,

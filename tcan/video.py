@@ -265,6 +265,15 @@ def _sound_packets(
         ) from None
 
 
+def is_picture(path: str | os.PathLike) -> bool:
+    """Whether a file holds one picture, rather than a video, an animated gif, or something else."""
+    try:
+        with Image.open(path) as picture:
+            return getattr(picture, "n_frames", 1) == 1
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
 def read_picture(path: str | os.PathLike) -> np.ndarray:
     """A picture as uint8 RGB `[H, W, 3]`, turned as its EXIF orientation says; transparent parts become white.
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def one_body(
-    people: Sequence[NDArray[np.float32]], height: int, width: int, what: str, smooth: int = 0
+    people: Sequence[NDArray[np.float32]], height: float, width: float, what: str, smooth: int = 0
 ) -> NDArray[np.float32]:
     """Everyone in every frame, `[P, 18, 3]` each -> the main person's pose in each frame, `[F, 18, 3]`.
 
@@ -55,7 +55,9 @@ def one_body(
     return poses
 
 
-def follow_main_person(people: Sequence[NDArray[np.float32]], height: int, width: int) -> NDArray[np.float32]:
+def follow_main_person(
+    people: Sequence[NDArray[np.float32]], height: float, width: float
+) -> NDArray[np.float32]:
     """people: for each frame everyone's keypoints [P, 18, 3] -> one person's [F, 18, 3], zeros where they aren't seen.
 
     The person is the largest one of the first frame that has any, and then the nearest to where they were last. Someone

@@ -49,7 +49,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     heavy = "import sys; from pipelines import cli; cli.main(['--help']); print(sorted({'torch', 'ray', 'mlflow', 'diffusers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in ("preprocess", "train", "animate", "evaluate", "export", "weights", "demo", "ui"):
+    for command in "preprocess train animate pose evaluate export weights demo ui".split():
         assert f"  {command} " in done.stdout
 
 
@@ -120,6 +120,7 @@ def test_bad_configuration_file(
         ("train d --out o --train.workers=many", "train.workers: expected int, got many"),
         ("train d --out o --stage 3", "stage: expected Literal['1', '2', 'all'], got 3"),
         ("train d", "missing: --out; tcan train --help explains"),
+        ("pose dance.mp4", "missing: --out; tcan pose --help explains"),
         ("preprocess videos", "missing: OUT; tcan preprocess --help explains"),
         ("ui there", "unexpected argument: there; tcan ui --help lists what it takes"),
         ("ui --config sd51", "--config sd51: No such file or directory; give mini, sd15 or a YAML file"),

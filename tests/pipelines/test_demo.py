@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines import demo as demo_module
-from pipelines.animate import animate
+from pipelines.animate import Animation, animate
 from pipelines.config import Config, load_config
 from pipelines.demo import demo
 from pipelines.evaluate import evaluate
@@ -80,9 +80,9 @@ def test_nobody_to_animate(out: Path, tmp_path: Path):
     Image.fromarray(clip.frames[0]).save(tmp_path / "somebody.png")
     model, target = out / "run" / "model", tmp_path / "result.mp4"
     with pytest.raises(UserError, match=r"nobody\.png: no person"):
-        animate(tmp_path / "nobody.png", tmp_path / "somebody.mp4", model, target, small())
+        animate(Animation(tmp_path / "nobody.png", target, tmp_path / "somebody.mp4"), model, small())
     with pytest.raises(UserError, match=r"nobody\.mp4: no person"):
-        animate(tmp_path / "somebody.png", tmp_path / "nobody.mp4", model, target, small())
+        animate(Animation(tmp_path / "somebody.png", target, tmp_path / "nobody.mp4"), model, small())
     assert not target.exists()
     with pytest.raises(UserError, match="none of the 1 videos can be used"):
         evaluate(

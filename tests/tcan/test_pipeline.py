@@ -73,15 +73,17 @@ def plain_way(
     seed: int,
 ) -> Tensor:
     """Every window by two separate full passes, appearance and ControlNet included; averaging and DDIM by hand."""
-    drawn = torch.from_numpy(draw_poses(poses, SIZE, SIZE, 2)).permute(0, 3, 1, 2)
+    height, width = image.shape[:2]
+    drawn = torch.from_numpy(draw_poses(poses, height, width, 2)).permute(0, 3, 1, 2)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
     reference = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+    noise = torch.randn(length, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
+    length = 1 if len(poses) == 1 else length  # a picture
     starts = [0]
     while starts[-1] + length < len(poses):
         starts.append(starts[-1] + length - overlap)
     total = starts[-1] + length
     frame_of = [min(i, len(poses) - 1) for i in range(total)]
-    noise = torch.randn(length, 4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
     x = torch.stack([noise[i % length] for i in range(total)])
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)
@@ -113,13 +115,17 @@ def plain_way(
 
 
 @torch.no_grad()
-def test_equals_two_full_passes_a_window(pipe: TCANPipeline) -> None:
-    image, poses = picture(), dance(7)
-    sampling = dict(num_inference_steps=2, guidance_scale=3.0, window=4, overlap=2)
+@pytest.mark.parametrize(("num_frames", "height", "width"), [(7, 64, 64), (5, 64, 128), (1, 128, 64)])
+def test_equals_two_full_passes_a_window(
+    pipe: TCANPipeline, num_frames: int, height: int, width: int
+) -> None:
+    """Temperature map included, in squares and rectangles, for clips and a single frame."""
+    image, poses = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8), dance(num_frames)
+    options = dict(num_inference_steps=2, guidance_scale=3.0, window=4, overlap=2, height=height, width=width)
     seed = torch.Generator().manual_seed(5)
-    latents = pipe(image, poses, retarget=False, generator=seed, output_type="latent", **sampling).frames
+    latents = pipe(image, poses, retarget=False, generator=seed, output_type="latent", **options).frames
     expected = plain_way(pipe, image, poses, steps=2, scale=3.0, length=4, overlap=2, seed=5)
-    assert latents.shape == expected.shape == (7, 4, SIZE // 8, SIZE // 8)
+    assert latents.shape == expected.shape == (num_frames, 4, height // 8, width // 8)
     torch.testing.assert_close(latents, expected, atol=2e-4, rtol=2e-4)
 
 

@@ -1,0 +1,142 @@
+"""`tcan animate --pairs`: real workers of Ray, a real store of MLflow."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from mlflow import MlflowClient
+
+from pipelines import pairs, tracking
+from pipelines.config import load_config
+from pipelines.pairs import Animator, animate_pairs, read_pairs
+from pipelines.puppets.world import sample_clip, write_clip
+from tcan.errors import UserError
+from tcan.video import read_picture, read_video, write_picture, write_video
+from tests.pipelines.test_cli import error_of
+
+
+def write_table(path: Path, *rows: tuple[str, str, str]) -> None:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("picture", "driving", "out"), *rows])
+
+
+def report_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_pairs_are_made_and_what_is_missing_is_made_later(
+    ray_cluster: None, model_folder: Path, tmp_path: Path
+) -> None:
+    write_picture(sample_clip("dance", 1, 1).frames[0], tmp_path / "hero.png")
+    write_clip(sample_clip("dance", 2, 4), tmp_path / "dance")
+    gap = sample_clip("dance", 3, 20).frames
+    gap[6:14] = 0  # nobody, for longer than joints are filled in
+    write_video(gap, tmp_path / "gap.mp4", 24)
+    write_table(
+        tmp_path / "pairs.csv",
+        ("hero.png", "dance.mp4", "made/first.mp4"),
+        ("hero.png", "later.mp4", "made/second.gif"),
+        ("hero.png", "", "made/third.mp4"),
+        ("hero.png", "gap.mp4", str(tmp_path / "made" / "fourth")),
+    )
+    settings = {
+        "animate.steps": 1,
+        "animate.guidance_scale": 1,
+        "animate.workers": 1,
+        "tracking.folder": tmp_path / "runs",
+    }
+    config = load_config(*(word for key, value in settings.items() for word in (f"--{key}", str(value))))
+    with pytest.raises(UserError, match=r"2 of 4 pairs failed, such as .*later\.mp4: no such video") as error:
+        animate_pairs(tmp_path / "pairs.csv", model_folder, config)
+    assert "\n" not in str(error.value)
+    rows = report_of(tmp_path / "pairs.report.csv")
+    assert [row["status"] for row in rows] == ["done", "failed", "failed", "done"]
+    assert [row["frames"] for row in rows] == ["4", "0", "0", "20"]
+    assert rows[2]["note"] == "no driving in this row"
+    assert "gap.mp4: nobody found in frames 6-13 of 0-19" in rows[3]["note"]
+    assert read_video(tmp_path / "made" / "first.mp4")[0].shape == (4, 64, 64, 3)
+    assert read_picture(tmp_path / "made" / "fourth" / "000019.png").shape == (64, 64, 3)
+
+    client = MlflowClient(tracking.resolve_uri(config.tracking))
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert (run.data.tags["tcan.kind"], run.info.status) == ("animate", "FINISHED")
+    measures = {key: run.data.metrics[key] for key in ("pairs_done", "pairs_failed", "frames")}
+    assert measures == {"pairs_done": 2, "pairs_failed": 1, "frames": 24}
+    artifacts = [item.path for item in client.list_artifacts(run.info.run_id)]
+    assert "pairs.report.csv" in artifacts and "videos" in artifacts
+
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    os.replace(tmp_path / "dance.mp4", tmp_path / "later.mp4")
+    with pytest.raises(UserError, match="1 of 4 pairs failed"):
+        animate_pairs(tmp_path / "pairs.csv", model_folder, config)
+    statuses = [row["status"] for row in report_of(tmp_path / "pairs.report.csv")]
+    assert statuses == ["done before", "done", "failed", "done before"]
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+    assert len(read_video(tmp_path / "made" / "second.gif")[0]) == 4
+
+
+class Mortal(Animator):
+    """A worker without a model, ended by some pairs as the kernel ends one that wants too much memory."""
+
+    def load(self) -> None:
+        pass
+
+    def animate(self, pair: pairs.Outcome) -> dict[str, Any]:
+        if "deadly" in pair.picture:
+            os._exit(1)
+        return {"status": "done", "frames": 1}
+
+
+def test_a_worker_that_dies_takes_only_its_pair_along(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "Animator", Mortal)
+    names = ["a", "deadly", "b", "c"]
+    pending = [pairs.Outcome(name, "dance.mp4", f"{name}.mp4") for name in names]
+    config = load_config("--animate.workers", "1")
+    finished = list(pairs._on_workers(pending, tmp_path, config, {}))
+    assert sorted(outcome.picture for outcome in finished) == sorted(names)
+    assert [outcome.status for outcome in pending] == ["done", "failed", "done", "done"]
+    assert pending[1].note == "deadly.mp4: its worker died 2 times, perhaps for want of memory"
+
+
+def test_tables_of_both_kinds(tmp_path: Path) -> None:
+    columns = {
+        "out": ["a.mp4", "b"],
+        "picture": ["a.png", None],
+        "driving": ["d.mp4", "/d.mp4"],
+        "more": [1, 2],
+    }
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+    (tmp_path / "pairs.csv").write_text("\ufeffmore,driving,picture,out\n1,d.mp4,a.png,a.mp4\n2,/d.mp4, ,b\n")
+    for name in ("pairs.parquet", "pairs.csv"):
+        first, second = read_pairs(tmp_path / name)
+        assert (first.picture, first.driving) == (str(tmp_path / "a.png"), str(tmp_path / "d.mp4"))
+        assert first.out == str(tmp_path / "a.mp4")
+        assert (second.picture, second.driving, second.out) == ("", "/d.mp4", str(tmp_path / "b"))
+
+
+def test_bad_tables(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = "picture,driving,out\n"
+    for name, text, reason in (
+        ("missing.csv", None, "cannot be read (No such file or directory)"),
+        ("pairs.xlsx", "text", "give a table of pairs as .csv or .parquet"),
+        ("pairs.parquet", "text", "cannot be read as a table"),
+        ("bytes.csv", b"\xff\xfe\x00", "cannot be read as a table"),
+        ("columns.csv", "picture,video,out\n", "no column driving; the table needs picture, driving and out"),
+        ("empty.csv", head, "holds no pairs"),
+        ("same.csv", f"{head}a,b,c.mp4\nd,e,c.mp4\n", "two pairs have the same result"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        arguments = ("--pairs", str(tmp_path / name), "--model", str(model_folder))
+        assert reason in error_of(capsys, "animate", *arguments)
+    write_table(tmp_path / "good.csv", ("a.png", "b.mp4", "c.mp4"))
+    arguments = ("--pairs", str(tmp_path / "good.csv"), "--model", str(tmp_path / "missing"))
+    assert "no model folder" in error_of(capsys, "animate", *arguments)
