@@ -9,6 +9,7 @@ transformer blocks (`UNet2DConditionModel`, `UNetMotionModel`), also on one UNet
 """
 
 import copy
+from typing import Any
 
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -40,6 +41,46 @@ def install_appearance(unet: UNet2DConditionModel | UNetMotionModel) -> int:
     for index, block in enumerate(blocks):
         block.attn1.set_processor(AppearanceAttention(index))
     return len(blocks)
+
+
+def share_down_blocks(unet: UNetMotionModel) -> None:
+    """Let the UNet predict several rows of each clip that differ in their appearance alone, as guidance's do.
+
+    A reference reaches the middle and up blocks only, so what the down blocks make is one and the same for all
+    rows. The UNet is given B clips, and an `Appearance` whose `keep` names G rows for each (all clips in their first
+    row, then all in their second, ...); what enters the middle block is repeated, and `[G * B, ...]` comes out.
+    Residuals of the down blocks are those of B clips, that of the middle block is of G * B.
+    """
+    unet.mid_block.register_forward_pre_hook(_repeat_for_middle, with_kwargs=True)
+    for block in unet.up_blocks:
+        block.register_forward_pre_hook(_repeat_for_up, with_kwargs=True)
+
+
+def _repeat_for_middle(block: nn.Module, args: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Any:
+    """args: hidden states and time embedding, `[B * F, ...]`."""
+    appearance = (kwargs["cross_attention_kwargs"] or {}).get("appearance")
+    if appearance is None or appearance.rows is None:
+        return None
+    rows = appearance.rows * appearance.num_frames
+    prompt = _repeated(kwargs["encoder_hidden_states"], rows)
+    return tuple(_repeated(x, rows) for x in args), {**kwargs, "encoder_hidden_states": prompt}
+
+
+def _repeat_for_up(block: nn.Module, args: tuple[()], kwargs: dict[str, Any]) -> Any:
+    """The hidden states come from the middle block, all else from the down blocks' side."""
+    rows = len(kwargs["hidden_states"])
+    repeated = {
+        "temb": _repeated(kwargs["temb"], rows),
+        "res_hidden_states_tuple": tuple(_repeated(x, rows) for x in kwargs["res_hidden_states_tuple"]),
+    }
+    if "encoder_hidden_states" in kwargs:
+        repeated["encoder_hidden_states"] = _repeated(kwargs["encoder_hidden_states"], rows)
+    return args, {**kwargs, **repeated}
+
+
+def _repeated(x: Tensor, rows: int) -> Tensor:
+    """`[N, ...]` repeated until it has `rows` of them, a multiple of N; itself where it has."""
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
 
 def capture_features(

@@ -20,7 +20,8 @@ class Appearance:
 
     features: per joined attention, in their order: h_a of B clips or of one, then shared: `[B, N, C]` or
     `[1, N, C]`.
-    keep: `[B]` bool, the clips that look; the others attend to themselves alone; None: all look.
+    keep: `[B]` bool, the clips that look; the others attend to themselves alone; None: all look. It may
+        also name G rows for each clip, `[G * B]` (`tcan.appearance.share_down_blocks`).
     num_frames: F; the attention's batch is `[B * F, ...]`, and the frames of a clip share its feature row.
     """
 
@@ -29,6 +30,9 @@ class Appearance:
     num_frames: int = 1
 
     def __post_init__(self) -> None:
+        self.rows = None if self.keep is None else len(self.keep)
+        if self.rows and 1 < len(self.features[0]) < self.rows:
+            self.features = [f.repeat(self.rows // len(f), 1, 1) for f in self.features]
         if self.keep is not None and self.keep.all():
             self.keep = None
         if self.keep is not None:  # split once for all attentions: each index below is of clips
@@ -110,7 +114,7 @@ class TemperatureAttention:
         assert attention_mask is None and encoder_hidden_states is None
         q = attn.to_q(hidden_states)
         if temperature is not None:
-            q = q / temperature[:, None, None].to(q.dtype)
+            q.div_(temperature[:, None, None])  # in place, and exact in whatever dtype tau has
         q, k, v = _heads(attn, q, attn.to_k(hidden_states), attn.to_v(hidden_states))
         return _out(attn, F.scaled_dot_product_attention(q, k, v))
 

@@ -8,7 +8,7 @@ from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler, MotionAdapt
 from torch import Tensor, nn
 
 from tcan.appa import add_appa, appa_parameters, appa_state_dict, load_appa_state_dict
-from tcan.appearance import appearance_unet, capture_features, install_appearance
+from tcan.appearance import appearance_unet, capture_features, install_appearance, share_down_blocks
 from tcan.attention import Appearance
 from tcan.schedule import min_snr_weight
 from tcan.temporal import load_temporal_state_dict, motion_unet, temporal_layers, temporal_state_dict
@@ -44,6 +44,7 @@ class TCAN(nn.Module):
         self.appearance_unet = appearance_unet(unet)
         self.denoiser = motion_unet(unet, motion_adapter)
         install_appearance(self.denoiser)
+        share_down_blocks(self.denoiser)
         add_appa(self.denoiser, lora_rank, lora_alpha)
         self.controlnet = temporal_controlnet(controlnet, motion_adapter)
         self.register_buffer("empty_prompt", empty_prompt.detach().clone(), persistent=False)
@@ -102,10 +103,19 @@ class TCAN(nn.Module):
         prompt = self.empty_prompt.expand(len(reference_latent), -1, -1)
         return capture_features(self.appearance_unet, reference_latent.to(prompt.dtype), timestep, prompt)
 
+    def embed_pose(self, pose: Tensor) -> Tensor:
+        """What the ControlNet's pose encoder makes of pose pictures `[B, F, 3, H, W]` in [0, 1]: `[B, F, C_0, h, w]`.
+
+        It depends on no timestep: a sampler needs it once a clip.
+        """
+        embed = self.controlnet.controlnet_cond_embedding
+        return embed(pose.flatten(0, 1).to(self.dtype)).unflatten(0, pose.shape[:2])
+
     def pose_residuals(self, noisy: Tensor, timestep: Tensor, pose: Tensor, scale: float = 1.0) -> Residuals:
         """The ControlNet's residuals (12 down and one middle at SD1.5 size), each `[B * F, C_i, h_i, w_i]`.
 
-        noisy `[B, F, 4, h, w]`, timestep `[B]`, pose `[B, F, 3, H, W]` in [0, 1]; scale: they are multiplied by it.
+        noisy `[B, F, 4, h, w]`, timestep `[B]`, pose `[B, F, 3, H, W]` in [0, 1] or what `embed_pose` made of it.
+        scale: they are multiplied by it.
         """
         batch, frames = noisy.shape[:2]
         return control_residuals(
@@ -131,24 +141,25 @@ class TCAN(nn.Module):
         """The prediction `[B, F, 4, h, w]`.
 
         noisy `[B, F, 4, h, w]`, timestep `[B]`.
-        residuals: `pose_residuals` of these clips, or of one clip, then shared by all rows; None: no pose.
-        features: `appearance` of these clips, or of one reference, then shared by all rows; None: none.
+        residuals: `pose_residuals` of these clips; None: no pose.
+        features: `appearance` of these clips, or of one reference, then shared by all; None: none.
         keep_reference: `[B]` bool: a row where it is False uses plain self-attention; None: all keep it.
-        temperature: `[H, W]` or `[B, H, W]` (`tcan.temperature`); None: 1, and costs nothing.
+        temperature: `[H, W]` or `[B, H, W]` (`tcan.temperature`); None: 1.
         temperature_limit: cells of the longer side of a layer's grid; the temperature of layers above it is 1; None: no
             limit.
 
-        Guidance is then one call: both rows in the batch, one clip's residuals, `keep_reference=[False, True]`.
+        Guidance is one call of one clip with `keep_reference=[False, True]`: a prediction `[2, F, 4, h, w]`, for which
+        the down blocks, where no reference reaches, run once (`tcan.appearance.share_down_blocks`).
         """
         batch, frames = noisy.shape[:2]
-        down, middle = None, None
-        if residuals is not None:
-            down = tuple(_shared(residual, batch * frames) for residual in residuals[0])
-            middle = _shared(residuals[1], batch * frames)
-        kwargs = None
+        rows, kwargs = batch, None
         if features is not None:
             keep = None if keep_reference is None else torch.as_tensor(keep_reference, dtype=torch.bool)
             kwargs = {"appearance": Appearance(features, keep, frames)}
+            rows = batch if keep is None else len(keep)
+        down, middle = residuals or (None, None)
+        if middle is not None and rows > batch:
+            middle = middle.repeat(rows // batch, 1, 1, 1)
         layers = temporal_layers(self.denoiser).values()
         for layer in layers:
             layer.temperature, layer.temperature_limit = temperature, temperature_limit
@@ -218,13 +229,6 @@ class TCAN(nn.Module):
         adapter = MotionAdapter.from_config(self._motion_adapter_config)
         adapter.load_state_dict(temporal_state_dict(self.denoiser))
         return nn.Module.to(adapter, self.empty_prompt.dtype)
-
-
-def _shared(residual: Tensor, batch_frames: int) -> Tensor:
-    """One clip's residual `[F, C, h, w]` repeated for every row of the batch; a whole batch's as it is."""
-    return (
-        residual.repeat(batch_frames // len(residual), 1, 1, 1) if len(residual) != batch_frames else residual
-    )
 
 
 def diffusion_loss(

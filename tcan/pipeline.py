@@ -24,6 +24,11 @@ from tcan.video import fit_keypoints, fit_picture
 from tcan.weights import load_bases, load_model, load_pose_detector, read_model_info, save_model
 from tcan.windows import Windows
 
+EMBEDDED_WINDOWS = 64
+"""Windows whose embedded poses the host keeps (2.5 MiB a frame at 512 x 512 in half precision); those of further windows
+are made anew at each step."""
+
+
 
 @dataclass
 class TCANPipelineOutput(BaseOutput):
@@ -46,7 +51,7 @@ class TCANPipeline(DiffusionPipeline):
     whole video: its poses, its latents (16 bytes for each 8 x 8 pixels: 64 KiB a frame at 512 x 512) and the
     scheduler's working copies of them, and a temperature map a window (4 bytes a pixel), because each step of the
     denoising goes through all windows before the next begins. Pose pictures are drawn window by window and frames decoded
-    batch by batch. The result's `frames` are all frames at once: for a long video ask for "latent" and go through
+    batch by batch; `EMBEDDED_WINDOWS` bounds what is kept of the former. The result's `frames` are all frames at once: for a long video ask for "latent" and go through
     `decode`.
     """
 
@@ -195,7 +200,8 @@ class TCANPipeline(DiffusionPipeline):
         """The latents of all frames by the scheduler's steps (method.md, Inference), on the host.
 
         Per timestep the appearance features are computed once, for all windows; per window the ControlNet's residuals
-        once, for both rows of guidance.
+        and the UNet's down blocks once, for both rows of guidance; the ControlNet's pose encoder, which knows no
+        timestep, once in all (of a long video: EMBEDDED_WINDOWS).
 
         Args:
             image: uint8 RGB `[H, W, 3]`, of the output's size.
@@ -209,13 +215,22 @@ class TCANPipeline(DiffusionPipeline):
         windows = Windows(len(poses), window, overlap, loop)
         padded = poses[windows.source.numpy()]
 
-        def pose_pictures(part: Tensor) -> Tensor:
-            """uint8 `[F, 3, H, W]`, drawn anew at each step: those of all windows would be far more than the latents."""
+        def draw(part: Tensor) -> Tensor:
+            """uint8 `[F, 3, H, W]`, drawn when needed: pictures of all windows would be far more than the latents."""
             return torch.from_numpy(self.draw(padded[part.numpy()], *image.shape[:2])).permute(0, 3, 1, 2)
 
-        temperatures = [
-            temperature_map(pose_pictures(part), ptm_strength) if ptm else None for part in windows.indices
-        ]
+        embedded: dict[int, Tensor] = {}
+
+        def embed(index: int, part: Tensor) -> Tensor:
+            """A window's poses as the ControlNet takes them in, `[1, F, C_0, h, w]`."""
+            if index in embedded:
+                return embedded[index].to(device)
+            pose = self.tcan.embed_pose(draw(part)[None].to(device) / 255)
+            if index < EMBEDDED_WINDOWS:
+                embedded[index] = pose.cpu()
+            return pose
+
+        temperatures = [temperature_map(draw(part), ptm_strength) if ptm else None for part in windows.indices]
 
         self.scheduler.set_timesteps(num_inference_steps)
         noise = randn_tensor((window, *reference.shape[1:]), generator=generator, device=torch.device("cpu"))
@@ -233,14 +248,14 @@ class TCANPipeline(DiffusionPipeline):
                 self.predict_noise(
                     noisy[:, part].to(device, reference.dtype),
                     t,
-                    pose_pictures(part)[None].to(device, reference.dtype) / 255,
+                    embed(index, part),
                     features,
                     guidance_scale,
                     None if temperature is None else temperature.to(device),
                     ptm_limit,
                     controlnet_scale,
                 )
-                for part, temperature in zip(windows.indices, temperatures, strict=True)
+                for index, (part, temperature) in enumerate(zip(windows.indices, temperatures, strict=True))
             )
             prediction = windows.average(eps.float().cpu() for eps in predictions)[0]
             latents = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
@@ -266,7 +281,7 @@ class TCANPipeline(DiffusionPipeline):
         Args:
             noisy: `[1, F, C, h, w]`.
             timestep: `[1]`.
-            pose: `[1, F, 3, H, W]` in [0, 1].
+            pose: what `TCAN.embed_pose` made of the pose pictures, `[1, F, C, h, w]`.
             features: of the reference, one row.
             temperature: `[H, W]`.
 
@@ -277,13 +292,7 @@ class TCANPipeline(DiffusionPipeline):
         if guidance_scale == 1:
             return self.tcan.denoise(noisy, timestep, residuals, features, None, temperature, ptm_limit)
         both = self.tcan.denoise(
-            noisy.expand(2, -1, -1, -1, -1),
-            timestep.expand(2),
-            residuals,
-            features,
-            [False, True],
-            temperature,
-            ptm_limit,
+            noisy, timestep, residuals, features, [False, True], temperature, ptm_limit
         )
         without, with_reference = both.chunk(2)
         return without + guidance_scale * (with_reference - without)

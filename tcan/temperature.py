@@ -27,6 +27,9 @@ def temperature_map(poses: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def temperature_of_places(temperature: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """tau nearest-resized to a layer's grid: `[H, W]` or `[B, H, W]` -> `[B * h * w]`, clip after clip."""
-    temperature = temperature.expand(batch, *temperature.shape[-2:])
-    return F.interpolate(temperature[:, None], (height, width), mode="nearest").flatten()
+    """tau nearest-resized to a layer's grid: `[H, W]` or `[B, H, W]` -> `[batch * h * w]`, clip after clip, and where
+    `batch` is a multiple of B, all of them again.
+    """
+    maps = temperature.reshape(-1, 1, *temperature.shape[-2:])
+    places = F.interpolate(maps, (height, width), mode="nearest").flatten()
+    return places.repeat(batch // len(maps))

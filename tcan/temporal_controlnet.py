@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from diffusers import ControlNetModel, MotionAdapter
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from diffusers.models.unets.unet_motion_model import CrossAttnDownBlockMotion, DownBlockMotion
 from torch import Tensor, nn
 
@@ -29,12 +30,25 @@ class TemporalDownBlock(_NumFrames, DownBlockMotion):
     """resnet, temporal transformer, as often as the block has layers."""
 
 
+class PoseEncoder(ControlNetConditioningEmbedding):
+    """The ControlNet's encoder of pose pictures, that lets pass what it has encoded before."""
+
+    def forward(self, pose: Tensor) -> Tensor:
+        """`[N, 3, H, W]` or `[N, C_0, h, w] -> [N, C_0, h, w]`."""
+        return pose if pose.shape[1] == self.conv_out.out_channels else super().forward(pose)
+
+
 def temporal_controlnet(controlnet: ControlNetModel, adapter: MotionAdapter) -> ControlNetModel:
     """A copy of the ControlNet with temporal layers (as many heads and positions as the motion adapter's)
     after each resnet (and attention) of its down blocks at factors 4 and 8. Their output projections are
     zero: it computes what the given ControlNet does, and for single frames always will.
+
+    Raises ValueError for a ControlNet whose pictures aren't RGB.
     """
+    if controlnet.config.controlnet_conditioning_channel_order != "rgb":
+        raise ValueError("the ControlNet takes pictures in BGR; TCAN's poses are drawn in RGB")
     controlnet = copy.deepcopy(controlnet)
+    controlnet.controlnet_cond_embedding.__class__ = PoseEncoder
     weight = controlnet.conv_in.weight
     heads = adapter.config.motion_num_attention_heads
     for i, block in enumerate(controlnet.down_blocks):
@@ -71,7 +85,8 @@ def control_residuals(
 ) -> tuple[list[Tensor], Tensor]:
     """The down residuals (12 at SD1.5 size) and the middle one, times scale.
 
-    noisy `[B * F, 4, h, w]`, timestep `[B * F]`, prompt `[B * F, T, D]`, pose `[B * F, 3, H, W]` in [0, 1].
+    noisy `[B * F, 4, h, w]`, timestep `[B * F]`, prompt `[B * F, T, D]`, pose `[B * F, 3, H, W]` in [0, 1] or what
+    the ControlNet's PoseEncoder made of it.
     """
     for block in controlnet.down_blocks:
         if isinstance(block, _NumFrames):

@@ -94,23 +94,45 @@ def test_temperature_touches_the_unet_alone_and_only_its_call(model: TCAN, batch
 
 
 @torch.no_grad()
-def test_guidance_shares_residuals_and_features(model: TCAN, batch) -> None:
-    """One call for both rows equals two separate whole passes."""
-    inputs = batch(1, 3)
-    residuals = model.pose_residuals(inputs["noisy"], inputs["timestep"], inputs["pose"])
+@pytest.mark.parametrize("clips", [1, 2])
+def test_guidance_is_one_call_that_equals_whole_passes(model: TCAN, batch, clips: int) -> None:
+    """Rows of one clip share its residuals, its features and the down blocks; also in a rectangle, also with PTM."""
+    inputs = batch(clips, 3)
+    noisy, timestep = inputs["noisy"], inputs["timestep"]
+    residuals = model.pose_residuals(noisy, timestep, inputs["pose"])
+    features = model.appearance(inputs["reference_latent"], timestep)
+    tau = 1 + 3 * torch.rand(clips, 64, 128)
+    for temperature in (None, tau):
+        with_reference = model.denoise(noisy, timestep, residuals, features, None, temperature)
+        without = model.denoise(noisy, timestep, residuals, None, None, temperature)
+        assert (with_reference - without).abs().max() > 1e-4
+        for keep in ([False] * clips + [True] * clips, [True] * clips + [False] * clips, [True] * 2 * clips):
+            rows = model.denoise(noisy, timestep, residuals, features, keep, temperature)
+            expected = [(with_reference if keep[row * clips] else without) for row in range(2)]
+            torch.testing.assert_close(rows, torch.cat(expected), **CLOSE)
+
+
+@torch.no_grad()
+def test_the_down_blocks_run_once_for_both_rows(model: TCAN, batch) -> None:
+    inputs, seen = batch(1, 3), []
+    for part in (model.denoiser.down_blocks[0], model.denoiser.up_blocks[-1]):
+        part.register_forward_hook(
+            lambda _, __, out: seen.append(len(out[0] if isinstance(out, tuple) else out))
+        )
     features = model.appearance(inputs["reference_latent"], inputs["timestep"])
-    both = model.denoise(
-        inputs["noisy"].repeat(2, 1, 1, 1, 1),
-        inputs["timestep"].repeat(2),
-        residuals,
-        features,
-        [False, True],
-    )
-    unconditional = model(**inputs, keep_reference=torch.tensor([False]))
-    torch.testing.assert_close(both[:1], unconditional, **CLOSE)
-    torch.testing.assert_close(both[1:], model(**inputs), **CLOSE)
-    without = model.denoise(inputs["noisy"], inputs["timestep"], residuals, None)
-    torch.testing.assert_close(without, unconditional, **CLOSE)
+    model.denoise(inputs["noisy"], inputs["timestep"], None, features, [False, True])
+    assert seen == [3, 6]
+
+
+@torch.no_grad()
+def test_poses_embedded_once_give_the_same_residuals(model: TCAN, batch) -> None:
+    inputs = batch(2, 3)
+    embedded = model.embed_pose(inputs["pose"])
+    assert embedded.shape == (2, 3, 48, 8, 16)
+    for timestep in (inputs["timestep"], (inputs["timestep"] + 100) % 1000):
+        once = model.pose_residuals(inputs["noisy"], timestep, embedded)
+        each = model.pose_residuals(inputs["noisy"], timestep, inputs["pose"])
+        assert all(torch.equal(a, b) for a, b in zip([*once[0], once[1]], [*each[0], each[1]], strict=True))
 
 
 def expected_trainable(model: TCAN, stage: int) -> set[str]:
