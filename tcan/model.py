@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tcan.appa import add_appa, appa_parameters, appa_state_dict, load_appa_state_dict
 from tcan.appearance import appearance_unet, capture_features, install_appearance, share_down_blocks
 from tcan.attention import Appearance
+from tcan.saving import save_activations
 from tcan.schedule import min_snr_weight
 from tcan.temporal import load_temporal_state_dict, motion_unet, temporal_layers, temporal_state_dict
 from tcan.temporal_controlnet import control_residuals, temporal_controlnet
@@ -47,6 +48,8 @@ class TCAN(nn.Module):
         share_down_blocks(self.denoiser)
         add_appa(self.denoiser, lora_rank, lora_alpha)
         self.controlnet = temporal_controlnet(controlnet, motion_adapter)
+        for network in (self.appearance_unet, self.denoiser, self.controlnet):
+            save_activations(network)
         self.register_buffer("empty_prompt", empty_prompt.detach().clone(), persistent=False)
         self._motion_adapter_config = motion_adapter.config
         self.stage: int | None = None

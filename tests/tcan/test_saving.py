@@ -1,0 +1,63 @@
+"""The modules that keep less: the same results and gradients as torch's own, and what they keep."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from diffusers.models.activations import GEGLU
+from torch import Tensor, nn
+
+from tcan.saving import save_activations
+
+
+def run(module: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
+    """Result and all gradients of a pass, and the bytes that it kept beside parameters and the input itself."""
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    kept: dict[int, int] = {}
+    given = {x.data_ptr(), *(parameter.data_ptr() for parameter in module.parameters())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in given:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = module(x)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in module.parameters() if parameter.requires_grad)]
+    return [out, *gradients], sum(kept.values())
+
+
+def both(make: Callable[[], nn.Module], x: Tensor, trained: bool) -> tuple[int, int]:
+    """Bytes kept by torch's own and by ours, after checking that all else is the same."""
+    torch.manual_seed(0)
+    plain = make().double().requires_grad_(trained)
+    ours = copy.deepcopy(plain)
+    save_activations(ours)
+    (expected, before), (result, after) = run(plain, x), run(ours, x)
+    assert len(expected) == len(result)
+    for a, b in zip(expected, result, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    return before, after
+
+
+def test_frozen_convolutions_keep_no_input() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.SiLU(), nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(4, 8, 1, groups=2)
+        )
+
+    x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    first_input, second_input = x.nbytes, 8 * 2 * 4 * 5 * 4
+    before, after = both(make, x, trained=False)
+    assert before - after == first_input + second_input
+    before, after = both(make, x, trained=True)
+    assert before == after
+
+
+def test_gated_feed_forwards_keep_the_projection_alone() -> None:
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    for trained in (False, True):
+        before, after = both(lambda: GEGLU(6, 24), x, trained)
+        assert after == 8 * 2 * 5 * 48 and before - after == 8 * 2 * 5 * 24
