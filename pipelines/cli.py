@@ -195,6 +195,12 @@ def _demo(arguments: Any, config: Any) -> None:
     demo(Path(arguments.out), config)
 
 
+def _memory(arguments: Any, config: Any) -> None:
+    from pipelines.memory import memory
+
+    memory(config, arguments.gpus, arguments.stage)
+
+
 def _ui(arguments: Any, config: Any) -> None:
     from pipelines.ui import ui
 
@@ -296,6 +302,18 @@ COMMANDS = {
         "Run all of it on rendered puppets, from videos to animated videos.",
         {"--out": _path("Folder of all it makes; run again, it goes on from there.", default="demo")},
         _demo,
+    ),
+    "memory": Command(
+        "Say how much of a GPU's memory training takes.",
+        {
+            "--gpus": {"type": int, "default": 8, "help": "Said for one GPU, and for so many."},
+            "--stage": {
+                "type": Literal["1", "2", "all"],
+                "default": "all",
+                "help": "Of this stage, or of both.",
+            },
+        },
+        _memory,
     ),
     "ui": Command(
         "Open the page of the recorded runs (MLflow).",

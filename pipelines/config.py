@@ -202,7 +202,8 @@ class TrainConfig:
     """DeepSpeed ZeRO: 1 shards the optimizer's state over the workers, 2 the gradients too, 3 the weights too."""
 
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass rather than keep them: less memory, a third more time."""
+    """Compute activations again in the backward pass rather than keep them: less memory, about 1.4 times the time
+    (`make bench`; `tcan memory` says how much less)."""
 
     workers: int = 1
     """Workers of Ray Train, each with a DeepSpeed engine."""

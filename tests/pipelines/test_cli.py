@@ -49,7 +49,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     heavy = "import sys; from pipelines import cli; cli.main(['--help']); print(sorted({'torch', 'ray', 'mlflow', 'diffusers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in "preprocess train animate pose evaluate export weights demo ui".split():
+    for command in "preprocess train animate pose evaluate export weights memory demo ui".split():
         assert f"  {command} " in done.stdout
 
 
@@ -182,3 +182,14 @@ def test_what_ray_wraps_is_found(ray_cluster: None) -> None:
 def test_a_bug_keeps_its_traceback() -> None:
     assert cli._mendable(ValueError("a bug")) is None
     assert cli._mendable(OSError(errno.ENOENT, "a bug")) is None
+
+
+def test_memory_of_a_stage_is_printed_by_zero_stage_and_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", "--stage", "1", "--size", "64", "--gpus", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.split() and line.split()[0] in ("1", "4")]
+    assert [row[:2] for row in rows] == [[gpus, zero] for gpus in "14" for zero in "0123"]
+    for row in rows:
+        *parts, total, saving = map(float, row[2:])
+        assert abs(sum(parts) - total) < 0.03 and saving <= total
+    assert error_of(capsys, "memory", "--gpus", "0") == "--gpus 0: must be at least 1"
