@@ -128,7 +128,24 @@ def _quiet_libraries() -> None:
 def _preprocess(arguments: Any, config: Any) -> None:
     from pipelines.preprocess.job import preprocess
 
-    preprocess(arguments.videos, arguments.out, config)
+    preprocess(
+        arguments.videos,
+        arguments.out,
+        config,
+        limit=arguments.limit,
+        retry_rejected=arguments.retry_rejected,
+    )
+
+
+def _dataset(arguments: Any, config: Any) -> None:
+    from pipelines.preprocess import inspect
+
+    if arguments.action == "info":
+        inspect.print_info(arguments.dataset)
+    elif arguments.action == "verify":
+        inspect.verify(arguments.dataset)
+    else:
+        inspect.preview(arguments.dataset, arguments.out, config)
 
 
 def _train(arguments: Any, config: Any) -> None:
@@ -218,8 +235,36 @@ def _required_path(text: str) -> dict[str, Any]:
 COMMANDS = {
     "preprocess": Command(
         "Turn a folder of videos into a clip dataset.",
-        {"videos": _path("Folder of videos, searched through."), "out": _path("Folder of the clip dataset.")},
+        {
+            "videos": _path(
+                "Folder of videos, searched through; a quoted pattern, a list (.txt) or a video; here, in s3:// or gs://."
+            ),
+            "out": _path(
+                "Folder of the clip dataset, here, in s3:// or gs://; run again, it adds what is missing."
+            ),
+            "--limit": {
+                "type": int,
+                "default": 0,
+                "help": "Take only so many videos, the first by name; 0: all.",
+            },
+            "--retry_rejected": {
+                "action": "store_true",
+                "help": "Try those videos again that were rejected before.",
+            },
+        },
         _preprocess,
+    ),
+    "dataset": Command(
+        "Look into a clip dataset: its counts, whether every file is whole, a picture of random clips.",
+        {
+            "action": {
+                "type": Literal["info", "verify", "preview"],
+                "help": "info: counts and settings; verify: read and check all of it; preview: draw clips (--seed: which).",
+            },
+            "dataset": _path("Folder that `tcan preprocess` made."),
+            "--out": _path("The picture that preview writes.", default="preview.png"),
+        },
+        _dataset,
     ),
     "train": Command(
         "Train TCAN on a clip dataset: stage 1 (pictures), then stage 2 (motion).",

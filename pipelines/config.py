@@ -77,6 +77,19 @@ class PreprocessConfig:
     min_person_share: float = 0.8
     """A video in which fewer of the frames (0 to 1) show a person is rejected."""
 
+    min_person_height: float = 0.0
+    """A video whose main person is smaller than this share (0 to 1) of the canvas's height is rejected."""
+
+    min_seconds: float = 0.0
+    """A shorter video is rejected."""
+
+    max_seconds: float | None = None
+    """A longer video is rejected; unset: none is."""
+
+    cut_threshold: float = 27.0
+    """Mean change of colour (0 to 255) from one frame to the next that is a cut between scenes: a clip ends there; 0:
+    cuts are not looked for."""
+
     validation_share: float = 0.1
     """Share of the videos (0 to 1) kept for validation, drawn by their content: stable when videos are added."""
 
@@ -100,11 +113,21 @@ class PreprocessConfig:
             raise UserError(
                 f"preprocess.min_clip_frames = {self.min_clip_frames}: must be from 1 to clip_frames ({self.clip_frames})"
             )
-        for name in ("fps", "batch_frames", "gpus_per_actor", "decode_timeout", "shard_megabytes"):
+        for name in (
+            "fps",
+            "max_seconds",
+            "batch_frames",
+            "gpus_per_actor",
+            "decode_timeout",
+            "shard_megabytes",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"preprocess.{name} = {value}: must be more than 0")
-        for name in ("min_person_share", "validation_share"):
+        for name in ("cut_threshold", "min_seconds"):
+            if getattr(self, name) < 0:
+                raise UserError(f"preprocess.{name} = {getattr(self, name)}: must not be below 0")
+        for name in ("min_person_share", "min_person_height", "validation_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"preprocess.{name} = {getattr(self, name)}: must be from 0 to 1")
 

@@ -96,6 +96,10 @@ class Run:
         """A copy of a file (an mp4 plays in the page) into the artifact folder `folder`."""
         self._client.log_artifact(self.id, str(local), folder or None)
 
+    def json(self, values: Mapping[str, Any], path: str) -> None:
+        """Values as a JSON artifact at `path`."""
+        self._client.log_dict(self.id, dict(values), path)
+
     def folder(self, local: str | Path, folder: str = "") -> None:
         """A copy of what lies in a folder into the artifact folder `folder`."""
         self._client.log_artifacts(self.id, str(local), folder or None)

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import decord
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 RAW_BYTES = (
     64 * 2**20
 )  # of source pictures held at once: an 8K video takes little more memory than a small one
+CUT_SIZE = (64, 64)  # enough to see a cut
 MAX_REPAIRED = 0.01  # share of frames that decord may fill with their neighbours before it gives up
 
 
@@ -28,12 +30,26 @@ class Unusable(Exception):
     """The video is not one to use; the message is the reason."""
 
 
-def frame_numbers(num_frames: int, source_fps: float, fps: float | None) -> list[int]:
-    """The source's frame shown at each frame time of the resampled video; a higher fps than the source's repeats."""
-    if fps is None:
-        return list(range(num_frames))
-    count = max(1, round(num_frames / source_fps * fps))
-    return [min(num_frames - 1, int(i * source_fps / fps + 0.5)) for i in range(count)]
+def frame_numbers(shown_at: np.ndarray, end: float, fps: float) -> list[int]:
+    """The source's frame that is to be seen at each frame time of the resampled video; a higher fps than the source's
+    repeats, and how long each frame of a variable frame rate stays is kept.
+
+    shown_at: seconds at which each of the source's frames appears, rising. end: when the last one goes.
+    """
+    count = max(1, round((end - shown_at[0]) * fps))
+    times = shown_at[0] + np.arange(count) / fps
+    late = 1e-3  # times are rounded in the file
+    return (np.searchsorted(shown_at, times + late, side="right") - 1).tolist()
+
+
+def is_cut(before: np.ndarray, after: np.ndarray, threshold: float) -> bool:
+    """Whether hue, saturation and brightness change by more than `threshold` (0 to 255) on average from one RGB picture to
+    the next, as PySceneDetect's content detector finds cuts."""
+    pictures = (Image.fromarray(picture).resize(CUT_SIZE).convert("HSV") for picture in (before, after))
+    a, b = (np.asarray(picture, np.int16) for picture in pictures)
+    change = np.abs(a - b)
+    change[..., 0] = np.minimum(change[..., 0], 256 - change[..., 0])  # hue is an angle
+    return float(change.mean()) > threshold
 
 
 def centre_crop(height: int, width: int) -> tuple[float, float, float, float]:
@@ -44,38 +60,147 @@ def centre_crop(height: int, width: int) -> tuple[float, float, float, float]:
 
 
 def decode(
-    path: str, size: int, fps: float | None, clip_frames: int, min_clip_frames: int, timeout: float
+    path: str,
+    size: int,
+    timeout: float,
+    clip_frames: int,
+    min_clip_frames: int,
+    fps: float | None = None,
+    cut_threshold: float = 0.0,
+    min_seconds: float = 0.0,
+    max_seconds: float | None = None,
 ) -> Iterator[tuple[dict, np.ndarray]]:
-    """A header and uint8 RGB frames [F, size, size, 3] for each clip, in order."""
+    """A header and uint8 RGB frames [F, size, size, 3] for each clip, in order.
+
+    fps: resample to this; None: every frame as it comes. cut_threshold: clips end where the scene is cut (`is_cut`); 0: cuts are not looked for.
+    min_seconds, max_seconds: of the whole video.
+    """
     signal.setitimer(signal.ITIMER_REAL, timeout)
-    try:
-        reader = decord.VideoReader(path, num_threads=1, fault_tol=MAX_REPAIRED)
-    except RuntimeError as error:
-        raise Unusable(
-            "not a video that can be read" if "Error reading" in str(error) else _reason(error)
-        ) from None
-    source_fps = float(reader.get_avg_fps())
-    if not (np.isfinite(source_fps) and source_fps > 0):
+    video = _open(path)
+    if not (np.isfinite(video.fps) and video.fps > 0):
         raise Unusable("has no frame rate")
-    numbers = frame_numbers(len(reader), source_fps, fps)
-    starts = [s for s in range(0, len(numbers), clip_frames) if len(numbers) - s >= min_clip_frames]
-    if not starts:
+    seconds = video.num_frames / video.fps
+    if seconds < min_seconds:
+        raise Unusable(f"too short: {seconds:.1f} s, less than {min_seconds:g} s")
+    if max_seconds is not None and seconds > max_seconds:
+        raise Unusable(f"too long: {seconds:.1f} s, more than {max_seconds:g} s")
+    numbers = list(range(video.num_frames)) if fps is None else frame_numbers(*video.times(), fps)
+    if len(numbers) < min_clip_frames:
         raise Unusable(f"too short: {len(numbers)} frames, fewer than {min_clip_frames}")
 
-    height, width = reader[0].shape[:2]
-    crop = centre_crop(height, width)
-    header = {"num_clips": len(starts), "fps": fps or source_fps, "crop": crop}
-    chunk = max(1, RAW_BYTES // (height * width * 3))
-    for start in starts:
-        signal.setitimer(signal.ITIMER_REAL, timeout)
-        wanted = numbers[start : start + clip_frames]
-        frames = np.empty((len(wanted), size, size, 3), np.uint8)
-        for i in range(0, len(wanted), chunk):
-            pictures = reader.get_batch(wanted[i : i + chunk]).asnumpy()
-            for j, picture in enumerate(pictures, start=i):
-                frames[j] = _resize(picture, crop, size)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # the reader may take its time
-        yield header | {"start": start, "num_frames": len(wanted)}, frames
+    clip: list[np.ndarray] = []
+    start = clips = 0
+    for i, picture in enumerate(_pictures(video, path, numbers)):
+        crop = centre_crop(*picture.shape[:2])
+        frame = _resize(picture, crop, size)
+        if len(clip) == clip_frames or (clip and cut_threshold and is_cut(clip[-1], frame, cut_threshold)):
+            if len(clip) >= min_clip_frames:
+                clips += 1
+                signal.setitimer(signal.ITIMER_REAL, 0)  # the reader of clips may take its time
+                yield _header(start, clip, fps or video.fps, crop), np.stack(clip)
+            start, clip = i, []
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+        clip.append(frame)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if len(clip) >= min_clip_frames:
+        clips += 1
+        yield _header(start, clip, fps or video.fps, crop), np.stack(clip)
+    if not clips:
+        raise Unusable(f"too short: no {min_clip_frames} frames without a cut")
+    yield {"num_clips": clips}, np.empty(0, np.uint8)
+
+
+def _header(
+    start: int, clip: list[np.ndarray], fps: float, crop: tuple[float, float, float, float]
+) -> dict[str, Any]:
+    return {"start": start, "num_frames": len(clip), "fps": fps, "crop": crop}
+
+
+# --- readers ---------------------------------------------------------------------------------------------------------
+
+
+class _Decord:
+    """The video as decord reads it: fast, at any frame."""
+
+    def __init__(self, path: str) -> None:
+        self.reader = decord.VideoReader(path, num_threads=1, fault_tol=MAX_REPAIRED)
+        self.num_frames, self.fps = len(self.reader), float(self.reader.get_avg_fps())
+
+    def times(self) -> tuple[np.ndarray, float]:
+        """Seconds at which the frames appear, and at which the last one goes."""
+        times = self.reader.get_frame_timestamp(range(self.num_frames))
+        return times[:, 0], float(times[-1, 1])
+
+    def pictures(self, numbers: list[int]) -> Iterator[np.ndarray]:
+        """uint8 RGB [H, W, 3] of these frames, rising, upright; few are held at a time."""
+        chunk = max(1, RAW_BYTES // int(np.prod(self.reader[0].shape)))
+        for i in range(0, len(numbers), chunk):
+            yield from self.reader.get_batch(numbers[i : i + chunk]).asnumpy()
+
+
+class _PyAV:
+    """The same for what decord fails at: what its own ffmpeg does not know (AV1), transport streams, tiny pictures."""
+
+    def __init__(self, path: str) -> None:
+        import av  # half of a decoder's start, and seldom needed
+
+        self.path, self.av = path, av
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            self.fps = float(stream.average_rate or 0)
+            packets = [p for p in container.demux(stream) if p.pts is not None]
+            self.packets = sorted((p.pts * p.time_base, (p.duration or 0) * p.time_base) for p in packets)
+        self.num_frames = len(self.packets)
+
+    def times(self) -> tuple[np.ndarray, float]:
+        last, duration = self.packets[-1]
+        return np.array([float(time) for time, _ in self.packets]), float(last + duration)
+
+    def pictures(self, numbers: list[int]) -> Iterator[np.ndarray]:
+        wanted = iter(numbers)
+        number = next(wanted, None)
+        damaged = 0
+        try:
+            with self.av.open(self.path) as container:
+                for i, frame in enumerate(container.decode(video=0)):
+                    damaged += frame.is_corrupt
+                    if i == number:
+                        picture = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+                    while i == number:
+                        yield np.ascontiguousarray(picture)
+                        number = next(wanted, None)
+        except self.av.error.FFmpegError as error:
+            raise Unusable(f"damaged: {error.strerror}") from None
+        if number is not None:
+            raise Unusable("damaged: fewer pictures than the file says it has")
+        if damaged > MAX_REPAIRED * self.num_frames:
+            raise Unusable(f"damaged: {damaged} of its pictures")
+
+
+def _open(path: str) -> _Decord | _PyAV:
+    try:
+        return _Decord(path)
+    except Exception:
+        pass
+    try:
+        return _PyAV(path)
+    except IndexError:
+        raise Unusable("not a video: holds no pictures") from None
+    except Exception:  # both readers' errors are many
+        raise Unusable("not a video that can be read") from None
+
+
+def _pictures(video: _Decord | _PyAV, path: str, numbers: list[int]) -> Iterator[np.ndarray]:
+    """Of the reader that opened it; from where decord fails, of PyAV, which says whether the file is at fault."""
+    done = 0
+    try:
+        for picture in video.pictures(numbers):
+            yield picture
+            done += 1
+    except Exception:
+        if not isinstance(video, _Decord):
+            raise
+        yield from _PyAV(path).pictures(numbers[done:])
 
 
 def _resize(picture: np.ndarray, crop: tuple[float, float, float, float], size: int) -> np.ndarray:
@@ -104,7 +229,6 @@ def main() -> None:
     try:
         for header, frames in decode(**json.loads(sys.argv[1])):
             send(header, frames.data.cast("B"))
-        send({"end": True})
     except BrokenPipeError:
         pass
     except Exception as error:  # whatever decord makes of a file is a property of the file

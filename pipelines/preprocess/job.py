@@ -1,4 +1,4 @@
-"""`tcan preprocess VIDEOS OUT`: a folder of videos -> a clip dataset, on Ray Data.
+"""`tcan preprocess VIDEOS OUT`: videos -> a clip dataset, on Ray Data.
 
     sources -> [decode: tasks] -> [pose and latents: actors] -> whole videos -> Parquet shards
     sources.py  decode.py          models.py, pose.py, latents.py  shards.py
@@ -20,10 +20,10 @@ import ray
 import ray.data
 from tqdm import tqdm
 
-from pipelines import tracking
+from pipelines import storage, tracking
 from pipelines.cluster import connect
 from pipelines.config import Config
-from pipelines.dataset import INFO_FILE, SCHEMA_VERSION
+from pipelines.dataset import DUPLICATE, INFO_FILE, SCHEMA_VERSION, read_info
 from pipelines.preprocess.decode import decode
 from pipelines.preprocess.models import PoseAndLatents, load_models
 from pipelines.preprocess.preview import contact_sheet
@@ -31,6 +31,7 @@ from pipelines.preprocess.shards import (
     Contents,
     ShardWriter,
     VideoAssembler,
+    forget_rejected,
     read_contents,
     write_info,
     writing,
@@ -46,42 +47,51 @@ MAX_BLOCKS = 10_000  # a video a task, as long as that is not too much for Ray's
 LINE_SECONDS = 10  # between two lines of progress in a log
 
 
-def preprocess(videos: str, out: str, config: Config) -> dict[str, Any]:
+def preprocess(
+    videos: str, out: str, config: Config, *, limit: int = 0, retry_rejected: bool = False
+) -> dict[str, Any]:
     """Adds what is not there yet of `videos` to the dataset `out`.
 
-    videos: a folder, a glob pattern, a file or a list (.txt); see `sources.list_sources`.
+    videos: a folder, a glob pattern, a file or a list (.txt); see `sources.list_sources`. out: a folder. Both may be URIs
+    in a bucket. limit: only so many of the sources, the first by name; 0: all. retry_rejected: try those again that were
+    rejected before.
 
-    Returns the summary: counts {sources, videos, clips, frames, rejected} and reasons {reason: count} of the whole
-    dataset; of this run new_videos, new_rejected, new_frames, seconds, frames_per_second.
+    Returns the summary: counts {sources, videos, clips, frames, rejected, duplicates} and reasons {reason: count} of the
+    whole dataset; of this run new_videos, new_rejected, new_frames, seconds, frames_per_second.
 
     Raises:
         UserError: no videos there; not one of them usable; `out` cannot be written, is being written by another job, or
             holds a dataset of other settings or models.
     """
     began = time.monotonic()
-    folder = Path(out).absolute()
-    if folder.exists() and not folder.is_dir():
+    folder = storage.absolute(out)
+    if not storage.is_remote(folder) and Path(folder).is_file():
         raise UserError(f"{out}: is a file; give a folder for the dataset")
-    sources = identify(list_sources(videos))
+    paths = list_sources(videos)
+    paths = paths[:limit] if limit else paths
     detector, vae = load_models(config.bases, "cpu")
     identity = dataset_identity(config, fingerprint(vae), detector.fingerprint)
 
     with writing(folder):
+        if retry_rejected and (retried := forget_rejected(folder, identity, set(paths))):
+            print(f"{out}: {retried} rejected sources are tried again", flush=True)
         before = read_contents(folder, identity)
+        sources = identify(paths, before.known)
         pending, rejected = plan(sources, before)
-        if not pending and not rejected and (folder / INFO_FILE).exists():
+        if not pending and not rejected and _is_finished(folder):
             print(f"{out}: all {len(sources)} sources are done, nothing to add")
             return _summary(before, before, began)
         done = len(sources) - len(pending) - len(rejected)
         print(f"{out}: {len(sources)} sources, {done} of them done before", flush=True)
         settings = config.preprocess
         writer = ShardWriter(folder, identity, settings.shard_megabytes * 2**20, settings.commit_seconds)
-        for source, reason in rejected:
-            writer.add_rejected(source.path, source.video_id, "list", reason)
+        for source, stage, reason in rejected:
+            writer.add_rejected(source, stage, reason)
         writer.commit()
         if not pending:
             _check_not_empty(videos, read_contents(folder, identity))
-        with tracking.run("preprocess", folder.name, config.tracking, dataclasses.asdict(config)) as run:
+        name = folder.rpartition("/")[2]
+        with tracking.run("preprocess", name, config.tracking, dataclasses.asdict(config)) as run:
             if pending:
                 _process(pending, writer, config, run)
                 writer.commit()
@@ -89,11 +99,19 @@ def preprocess(videos: str, out: str, config: Config) -> dict[str, Any]:
             summary = _summary(contents, before, began)
             run.metrics({name: value for name, value in summary.items() if name != "reasons"})
             _check_not_empty(videos, contents)
-            write_info(folder, _info(config, identity, contents, vae.config.scaling_factor, run.id))
-            run.file(folder / INFO_FILE)
+            info = _info(config, identity, contents, vae.config.scaling_factor, run.id)
+            write_info(folder, info)
+            run.json(info, INFO_FILE)
             run.picture(contact_sheet(folder, vae, config.train.stick_width), "clips.png")
     _print(out, summary)
     return summary
+
+
+def _is_finished(folder: str) -> bool:
+    try:
+        return bool(read_info(folder))
+    except UserError:
+        return False
 
 
 def _check_not_empty(videos: str, contents: Contents) -> None:
@@ -111,15 +129,19 @@ def dataset_identity(config: Config, vae_fingerprint: str, pose_fingerprint: str
         "clip_frames": settings.clip_frames,
         "min_clip_frames": settings.min_clip_frames,
         "fps": settings.fps,
+        "cut_threshold": settings.cut_threshold,
+        "min_seconds": settings.min_seconds,
+        "max_seconds": settings.max_seconds,
         "min_person_share": settings.min_person_share,
+        "min_person_height": settings.min_person_height,
         "validation_share": settings.validation_share,
         "vae_fingerprint": vae_fingerprint,
         "pose_fingerprint": pose_fingerprint,
     }
 
 
-def plan(sources: list[Source], done: Contents) -> tuple[list[Source], list[tuple[Source, str]]]:
-    """What there is to do: (videos to process, sources to reject at once with the reason).
+def plan(sources: list[Source], done: Contents) -> tuple[list[Source], list[tuple[Source, str, str]]]:
+    """What there is to do: (videos to process, sources to reject at once with stage and reason).
 
     A source is done when it is in the dataset with the content it has now. Of equal contents the first is used, by the
     order of paths, and one that is in the dataset already goes before all.
@@ -131,11 +153,11 @@ def plan(sources: list[Source], done: Contents) -> tuple[list[Source], list[tupl
         if (source.path, source.video_id) in done.rejected:
             continue
         if source.video_id is None:
-            rejected.append((source, source.problem or "cannot be read"))
+            rejected.append((source, "list", source.problem or "cannot be read"))
         elif done.kept.get(source.video_id) == source.path:
             continue
         elif source.video_id in first:
-            rejected.append((source, f"duplicate of {first[source.video_id]}"))
+            rejected.append((source, DUPLICATE, first[source.video_id]))
         else:
             first[source.video_id] = source.path
             pending.append(source)
@@ -145,11 +167,18 @@ def plan(sources: list[Source], done: Contents) -> tuple[list[Source], list[tupl
 def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tracking.Run) -> None:
     """Streams the videos through Ray and hands every one of them to the writer, kept or rejected."""
     settings = config.preprocess
-    assembler = VideoAssembler(writer, config.size, settings.min_person_share, settings.validation_share)
+    assembler = VideoAssembler(
+        writer,
+        pending,
+        size=config.size,
+        min_person_share=settings.min_person_share,
+        min_person_height=settings.min_person_height,
+        validation_share=settings.validation_share,
+    )
     progress = _Progress(len(pending), run)
     try:
         for row in encoded_clips(pending, config):
-            progress.add(row["num_frames"] or 0, row["reason"] is None, assembler.add(row))
+            progress.add(row["num_frames"] or 0, assembler.add(row))
     finally:
         progress.close()
     lost = [source.path for source in pending if source.video_id not in assembler.finished]
@@ -186,10 +215,13 @@ def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, A
                 functools.partial(
                     decode,
                     size=config.size,
-                    fps=settings.fps,
+                    timeout=settings.decode_timeout,
                     clip_frames=settings.clip_frames,
                     min_clip_frames=settings.min_clip_frames,
-                    timeout=settings.decode_timeout,
+                    fps=settings.fps,
+                    cut_threshold=settings.cut_threshold,
+                    min_seconds=settings.min_seconds,
+                    max_seconds=settings.max_seconds,
                 ),
                 batch_size=1,
                 batch_format="pyarrow",
@@ -226,9 +258,10 @@ class _Progress:
         self.videos = self.clips = self.frames = self.rejected = 0
         self.bar = tqdm(total=videos, unit="video", disable=not sys.stderr.isatty())
 
-    def add(self, frames: int, is_clip: bool, outcome: str | None) -> None:
+    def add(self, frames: int, outcome: str | None) -> None:
+        """frames: of a clip; 0 for what is none."""
         self.frames += frames
-        self.clips += is_clip
+        self.clips += frames > 0
         self.rejected += outcome == "rejected"
         if outcome is not None:
             self.videos += 1
@@ -283,6 +316,8 @@ def _info(
     return {
         "schema_version": SCHEMA_VERSION,
         "counts": contents.counts,
+        "files": contents.files,
+        "identity": identity,
         "height": config.size,
         "width": config.size,
         "clip_frames": config.preprocess.clip_frames,
@@ -298,7 +333,7 @@ def _info(
 def _print(out: str, summary: dict[str, Any]) -> None:
     print(
         f"{out}: {summary['videos']} videos in {summary['clips']} clips ({summary['frames']} frames), "
-        f"{summary['rejected']} of {summary['sources']} sources rejected; this run: {summary['new_videos']} videos, "
+        f"of {summary['sources']} sources {summary['rejected']} rejected, {summary['duplicates']} duplicates; this run: {summary['new_videos']} videos, "
         f"{summary['new_frames']} frames in {summary['seconds']:.0f} s"
     )
     width = max(map(len, summary["reasons"]), default=0)

@@ -48,7 +48,7 @@ def load_models(bases: BasesConfig, device: str) -> tuple[PoseDetector, Autoenco
 
 
 class PoseAndLatents:
-    """The actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA; rejections pass through."""
+    """The actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA; ends of videos pass through."""
 
     def __init__(self, bases: BasesConfig, size: int, batch_frames: int, device: str) -> None:
         torch.set_num_threads(1)  # the CPU that Ray reserved; torch would take all of the machine's
@@ -60,7 +60,7 @@ class PoseAndLatents:
         frames = clips["frames"]
         rows = clips.drop_columns(["frames"]).to_pylist()
         for i, row in enumerate(rows):
-            if row["reason"] is None:
+            if frames[i].is_valid:
                 # as_buffer: a view of the object store, no copy.
                 pictures = np.frombuffer(frames[i].as_buffer(), np.uint8)
                 row.update(self._encode(pictures.reshape(-1, self.size, self.size, 3)))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from pipelines.dataset import LATENT_STRIDE, clip_files, decode_row
+from pipelines.storage import open_parquet
 from tcan.errors import UserError
 from tcan.pose import draw_poses
 
@@ -54,11 +54,11 @@ class ClipStore:
         self, dataset: str | Path, split: Literal["train", "validation"] = "train", cache_bytes: int = 1 << 30
     ):
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
-        self._cached: OrderedDict[tuple[Path, int], list[dict[str, np.ndarray]]] = OrderedDict()
-        self._places: list[tuple[Path, int, int]] = []  # row -> file, row group, row in the group
+        self._cached: OrderedDict[tuple[str, int], list[dict[str, np.ndarray]]] = OrderedDict()
+        self._places: list[tuple[str, int, int]] = []  # row -> file, row group, row in the group
         clips: dict[str, list[tuple[int, int, int]]] = {}  # video -> (first frame, number of frames, row)
         for path in clip_files(dataset):
-            with pq.ParquetFile(path) as file:
+            with open_parquet(path) as file:
                 for group in range(file.num_row_groups):
                     columns = file.read_row_group(
                         group, ["video_id", "split", "start", "num_frames"]
@@ -86,7 +86,7 @@ class ClipStore:
     def _clip(self, row: int) -> dict[str, np.ndarray]:
         path, group, at = self._places[row]
         if (path, group) not in self._cached:
-            with pq.ParquetFile(path) as file:
+            with open_parquet(path) as file:
                 self._cached[path, group] = [
                     decode_row(clip) for clip in file.read_row_group(group).to_pylist()
                 ]

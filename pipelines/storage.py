@@ -1,0 +1,143 @@
+"""Files on this machine or in a bucket (`s3://`, `gs://`), by one name each: an absolute path or a URI.
+
+Credentials and endpoint come from where Arrow's file systems look for them: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws,
+GOOGLE_APPLICATION_CREDENTIALS and so on.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from tcan.errors import UserError
+
+SCHEMES = ("s3://", "gs://")
+# What the person who started the job can mend: the disk is full, over quota, read-only or not theirs.
+MENDABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
+
+
+def is_remote(name: str | Path) -> bool:
+    return str(name).startswith(SCHEMES)
+
+
+def absolute(name: str | Path) -> str:
+    """The same place, named so that any working directory finds it."""
+    return str(name).rstrip("/") if is_remote(name) else os.path.abspath(os.path.expanduser(name))
+
+
+def locate(name: str | Path) -> tuple[pafs.FileSystem, str]:
+    """The file system of a name and the path in it.
+
+    Raises:
+        UserError: a bucket that cannot be reached at all.
+    """
+    if not is_remote(name):
+        return pafs.LocalFileSystem(), os.path.abspath(name)
+    scheme, _, path = str(name).partition("://")
+    bucket = path.partition("/")[0]
+    try:
+        return _bucket(scheme, bucket), path
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{scheme}://{bucket}: cannot be reached: {one_line(error)}") from None
+
+
+@lru_cache
+def _bucket(scheme: str, bucket: str) -> pafs.FileSystem:
+    return pafs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+
+
+def list_files(folder: str | Path, recursive: bool = False) -> list[str]:
+    """Names of the files in a folder, sorted; none where there is no such folder.
+
+    Raises:
+        UserError: a bucket that is not there or not to be read.
+    """
+    filesystem, path = locate(folder)
+    prefix = f"{str(folder).partition('://')[0]}://" if is_remote(folder) else ""
+    try:
+        found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=recursive))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {one_line(error)}") from None
+    return sorted(prefix + item.path for item in found if item.type == pafs.FileType.File)
+
+
+def read_bytes(name: str | Path) -> bytes:
+    """
+    Raises:
+        FileNotFoundError, OSError: as Arrow raises them.
+    """
+    filesystem, path = locate(name)
+    with filesystem.open_input_file(path) as file:
+        return file.read()
+
+
+def open_parquet(name: str | Path) -> pq.ParquetFile:
+    """The file of that name; a context manager that closes it."""
+    filesystem, path = locate(name)
+    return pq.ParquetFile(path, filesystem=filesystem)
+
+
+def delete(name: str | Path) -> None:
+    """Deletes a file, if it is there."""
+    filesystem, path = locate(name)
+    with mendable(name), suppress(FileNotFoundError):
+        filesystem.delete_file(path)
+
+
+def write(name: str | Path, data: bytes | pa.Buffer) -> None:
+    """Writes a file under a temporary name and renames it when it is whole; what fails leaves nothing behind.
+
+    Raises:
+        UserError: the disk is full, or the folder or bucket is not to be written to.
+    """
+    filesystem, path = locate(name)
+    folder, _, file_name = path.rpartition("/")
+    partial = f"{folder}/.{file_name}.partial"
+    with mendable(name):
+        try:
+            if is_remote(name):
+                with filesystem.open_output_stream(partial) as remote:
+                    remote.write(data)
+            else:
+                with open(partial, "wb") as local:
+                    local.write(data)
+                    local.flush()
+                    os.fsync(local.fileno())
+            filesystem.move(partial, path)
+        except BaseException:
+            if filesystem.get_file_info(partial).type != pafs.FileType.NotFound:
+                filesystem.delete_file(partial)
+            raise
+
+
+@contextmanager
+def mendable(name: str | Path) -> Iterator[None]:
+    """Errors of writing that the user can mend, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if not is_remote(name) and error.errno not in MENDABLE:
+            raise
+        reason = os.strerror(error.errno).lower() if error.errno in MENDABLE else one_line(error)
+        raise UserError(
+            f"{name}: cannot be written: {reason}; make room there or give another OUT, and run again"
+        ) from None
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

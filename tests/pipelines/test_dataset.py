@@ -1,0 +1,210 @@
+"""`tcan dataset info|verify|preview`: a whole dataset is found whole, and whatever is changed in it is found."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines import cli
+from pipelines.config import load_config
+from pipelines.dataset import CLIP_SCHEMA, file_name, read_info
+from pipelines.preprocess.inspect import preview
+from pipelines.preprocess.shards import (
+    ShardWriter,
+    VideoAssembler,
+    forget_rejected,
+    read_contents,
+    write_info,
+    writing,
+)
+from pipelines.preprocess.sources import Source
+from tcan.errors import UserError
+from tcan.weights import fingerprint, load_part
+from tests.pipelines.test_preprocess import encoded_row, ending, person
+
+IDS = ["0" * 16, "8" * 16, "f" * 16]
+IDENTITY = {"schema_version": 2, "validation_share": 0.1}
+
+
+def write_dataset(folder: Path, vae_fingerprint: str = "") -> Path:
+    """Two videos of three clips, and a rejected one, with two people in each frame."""
+    people = [np.stack([person(40, 20), person(10, 40)])] * 3
+    with writing(str(folder)):
+        writer = ShardWriter(str(folder), IDENTITY, 2**30, 1e9)
+        sources = [Source(f"/{video}", video, "1-1") for video in IDS]
+        assembler = VideoAssembler(
+            writer, sources, size=64, min_person_share=0, min_person_height=0, validation_share=0.1
+        )
+        for video in IDS[:2]:
+            for start in (0, 3, 6):
+                assembler.add(encoded_row(video, start, people))
+            assembler.add(ending(video, 3))
+        assembler.add(ending(IDS[2], stage="decode"))
+        writer.commit()
+        contents = read_contents(str(folder), IDENTITY)
+        info = {
+            "schema_version": 2, "counts": contents.counts, "files": contents.files, "identity": IDENTITY,
+            "height": 64, "width": 64, "vae_fingerprint": vae_fingerprint, "mlflow_run_id": None,
+        }  # fmt: skip
+        write_info(str(folder), info)
+    return folder
+
+
+def the_file(folder: Path, part: str = "clips") -> Path:
+    (file,) = (folder / part).iterdir()
+    return file
+
+
+def flip_a_byte(folder: Path) -> None:
+    file = the_file(folder)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def rewrite(change: Callable[[list[dict]], None]) -> Callable[[Path], None]:
+    """Rows changed by someone who also gave the file its right name and wrote it into dataset.json."""
+
+    def tamper(folder: Path) -> None:
+        file = the_file(folder)
+        table = pq.read_table(file)
+        rows = table.to_pylist()
+        change(rows)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, table.schema), buffer)
+        file.unlink()
+        name = file_name("clips", buffer.getvalue())
+        (folder / "clips" / name).write_bytes(buffer.getvalue())
+        info = json.loads((folder / "dataset.json").read_text())
+        del info["files"][f"clips/{file.name}"]
+        info["files"][f"clips/{name}"] = len(rows)
+        (folder / "dataset.json").write_text(json.dumps(info))
+
+    return tamper
+
+
+def edit_info(folder: Path) -> None:
+    info = json.loads((folder / "dataset.json").read_text())
+    info["identity"]["validation_share"] = 0.0
+    (folder / "dataset.json").write_text(json.dumps(info))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a byte": (flip_a_byte, "another digest"),
+    "a missing file": (lambda folder: the_file(folder, "rejected").unlink(), "rejected-.*: missing"),
+    "a foreign file": (
+        lambda folder: (folder / "clips" / "x.parquet").write_bytes(the_file(folder).read_bytes()),
+        "x.parquet: not of this dataset",
+    ),
+    "other settings": (edit_info, "made with other settings"),
+    "a lost clip": (rewrite(lambda rows: rows.pop()), "says 6 clips, the files hold 5"),
+    "a doubled clip": (rewrite(lambda rows: rows.append(rows[0])), "frames that are in two clips"),
+    "a shape": (
+        rewrite(lambda rows: rows[0].update(latent_mean=b"\0" * 64)),
+        "a shape that is not of 3 frames",
+    ),
+    "not a number": (
+        rewrite(lambda rows: rows[0].update(latent_logvar=np.full(3 * 4 * 64, np.nan, "<f2").tobytes())),
+        "not finite",
+    ),
+    "a split": (rewrite(lambda rows: rows[0].update(split="train")), "in the split train"),
+    "an id": (rewrite(lambda rows: rows[0].update(start=1)), "an id that is not"),
+    "another main person": (
+        rewrite(lambda rows: rows[0].update(main_person=[0, 0, 0])),
+        "keypoints that are not the main person's",
+    ),
+    "a lost person": (
+        rewrite(lambda rows: rows[0].update(people_per_frame=[2, 2, 1])),
+        "people that are not",
+    ),
+}
+
+
+def test_a_whole_dataset_is_found_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dataset(tmp_path)
+    assert cli.main(["dataset", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: whole: 2 files, 2 videos, 6 clips\n"
+    assert cli.main(["dataset", "info", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 videos (1 train, 1 validation) in 6 clips, 18 frames, 0.0 minutes" in shown
+    assert "of 3 sources 1 rejected, 0 duplicates; 2 files" in shown and "1  decode: broken" in shown
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
+    tamper, words = FAULTS[fault]
+    tamper(write_dataset(tmp_path))
+    capsys.readouterr()
+    assert cli.main(["dataset", "verify", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"tcan: error: {tmp_path}: ")
+    assert re.search(words, captured.out), captured.out
+
+
+def test_rows_groups_can_be_fetched_singly_and_files_have_their_size(tmp_path: Path) -> None:
+    """Clips of 1 MB: two in a row group of 2 MiB, and files of 4 MB end with the video that fills them."""
+    noise = np.random.default_rng(0)
+    with writing(str(tmp_path)):
+        writer = ShardWriter(str(tmp_path), {}, 4 * 10**6, 1e9)
+        for video in range(4):
+            rows = [
+                dict.fromkeys(CLIP_SCHEMA.names)
+                | {"clip_id": f"{video}-{i}", "video_id": str(video), "latent_mean": noise.bytes(10**6)}
+                for i in range(3)
+            ]
+            writer.add_video(pa.Table.from_pylist(rows, CLIP_SCHEMA))
+        writer.commit()
+    files = [pq.ParquetFile(file) for file in (tmp_path / "clips").iterdir()]
+    assert [file.metadata.num_rows for file in files] == [6, 6]
+    assert [[f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)] for f in files] == [
+        [2, 2, 2]
+    ] * 2
+
+
+def test_rejected_sources_are_forgotten_when_they_are_to_be_tried_again(tmp_path: Path) -> None:
+    with writing(str(tmp_path)):
+        writer = ShardWriter(str(tmp_path), {}, 2**30, 1e9)
+        for name, stage in {"a": "decode", "b": "pose", "elsewhere": "decode", "twin": "duplicate"}.items():
+            writer.add_rejected(Source(f"/{name}", name, "1-1"), stage, "broken")
+            writer.commit()
+        assert forget_rejected(str(tmp_path), {}, {"/a", "/b", "/twin"}) == 2
+        assert set(read_contents(str(tmp_path), {}).rejected) == {
+            ("/elsewhere", "elsewhere"),
+            ("/twin", "twin"),
+        }
+        assert forget_rejected(str(tmp_path), {}, {"/a", "/b"}) == 0
+
+
+def test_a_preview_shows_latents_and_poses(tmp_path: Path, bases_folder: Path) -> None:
+    write_dataset(tmp_path / "data", fingerprint(load_part("vae", str(bases_folder))))
+    out = tmp_path / "preview.png"
+    assert (
+        cli.main(
+            ["dataset", "preview", str(tmp_path / "data"), f"--out={out}", f"--bases.vae={bases_folder}"]
+        )
+        == 0
+    )
+    sheet = np.asarray(Image.open(out)).astype(int)
+    assert sheet.shape == (6 * 64, 8 * 64, 3)
+    # The decoded latents are the same in all frames of a clip: what stands out from their median is the pose.
+    first = sheet[:64, :64]
+    main, other = first[12:52, 8:13], first[22:42, 38:43]
+    assert np.ptp(main, axis=-1).max() > 60  # in colour
+    assert np.abs(other - np.median(first, axis=(0, 1))).mean() > 10  # there, but grey
+
+    with pytest.raises(UserError, match="of another VAE"):
+        preview(str(write_dataset(tmp_path / "other", "feed")), str(out), load_config())
+
+
+def test_an_unfinished_or_missing_dataset_is_one_line(tmp_path: Path) -> None:
+    assert cli.main(["dataset", "verify", str(tmp_path)]) == 2
+    write_dataset(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        read_info(tmp_path)
