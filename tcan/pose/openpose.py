@@ -31,6 +31,9 @@ PEAK_THRESHOLD = 0.1  # least blurred heatmap at a joint
 PAF_THRESHOLD = 0.05  # least agreement of the affinity field with a limb, at a sample on it
 PAF_SAMPLES = 10  # a limb
 PAIRS_AT_ONCE = 100_000  # bounds the memory of limb scoring
+TILE = 16  # pixels: as small as a joint's hill
+TILES_AT_ONCE = 4096  # bounds the memory of peak finding
+CANDIDATE_MARGIN = 1e-4  # more than float32 may be wrong by
 
 OPENPOSE_FILE = "body_pose_model.pth"
 
@@ -200,17 +203,8 @@ class OpenPose:
         Float32 is enough to find where a peak may be, not to say which of two nearly equal neighbours is the higher:
         with both taken, one person becomes two. So the few candidates are compared again in float64.
         """
-        blurred = rows.blurred.float() @ heatmap @ columns.blurred.float().T  # [B, 18, H, W]
-        height, width = blurred.shape[-2:]
-        margin = 1e-4
-        found = (blurred > PEAK_THRESHOLD - margin).nonzero()
-        frame, joint, y, x = found.unbind(1)
-        value = blurred[frame, joint, y, x] + margin
-        near = torch.ones_like(value, dtype=torch.bool)
-        for v, u in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-            near &= value >= blurred[frame, joint, v.clamp(0, height - 1), u.clamp(0, width - 1)]
-        found = found[near]
-
+        height, width = len(rows.blurred), len(columns.blurred)
+        found = _candidates(heatmap, rows, columns)
         frame, joint, y, x = found.unbind(1)
         maps = heatmap.double()[frame, joint]  # [N, h, w]
         value = _at(maps, rows.blurred, columns.blurred, y, x)
@@ -296,12 +290,20 @@ def _first_line(error: Exception) -> str:
 
 
 class _Enlarging:
-    """One axis of a map to one axis of the frame: `plain` [pixels, cells], and `blurred`, the same and then blurred."""
+    """One axis of a map to one axis of the frame: `plain` [pixels, cells], and `blurred`, the same and then blurred.
+
+    pixels: [T, TILE + 2], the pixels of each tile with a neighbour at either end; tiles: float32 [T, TILE + 2, cells],
+    `blurred` there; bound: [T, cells], the largest size of each of its columns.
+    """
 
     def __init__(self, plain: NDArray[np.float64], sigma: float, device: torch.device):
         # What a linear operation does is read off from what it does to the unit vectors.
         self.plain = torch.from_numpy(plain).to(device)
         self.blurred = torch.from_numpy(gaussian_filter1d(plain, sigma, axis=0)).to(device)
+        pixels = torch.arange(-(-len(plain) // TILE))[:, None] * TILE + torch.arange(-1, TILE + 1)
+        self.pixels = pixels.clamp(0, len(plain) - 1).to(device)
+        self.tiles = self.blurred.float()[self.pixels]
+        self.bound = self.tiles.abs().amax(1)
 
 
 def _interpolation(scale: float) -> int:
@@ -322,6 +324,34 @@ def _enlarging(
 def _at(maps: Tensor, rows: Tensor, columns: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """The enlarged maps' values [N] at pixels (y, x); maps [N, h, w]."""
     return torch.einsum("nh,nhw,nw->n", rows[y], maps, columns[x])
+
+
+def _candidates(heatmap: Tensor, rows: _Enlarging, columns: _Enlarging) -> Tensor:
+    """Places [N, 4] (frame, joint, y, x), in that order, where in float32 the blurred map is above the threshold and
+    above its four neighbours, or nearly so.
+
+    Joints are few and small: the enlarged map is computed only in those tiles whose upper bound passes the threshold.
+    """
+    least = PEAK_THRESHOLD - CANDIDATE_MARGIN
+    bound = rows.bound @ heatmap.abs() @ columns.bound.T  # [B, 18, tiles, tiles]
+    wide = columns.blurred.float() @ heatmap.mT  # [B, 18, W, h]
+    kept = []
+    for frame, joint, v, u in (tiles.unbind(1) for tiles in (bound > least).nonzero().split(TILES_AT_ONCE)):
+        strips = wide[frame[:, None], joint[:, None], columns.pixels[u]]  # [M, TILE + 2, h]
+        values = strips @ rows.tiles[v].mT  # [M, TILE + 2, TILE + 2]: x, then y
+        centre = values[:, 1:-1, 1:-1] + CANDIDATE_MARGIN
+        peak = centre > PEAK_THRESHOLD
+        for other in (values[:, :-2, 1:-1], values[:, 2:, 1:-1], values[:, 1:-1, :-2], values[:, 1:-1, 2:]):
+            peak &= centre >= other
+        tile, x, y = peak.nonzero().unbind(1)
+        kept.append(torch.stack([frame[tile], joint[tile], v[tile] * TILE + y, u[tile] * TILE + x], dim=1))
+    if not kept:
+        return torch.empty(0, 4, dtype=torch.long, device=heatmap.device)
+    found = torch.cat(kept)
+    height, width = len(rows.blurred), len(columns.blurred)
+    found = found[(found[:, 2] < height) & (found[:, 3] < width)]  # the last tiles hang over
+    order = ((found[:, 0] * 18 + found[:, 1]) * height + found[:, 2]) * width + found[:, 3]
+    return found[order.argsort()]
 
 
 # --- limbs and people ------------------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""`python -m tests.benchmarks.preprocess [VIDEOS]`: preprocessing against its named alternatives, side by side.
+
+- OpenPose after its network, against controlnet_aux's own code on the same maps;
+- the whole job's frames/s over those of its models alone, fed from memory by as many processes as it has actors;
+- the whole job against the script a person would write: decord, controlnet_aux per frame, VAE per frame;
+- a second run on the finished dataset over the first run's time.
+
+VIDEOS: how many, of 128 frames each; 200 unless given. Each is drawn in memory: a disc on a plain ground, which nobody's
+pose is found in, so that limbs and people are measured by the first figure alone.
+"""
+
+import importlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+from typing import Any
+
+import decord
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from pipelines.config import BasesConfig, load_config
+from pipelines.preprocess.decode import DECODED_SCHEMA
+from pipelines.preprocess.job import preprocess
+from pipelines.preprocess.models import PoseAndLatents, load_models
+from pipelines.preprocess.sources import list_sources
+from tcan.pose import OpenPose
+from tests.pipelines.faults import disc_frames, write_video
+from tests.tcan.pose.bodies import body
+from tests.tcan.pose.test_openpose import Maps, maps_of
+
+ROUNDS = 5
+SIZE, FRAMES, CLIP = 128, 128, 64
+Row = tuple[str, float, str]
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def controlnet_aux_body(network: torch.nn.Module) -> Any:
+    """controlnet_aux's `Body` around a network; without its package's own import, which takes 10 s."""
+    sys.modules.setdefault("controlnet_aux", module_from_spec(find_spec("controlnet_aux")))  # type: ignore[arg-type]
+    module = importlib.import_module("controlnet_aux.open_pose.body")
+    detector = module.Body.__new__(module.Body)
+    detector.model = network
+    return detector
+
+
+@torch.inference_mode()
+def openpose(people: int, batch: int = 16, side: int = 512) -> Row:
+    """Median over rounds of controlnet_aux's time for a frame / ours for a frame of a batch."""
+    bodies = [body(side * (i + 1) / (people + 1), 0.25 * side, 0.5 * side) for i in range(people)]
+    maps = maps_of(bodies, side, side)
+    network = Maps(*(m.expand(batch, -1, -1, -1).contiguous() for m in maps))
+    ours, theirs = OpenPose(network), controlnet_aux_body(Maps(*maps))
+    picture = np.zeros((side, side, 3), np.uint8)
+    ratios = []
+    for _ in range(ROUNDS + 1):
+        alternative = seconds(lambda: theirs(picture))
+        ratios.append(
+            alternative * batch / seconds(lambda: ours.decode(*network.maps, (184, 184), (side, side)))
+        )
+    what = f"OpenPose after its network, {people} people at {side} px, against controlnet_aux's"
+    return what, statistics.median(ratios[1:]), "times as fast"
+
+
+def models_alone(bases: BasesConfig, clips: int) -> float:
+    """Frames a second."""
+    models = PoseAndLatents(bases, SIZE, 16, "cpu")
+    frames = np.stack(disc_frames(CLIP, SIZE, SIZE)).tobytes()
+    row = {"video_id": "x", "source": "x", "start": 0, "num_frames": CLIP, "fps": 25.0, "frames": frames}
+    clip = pa.Table.from_pylist([row], DECODED_SCHEMA)
+    models(clip)  # warms up
+    began = time.perf_counter()
+    for _ in range(clips):
+        models(clip)
+    return clips * CLIP / (time.perf_counter() - began)
+
+
+@torch.inference_mode()
+def script(videos: list[str], bases: BasesConfig) -> None:
+    """What a person would write."""
+    detector, vae = load_models(bases, "cpu")
+    pose = controlnet_aux_body(detector.network)  # type: ignore[attr-defined]
+    for path in videos:
+        for picture in decord.VideoReader(path):
+            frame = picture.asnumpy()
+            pose(frame[..., ::-1].copy())
+            pixels = torch.from_numpy(frame).movedim(-1, 0)[None].float() / 127.5 - 1
+            vae.encode(pixels).latent_dist.mean.numpy()
+
+
+def job(num_videos: int) -> list[Row]:
+    cpus = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(num_videos):
+            write_video(Path(folder) / "videos" / f"{i}.mp4", FRAMES, SIZE, SIZE, seed=i)
+        videos, out = f"{folder}/videos", f"{folder}/out"
+        config = load_config("--preprocess.min_person_share=0", f"--tracking.folder={folder}/mlflow")
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+        first = seconds(lambda: preprocess(videos, out, config))
+        second = seconds(lambda: preprocess(videos, out, config))
+        ray.shutdown()
+        rate = num_videos * FRAMES / first
+        with ProcessPoolExecutor(cpus) as pool:
+            alone = sum(pool.map(models_alone, [config.bases] * cpus, [max(4, num_videos // cpus)] * cpus))
+        few = list_sources(videos)[: max(1, num_videos // 50)]
+        by_hand = len(few) * FRAMES / seconds(lambda: script(few, config.bases))
+    return [
+        (
+            "the job's frames/s over those of its models alone",
+            rate / alone,
+            f"{num_videos} videos, {cpus} CPUs",
+        ),
+        (
+            "the job against a loop of decord, controlnet_aux and VAE per frame",
+            rate / by_hand,
+            "times as fast",
+        ),
+        ("a second run on the finished dataset over the first", second / first, "time / time"),
+    ]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = [openpose(1), openpose(3)]
+    rows += job(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
+    for what, value, unit in rows:
+        print(f"| {what} | {value:.2f} | {unit} |")
+
+
+if __name__ == "__main__":
+    main()
