@@ -254,6 +254,7 @@ class _Progress:
 
     def __init__(self, videos: int, run: tracking.Run) -> None:
         self.run = run
+        self.total = videos
         self.began = self.last = time.monotonic()
         self.videos = self.clips = self.frames = self.rejected = 0
         self.bar = tqdm(total=videos, unit="video", disable=not sys.stderr.isatty())
@@ -287,10 +288,16 @@ class _Progress:
         self.run.metrics(measures, step=self.videos)
         if self.bar.disable:
             print(
-                f"{self.videos} of {self.bar.total} videos, {self.clips} clips, {self.frames_per_second:.0f} frames/s, "
-                f"{self.rejected} rejected",
+                f"{self.videos} of {self.total} videos, {self.clips} clips, {self.frames_per_second:.0f} frames/s, "
+                f"{self.rejected} rejected{self._left()}",
                 flush=True,
             )
+
+    def _left(self) -> str:
+        if not self.videos or self.videos == self.total:
+            return ""
+        seconds = (time.monotonic() - self.began) / self.videos * (self.total - self.videos)
+        return f", {seconds / 60:.0f} min left"
 
     def close(self) -> None:
         self.bar.close()
