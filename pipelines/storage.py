@@ -61,6 +61,21 @@ def _bucket(scheme: str, bucket: str) -> pafs.FileSystem:
     return pafs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
 
 
+def check_bucket(name: str) -> None:
+    """
+    Raises:
+        UserError: the bucket of this URI is not there, or may not be seen.
+    """
+    filesystem, path = locate(name)
+    bucket = f"{name.partition('://')[0]}://{path.partition('/')[0]}"
+    try:
+        there = filesystem.get_file_info(path.partition("/")[0])
+    except OSError as error:
+        raise UserError(f"{bucket}: cannot be reached: {one_line(error)}") from None
+    if there.type == pafs.FileType.NotFound:
+        raise UserError(f"{bucket}: no such bucket; make it first")
+
+
 def list_files(folder: str | Path, recursive: bool = False) -> list[str]:
     """Names of the files in a folder, sorted; none where there is no such folder.
 

@@ -146,7 +146,7 @@ def writing(folder: str) -> Iterator[None]:
         UserError: the folder cannot be made or written to, or another job is writing to it.
     """
     if storage.is_remote(folder):
-        storage.list_files(folder)  # says it, if the bucket is not there
+        storage.check_bucket(folder)
         yield
         return
     local = Path(folder)
