@@ -224,6 +224,12 @@ class TrainConfig:
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 1 shards the optimizer's state over the workers, 2 the gradients too, 3 the weights too."""
 
+    deepspeed: str | None = None
+    """A JSON file of more DeepSpeed settings, such as offloading to the CPU; what contradicts these keys is an error."""
+
+    ema_decay: float = 0.0
+    """Decay a step of an average of the weights, which is then what is saved as the model and judged; 0: none."""
+
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass rather than keep them: less memory, about 1.4 times the time
     (`make bench`; `tcan memory` says how much less)."""
@@ -264,6 +270,8 @@ class TrainConfig:
             raise UserError("train.zero_terminal_snr: needs train.prediction_type v_prediction")
         if (self.snr_gamma is not None and self.snr_gamma <= 0) or self.noise_offset < 0:
             raise UserError("train: snr_gamma must be above 0, noise_offset at least 0")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"train.ema_decay = {self.ema_decay}: must be from 0 to below 1, such as 0.999")
         if self.frames < 2:
             raise UserError(
                 f"train.frames = {self.frames}: must be at least 2, one frame has no motion to learn from"

@@ -1,84 +1,146 @@
 """A checkpoint: what training needs to go on exactly, reported to Ray Train by all workers together.
 
-    engine/       DeepSpeed's: trained parameters, optimizer state (each worker its shard), step
-    model/        only in a stage's last checkpoint: the model folder
+    state.json                  step, steps of the optimizer, what the guard of the loss knows
+    trained-*.safetensors       of each trained parameter, in fp32: weight, moments, average; each worker wrote a share
+    model/                      only in a stage's last checkpoint: the model folder
 
-Ray Train registers a checkpoint when every worker has uploaded its share: before that it isn't there.
+Nothing in it depends on the number of workers, the ZeRO stage or the precision that wrote it. Ray Train registers a
+checkpoint when every worker has uploaded its share: before that it isn't there.
 """
 
-import hashlib
+import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
+import torch.distributed as dist
+from ray.train import CheckpointUploadMode
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-ENGINE, MODEL = "engine", "model"
+from pipelines.train.engine import (
+    get_state,
+    optimizer_steps,
+    refresh,
+    set_optimizer_steps,
+    set_state,
+    state_keys,
+    trained,
+)
+
+STATE, MODEL = "state.json", "model"
 
 
 def save(
-    engine: Any, step: int, metrics: dict[str, float], save_model: Callable[[Path], None] | None = None
+    engine: Any,
+    state: dict[str, Any],
+    metrics: dict[str, float],
+    save_model: Callable[[Path], None] | None = None,
 ) -> None:
-    """Called by all workers at once, after `step` steps; returns when the checkpoint is registered.
+    """Called by all workers at once; returns when this worker's share is on the local disk: the upload goes on beside
+    the training, and what fails in it ends the worker.
 
-    engine: DeepSpeed's. save_model: writes the model folder; called by all workers, and rank 0's is kept.
+    state: of the loop, with the number of `step`s behind it; comes back from `load`.
+    save_model: writes the model folder; called by all workers, and rank 0's is kept.
     """
     # Each worker writes to a folder of its own, as if on its own node; Ray Train puts them together.
     folder = Path(tempfile.mkdtemp(prefix="tcan-checkpoint-"))
-    engine.save_checkpoint(folder, ENGINE, {"step": step}, save_latest=False, exclude_frozen_parameters=True)
+    write(engine, folder, state)
     if save_model:
         save_model(folder / MODEL)
     ray.train.report(
-        {"step": step, **metrics},
+        {"step": state["step"], **metrics},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
         # Never the name of one that a killed worker left half uploaded.
-        checkpoint_dir_name=f"step_{step:06d}_{uuid.uuid4().hex[:8]}",
+        checkpoint_dir_name=f"step_{state['step']:06d}_{uuid.uuid4().hex[:8]}",
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
     )
 
 
-def load(engine: Any) -> int:
-    """Brings the engine to the last checkpoint, if there is one; returns how many steps it has behind it."""
+def load(engine: Any) -> dict[str, Any]:
+    """Brings the engine to the last checkpoint; returns its state, or that of the start when there is none."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0
+        return {"step": 0}
     with checkpoint.as_directory() as folder:
-        _, state = engine.load_checkpoint(folder, ENGINE, custom_load_fn=_load_trained)
-    return state["step"]
+        return read(engine, Path(folder))
 
 
-def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
-    """The frozen parameters, and only they, come from the bases rather than from the checkpoint."""
-    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
-    result = dst.load_state_dict(src, strict=False)
-    if result.unexpected_keys or set(result.missing_keys) != frozen:
-        differing = set(result.missing_keys) ^ frozen | set(result.unexpected_keys)
-        raise RuntimeError(f"checkpoint and model differ in {len(differing)} names, such as {min(differing)}")
+def write(engine: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Called by all workers at once; each writes its share into a folder, which may be the same or not."""
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    share: dict[str, Tensor] = {}
+    for number, (name, parameter) in enumerate(trained(engine)):
+        for key in state_keys(engine):
+            value = get_state(engine, parameter, key)  # by all
+            if number % workers == rank:
+                share[f"{name}:{key}"] = value.cpu().clone().contiguous()
+    save_file(share, folder / f"trained-{rank:05d}-of-{workers:05d}.safetensors")
+    if rank == 0:
+        text = json.dumps(state | {"optimizer_steps": optimizer_steps(engine)}, indent=2)
+        (folder / STATE).write_text(text + "\n")
 
 
-def frozen_fingerprint(module: nn.Module) -> str:
-    """16 hex digits of all that must not change: frozen parameters (this worker's shard under ZeRO-3) and buffers."""
-    digest = hashlib.sha256()
-    tensors = [(name, p) for name, p in module.named_parameters() if not p.requires_grad] + [
-        *module.named_buffers()
-    ]
-    for name, tensor in tensors:
-        values = getattr(tensor, "ds_tensor", tensor).detach().cpu().contiguous()
-        digest.update(name.encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+def read(engine: Any, folder: Path) -> dict[str, Any]:
+    """Called by all workers, of any number. Raises RuntimeError unless the names are exactly what the stage trains."""
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for path in sorted(folder.glob("trained-*.safetensors")):
+            file = stack.enter_context(safe_open(path, "pt"))
+            where |= dict.fromkeys(file.keys(), file)
+        wanted = {f"{name}:{key}" for name, _ in trained(engine) for key in state_keys(engine)}
+        if differing := where.keys() ^ wanted:
+            raise RuntimeError(
+                f"checkpoint and model differ in {len(differing)} names, such as {min(differing)}"
+            )
+        for name, parameter in trained(engine):
+            for key in state_keys(engine):
+                set_state(engine, parameter, key, where[f"{name}:{key}"].get_tensor(f"{name}:{key}"))
+    state = json.loads((folder / STATE).read_text())
+    set_optimizer_steps(engine, state["optimizer_steps"])
+    refresh(engine)
+    return state
+
+
+class FrozenFingerprint:
+    """A hash of every tensor that must not change: frozen parameters (this worker's shard under ZeRO-3) and buffers."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+        self._names, self._hashes = self._hash()
+
+    def _hash(self) -> tuple[list[str], Tensor]:
+        named = [(name, p) for name, p in self._module.named_parameters() if not p.requires_grad]
+        named += self._module.named_buffers()
+        hashes = [
+            torch.hash_tensor(getattr(t, "ds_tensor", t).detach()) for _, t in named if t.numel()
+        ]  # on the device: no copy
+        return [name for name, t in named if t.numel()], torch.stack(hashes).cpu()
+
+    def check(self) -> None:
+        """Raises RuntimeError, with the name, when one has changed since the start."""
+        names, now = self._hash()
+        moved = [name for name, a, b in zip(names, now, self._hashes, strict=True) if a != b]
+        if moved or names != self._names:
+            raise RuntimeError(
+                f"{len(moved)} frozen tensors have changed, such as {min(moved or ['their names'])}"
+            )
 
 
 def publish(checkpoint: ray.train.Checkpoint, folder: Path) -> None:
     """The model of a stage's last checkpoint as a folder of its own, which appears when it is whole."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    with checkpoint.as_directory() as source:
-        shutil.copytree(Path(source) / MODEL, partial)
+    model = ray.train.Checkpoint(f"{checkpoint.path}/{MODEL}", checkpoint.filesystem)
+    with model.as_directory() as source:
+        shutil.copytree(source, partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

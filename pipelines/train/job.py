@@ -25,21 +25,26 @@ from pipelines.config import Config
 from pipelines.dataset import INFO_FILE, read_info
 from pipelines.train import checkpoint
 from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.loop import Task, bases_sources, run_worker, schedule_options, stage_of
 from tcan.errors import UserError
 from tcan.weights import MODEL_FILE, load_bases, read_model_info
 
 RUN_FILE = "run.json"
-# Of a run that goes on, these may change: they move no number of it.
+# Of a run that goes on, these may change: they move no number of it by more than rounding.
 MAY_CHANGE = {
+    "workers",
     "cpus_per_worker",
+    "gpus_per_worker",
+    "zero_stage",
+    "deepspeed",
     "gradient_checkpointing",
     "max_failures",
     "keep_checkpoints",
     "log_every",
     "cache_mb",
 }
-STAGE_MAY_CHANGE = {"steps", "checkpoint_every", "picture_every"}
+STAGE_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "picture_every"}
 
 
 def train(
@@ -107,6 +112,10 @@ def _train_stage(
     stage_config = stage_of(config, stage)
     folder = out / f"stage{stage}"
     settings = _settings(stage, dataset, start, config)
+    given = read_settings(config.train.deepspeed)
+    deepspeed_settings(
+        config.train, stage_config, config.train.workers, given
+    )  # what contradicts is said now
     run = _read_run(folder)
     if run:
         _check_same(folder, run["settings"], settings)
@@ -143,6 +152,7 @@ def _train_stage(
             from_model=str(start) if start else None,
             tracking=record.config,
             run_id=record.id,
+            deepspeed=given,
             model_info={
                 "mlflow_run_id": record.id,
                 "dataset": settings["dataset"],

@@ -21,6 +21,7 @@ from pipelines import tracking
 from pipelines.config import Config, StageConfig, TrackingConfig, TrainConfig
 from pipelines.train import checkpoint
 from pipelines.train.data import Batch, ClipStore, Sampler
+from pipelines.train.engine import averaged, make_engine
 from tcan.errors import UserError
 from tcan.model import TCAN, diffusion_loss
 from tcan.schedule import noise_schedule
@@ -43,6 +44,8 @@ class Task:
     """Model folder to start from; None: the bases alone."""
     tracking: TrackingConfig
     run_id: str
+    deepspeed: dict[str, Any]
+    """The user's own DeepSpeed settings."""
     model_info: dict[str, Any]
     """Written into the model folder beside the rest."""
 
@@ -62,9 +65,9 @@ def run_worker(settings: dict[str, Task]) -> None:
 
     bases = load_bases(**bases_sources(task.config))
     bases.scheduler = noise_schedule(bases.scheduler, **schedule_options(config))
-    engine = _engine(_model(task, bases), config, stage_config, workers)
-    frozen = checkpoint.frozen_fingerprint(engine.module)
-    done = checkpoint.load(engine)
+    engine = make_engine(_model(task, bases), config, stage_config, workers, task.deepspeed)
+    frozen = checkpoint.FrozenFingerprint(engine.module)
+    done = checkpoint.load(engine)["step"]
 
     sampler = _sampler(task, stage_config, "train")
     log = _Log(task, stage_config, rank, done)
@@ -79,7 +82,7 @@ def run_worker(settings: dict[str, Task]) -> None:
         upcoming = ahead.submit(sampler.worker_batches, step + 1, *share)
 
         lr = learning_rate(step, stage_config)
-        for group in engine.optimizer.param_groups:
+        for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
         for batch in batches:
@@ -92,13 +95,13 @@ def run_worker(settings: dict[str, Task]) -> None:
         last = step + 1 == stage_config.steps
         if pictures and (last or (step + 1) % stage_config.picture_every == 0):
             # By all workers: under ZeRO-3 each holds a part of the weights.
-            log.picture(pictures.draw(engine.module), step + 1)
-        if last and checkpoint.frozen_fingerprint(engine.module) != frozen:
-            raise RuntimeError(f"stage {task.stage} changed parameters that it must leave alone")
+            with averaged(engine):
+                log.picture(pictures.draw(engine.module), step + 1)
         if last or (step + 1) % stage_config.checkpoint_every == 0:
+            frozen.check()
             log.flush(step + 1)
             writer = _model_writer(task, engine, bases) if last else None
-            checkpoint.save(engine, step + 1, {"loss": log.last_loss}, writer)
+            checkpoint.save(engine, {"step": step + 1}, {"loss": log.last_loss}, writer)
     ahead.shutdown(cancel_futures=True)
     log.close()
 
@@ -148,28 +151,6 @@ def _model(task: Task, bases: Bases) -> TCAN:
     return model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32).train()
 
 
-def _engine(model: TCAN, config: Any, stage: StageConfig, workers: int) -> Any:
-    """A DeepSpeed engine around the model; the optimizer knows only what the stage trains."""
-    import deepspeed  # here, since it looks for its accelerator when imported
-
-    # Else it probes compilers, and on a CPU compiles an all-reduce for inference: a minute for what training never uses.
-    deepspeed.ops.__compatible_ops__ = {}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, stage.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
-    )
-    settings = {
-        "train_batch_size": stage.batch_size,
-        "train_micro_batch_size_per_gpu": stage.micro_batch,
-        "gradient_accumulation_steps": stage.batch_size // (stage.micro_batch * workers),
-        "gradient_clipping": config.clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "zero_optimization": {"stage": config.zero_stage},
-        "steps_per_print": 1 << 30,
-    }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
-
-
 def _sampler(task: Task, stage: StageConfig, split: Any) -> Sampler:
     config = task.config.train
     return Sampler(
@@ -215,7 +196,10 @@ def _model_writer(task: Task, engine: Any, bases: Bases) -> Callable[[Path], Non
 
     def write(folder: Path) -> None:
         sharded = task.config.train.zero_stage == 3
-        with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=sharded):
+        with (
+            averaged(engine),
+            deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=sharded),
+        ):
             if dist.get_rank() == 0:
                 save_model(
                     engine.module,

@@ -1,6 +1,9 @@
 """Training: which sample comes when, and real runs of Ray Train workers with DeepSpeed engines."""
 
 import json
+import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -24,6 +27,7 @@ from tcan.pose import draw_poses
 from tcan.weights import fingerprint
 
 SIZE = 64
+ROOT = Path(__file__).parents[2]
 
 
 # --- a dataset whose latents say where they come from ----------------------------------------------------------------
@@ -361,6 +365,61 @@ def kill_a_worker(storage: Path, killed: list[int], over: threading.Event) -> No
             process.kill()
             killed.append(process.pid)
             return
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory, bases, clips) -> dict[int, dict[str, dict]]:
+    """What `tests.engines` found: by number of workers, by engine."""
+    folder = tmp_path_factory.mktemp("engines")
+    found = {}
+    for workers in (2, 1):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "tests.engines"]
+        rest = [workers, port, folder, bases, clips]
+        processes = [
+            subprocess.Popen(
+                [*command, *map(str, [rank, *rest])], cwd=ROOT, stderr=subprocess.PIPE, text=True
+            )
+            for rank in range(workers)
+        ]
+        errors = [process.communicate()[1] for process in processes]
+        assert not any(process.returncode for process in processes), "\n".join(errors)
+        found[workers] = json.loads((folder / f"losses-{workers}.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_every_zero_stage_takes_the_same_steps(engines):
+    for name, found in engines[2].items():
+        # bf16 has 8 bits of mantissa: a loss differs by about 2**-8 between ways to add up.
+        tolerance = 1e-5 if "fp32" in name else 2e-2
+        assert found["losses"] == pytest.approx(engines[2]["zero2-fp32"]["losses"], rel=tolerance), name
+        assert found["losses"] != sorted(found["losses"]) or len(set(found["losses"])) == len(found["losses"])
+
+
+@pytest.mark.slow
+def test_only_what_is_trained_is_in_the_optimizer_and_in_checkpoints(engines, bases):
+    for name, found in engines[2].items():
+        assert found["in_checkpoint"] == sorted(found["trained"]), name
+        assert found["trained"] and all(
+            "motion_modules" in key or "temporal" in key for key in found["trained"]
+        ), name
+        numel = sum(int(np.prod(shape)) for shape in found["trained"].values())
+        # Sharded, two workers hold half each; a shard may be padded.
+        held = found["in_optimizer"] * (1 if "zero0" in name else 2)
+        assert numel <= held < 1.05 * numel + 64 * len(found["trained"]), name
+
+
+@pytest.mark.slow
+def test_one_worker_goes_on_from_the_checkpoint_of_two(engines):
+    assert len(engines[1]) > len(engines[2])  # also as another ZeRO stage
+    for name, found in engines[1].items():
+        tolerance = 1e-5 if "fp32" in name else 2e-2
+        before = engines[2][name.split(" as ")[0]]["losses"]
+        assert found["losses"] == pytest.approx(before[-len(found["losses"]) :], rel=tolerance), name
+        assert before[: len(found["losses"])] != pytest.approx(found["losses"], rel=tolerance), name
 
 
 @pytest.mark.slow

@@ -1,0 +1,127 @@
+"""A worker of a small training without Ray: engines of every kind, one after the other in one process, since each start
+of DeepSpeed costs as much as hundreds of the steps taken here.
+
+python -m tests.engines RANK WORKERS PORT FOLDER BASES CLIPS    writes FOLDER/losses-{workers}.json from rank 0
+
+Two workers train each engine for 4 steps from the start, with a checkpoint after the second, one worker goes on from
+that checkpoint, with another engine of the same precision too.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_LOG_LEVEL": "error", "HF_HUB_OFFLINE": "1"}
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from pipelines.config import StageConfig, load_config
+from pipelines.train import checkpoint, loop
+from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.engine import averaged, get_state, make_engine, trained
+from tcan.model import TCAN
+from tcan.weights import load_bases
+
+STEPS, SAVED = 4, 2
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+ENGINES = {
+    **{f"zero{n}-{precision}": (n, precision, {}) for precision in ("fp32", "bf16") for n in range(4)},
+    "zero2-fp32-offload": (2, "fp32", OFFLOAD),
+}
+RESUMED_AS = {name: [name] for name in ENGINES} | {"zero3-fp32": ["zero3-fp32", "zero0-fp32", "zero2-fp32"]}
+
+
+def names_in(checkpoint_folder: Path) -> set[str]:
+    """Of the parameters, by reading the files."""
+    return {
+        key.rpartition(":")[0] for path in checkpoint_folder.glob("*.safetensors") for key in load_file(path)
+    }
+
+
+def main(rank: int, workers: int, port: int, folder: Path, bases_folder: str, clips: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+    }  # DeepSpeed asks for them
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    sources = dict.fromkeys(
+        ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler"), bases_folder
+    )
+    bases = load_bases(**sources)
+    stage = StageConfig(steps=STEPS, batch_size=2, micro_batch=1, lr=1e-3)
+    sampler = Sampler(
+        ClipStore(clips), 2, seed=0, batch_size=2, size=64, vae_scaling_factor=0.5, stick_width=2, frames=4,
+        drop_reference=0.0,
+    )  # fmt: skip
+    device = torch.device("cpu")
+
+    def engine_of(name: str):
+        zero, precision, given = ENGINES[name]
+        config = dataclasses.replace(load_config().train, zero_stage=zero, precision=precision, ema_decay=0.5)
+        torch.manual_seed(0)
+        model = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt, 2, 2)
+        model.set_stage(2)
+        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).train()
+        return make_engine(model, config, stage, workers, given)
+
+    def train(engine, first: int, last: int) -> list[float]:
+        losses = []
+        for step in range(first, last):
+            total = torch.zeros(())
+            batches = sampler.worker_batches(step, rank, workers, 1)
+            for batch in batches:
+                loss = loop._loss(engine, bases, batch, device)
+                engine.backward(loss)
+                engine.step()
+                total += loss.detach() / len(batches) / workers
+            dist.all_reduce(total)
+            losses.append(total.item())
+        return losses
+
+    results: dict[str, dict] = {}
+    for name in ENGINES:
+        saved = folder / name
+        if workers == 2:
+            engine = engine_of(name)
+            frozen = checkpoint.FrozenFingerprint(engine.module)
+            losses = train(engine, 0, SAVED)
+            dist.barrier()
+            if rank == 0:
+                saved.mkdir()
+            dist.barrier()
+            checkpoint.write(engine, saved, {"step": SAVED})
+            losses += train(engine, SAVED, STEPS)
+            frozen.check()
+            results[name] = {
+                "losses": losses,
+                "in_optimizer": sum(
+                    state["exp_avg"].numel() for state in engine.basic_optimizer.state.values()
+                ),
+                "in_checkpoint": sorted(names_in(saved)),
+                "trained": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained(engine)},
+            }
+            del engine
+        else:
+            for other in RESUMED_AS[name]:
+                engine = engine_of(other)
+                assert checkpoint.read(engine, saved)["step"] == SAVED
+                key, parameter = trained(engine)[0]
+                before = get_state(engine, parameter, "weight").clone()
+                with averaged(engine):
+                    pass
+                assert torch.equal(before, get_state(engine, parameter, "weight")), key
+                results[f"{name} as {other}"] = {"losses": train(engine, SAVED, STEPS)}
+                del engine
+    if rank == 0:
+        (folder / f"losses-{workers}.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    rank, workers, port, folder, bases, clips = sys.argv[1:]
+    main(int(rank), int(workers), int(port), Path(folder), bases, clips)
