@@ -162,16 +162,20 @@ def _animate(arguments: Any, config: Any) -> None:
         if given:
             raise UserError(f"--pairs names pictures, videos and results: leave out --{', --'.join(given)}")
         from pipelines.pairs import animate_pairs
+        from pipelines.tracking import local_model
 
-        animate_pairs(Path(arguments.pairs), Path(arguments.model), config, **options)
+        model = local_model(arguments.model, config.tracking)
+        animate_pairs(Path(arguments.pairs), model, config, **options)
         return
     if missing := [f"--{name}" for name in ("image", "out") if name not in given]:
         raise UserError(f"missing: {', '.join(missing)}; tcan animate --help explains")
 
     from pipelines.animate import Animation, animate
+    from pipelines.tracking import local_model
 
     paths: dict[str, Any] = {name: Path(value) for name, value in given.items() if name != "fps"}
-    animate(Animation(**paths, fps=arguments.fps, **options), Path(arguments.model), config)
+    model = local_model(arguments.model, config.tracking)
+    animate(Animation(**paths, fps=arguments.fps, **options), model, config)
 
 
 def _pose(arguments: Any, config: Any) -> None:
@@ -182,8 +186,10 @@ def _pose(arguments: Any, config: Any) -> None:
 
 def _evaluate(arguments: Any, config: Any) -> None:
     from pipelines.evaluate import evaluate
+    from pipelines.tracking import local_model
 
-    evaluate(Path(arguments.videos), Path(arguments.model), Path(arguments.out), config)
+    model = local_model(arguments.model, config.tracking)
+    evaluate(Path(arguments.videos), model, Path(arguments.out), config)
 
 
 def _export(arguments: Any, config: Any) -> None:
@@ -232,6 +238,8 @@ def _required_path(text: str) -> dict[str, Any]:
     return _path(text, required=True)
 
 
+MODEL = _required_path("A trained model: a folder, models:/tcan@latest, or the id of an MLflow run.")
+
 COMMANDS = {
     "preprocess": Command(
         "Turn a folder of videos into a clip dataset.",
@@ -278,7 +286,9 @@ COMMANDS = {
                 "default": "all",
                 "help": "Only this stage, or both, one after the other.",
             },
-            "--from": _path("Folder of a model of stage 1 that stage 2 starts from; without it OUT's own."),
+            "--from": _path(
+                "A model of stage 1 that stage 2 starts from: a folder, models:/NAME@ALIAS, or the id of an MLflow run; without it OUT's own."
+            ),
         },
         _train,
     ),
@@ -296,7 +306,7 @@ COMMANDS = {
                 "Instead of one picture: a .csv or .parquet with the columns picture, driving and out, whose missing "
                 "results are made over the Ray cluster."
             ),
-            "--model": _required_path("Folder of a trained model."),
+            "--model": MODEL,
             "--out": _path("What to write: .mp4, .webm, .gif, or without a suffix a folder of PNG pictures."),
             "--fps": {
                 "type": float,
@@ -322,7 +332,7 @@ COMMANDS = {
         "Measure a model on held-out videos: each one's first frame animated by its own motion.",
         {
             "videos": _path("Folder of held-out videos."),
-            "--model": _required_path("Folder of a trained model."),
+            "--model": MODEL,
             "--out": _required_path("Folder of the measures and the videos made."),
         },
         _evaluate,

@@ -158,7 +158,10 @@ class StageConfig:
     """Steps between checkpoints; the last step always makes one."""
 
     picture_every: int = 500
-    """Steps between sample pictures in the run (reference, pose, prediction, truth); 0: none."""
+    """Steps between sample pictures in the run (reference, pose, prediction, truth), in stage 2 a clip too; 0: none."""
+
+    validate_every: int = 500
+    """Steps between measures of the validation loss, by band of timesteps, where the dataset has such videos; 0: none."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "micro_batch", "checkpoint_every"):
@@ -237,6 +240,12 @@ class TrainConfig:
     workers: int = 1
     """Workers of Ray Train, each with a DeepSpeed engine."""
 
+    min_workers: int | None = None
+    """Go on with as few as these while the cluster has no room for more, up to `workers`; unset: wait for all."""
+
+    storage: str | None = None
+    """Where the checkpoints go, such as s3://bucket/this-run; for one run alone. Unset: OUT."""
+
     cpus_per_worker: int = 1
     """CPU cores of a worker; without a GPU also its threads."""
 
@@ -247,7 +256,22 @@ class TrainConfig:
     """How often dead workers are replaced, from the last checkpoint, before the job gives up."""
 
     keep_checkpoints: int = 2
-    """The last so many checkpoints stay."""
+    """So many checkpoints stay."""
+
+    keep: Literal["last", "best"] = "last"
+    """Which stay: the last ones, or those of the lowest validation loss and the last one."""
+
+    validation_samples: int = 8
+    """Pictures or clips of the validation loss, each at four timesteps."""
+
+    bad_loss: Literal["stop", "skip"] = "stop"
+    """At a loss that is no number, or a spike: stop and say where, or leave the step out."""
+
+    spike: float = 20.0
+    """A loss so many times its running mean is a spike; 0: nothing is."""
+
+    hang_seconds: float = 900.0
+    """A worker whose step takes longer is taken to hang: all are started anew from the last checkpoint."""
 
     log_every: int = 10
     """Steps between lines of progress; each step's numbers are recorded."""
@@ -263,6 +287,7 @@ class TrainConfig:
             "stick_width",
             "log_every",
             "keep_checkpoints",
+            "validation_samples",
         ):
             if getattr(self, key) < 1:
                 raise UserError(f"train.{key} = {getattr(self, key)}: must be at least 1")
@@ -270,6 +295,12 @@ class TrainConfig:
             raise UserError("train.zero_terminal_snr: needs train.prediction_type v_prediction")
         if (self.snr_gamma is not None and self.snr_gamma <= 0) or self.noise_offset < 0:
             raise UserError("train: snr_gamma must be above 0, noise_offset at least 0")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise UserError(
+                f"train.min_workers = {self.min_workers}: must be from 1 to train.workers ({self.workers})"
+            )
+        if self.hang_seconds <= 0 or self.spike < 0:
+            raise UserError("train: hang_seconds must be above 0, spike at least 0")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay = {self.ema_decay}: must be from 0 to below 1, such as 0.999")
         if self.frames < 2:
@@ -277,11 +308,12 @@ class TrainConfig:
                 f"train.frames = {self.frames}: must be at least 2, one frame has no motion to learn from"
             )
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
-            if stage.batch_size % (self.workers * stage.micro_batch):
-                raise UserError(
-                    f"train.{name}.batch_size = {stage.batch_size} is no multiple of train.workers x micro_batch = "
-                    f"{self.workers} x {stage.micro_batch}; change one of them"
-                )
+            for workers in range(self.min_workers or self.workers, self.workers + 1):
+                if stage.batch_size % (workers * stage.micro_batch):
+                    raise UserError(
+                        f"train.{name}.batch_size = {stage.batch_size} is no multiple of train.workers x micro_batch = "
+                        f"{workers} x {stage.micro_batch}; change one of them"
+                    )
 
 
 # --- animate ---------------------------------------------------------------------------------------------------------

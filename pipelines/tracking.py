@@ -11,6 +11,7 @@ import dataclasses
 import getpass
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ import yaml
 from PIL import Image
 
 from pipelines.config import TrackingConfig
+from tcan import __version__
 from tcan.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,6 +106,34 @@ class Run:
         """A copy of what lies in a folder into the artifact folder `folder`."""
         self._client.log_artifacts(self.id, str(local), folder or None)
 
+    def model(self, local: str | Path, name: str, alias: str) -> None:
+        """A finished model folder as the artifact `model`, which mlflow.pyfunc loads, and as the newest version of the
+        registered model `name`; `alias` then means this version, until another run takes it."""
+        import mlflow.pyfunc
+        from mlflow.exceptions import MlflowException
+
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "model"
+            mlflow.pyfunc.save_model(
+                str(saved),
+                loader_module="pipelines.served",
+                data_path=str(local),
+                pip_requirements=[f"tcan=={__version__}"],
+            )
+            self.folder(saved, "model")
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"{self._client.get_run(self.id).info.artifact_uri}/model"
+        made = self._client.create_model_version(name, source, self.id)
+        self._client.set_registered_model_alias(name, re.sub(r"\W", "-", alias), made.version)
+
+    def last_step(self, key: str) -> int:
+        """The last step at which this number was recorded; 0: never."""
+        return max((metric.step for metric in self._client.get_metric_history(self.id, key)), default=0)
+
     def tag(self, key: str, value: str) -> None:
         self._client.set_tag(self.id, key, value)
 
@@ -181,6 +211,36 @@ def attach(config: TrackingConfig, run_id: str) -> Run:
             "or MLFLOW_TRACKING_URI, or start again in a new output folder"
         ) from None
     return Run(client, config, run_id)
+
+
+def local_model(model: str, config: TrackingConfig) -> Path:
+    """The model folder that is meant: a folder, or one that MLflow holds, by models:/NAME@ALIAS, models:/NAME/VERSION
+    or the id of the run that trained it; brought here when it lies elsewhere.
+
+    Raises UserError when MLflow has no such model.
+    """
+    of_run = re.fullmatch(r"[0-9a-f]{32}", model) and not Path(model).exists()
+    if not of_run and not model.startswith("models:/"):
+        return Path(model)
+
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    config = resolve(config)
+    client = _client(config)
+    try:
+        if of_run:
+            source = f"{client.get_run(model).info.artifact_uri}/model"
+        else:
+            source = client.get_model_version_download_uri(*get_model_name_and_version(client, model))
+        folder = Path(mlflow.artifacts.download_artifacts(source, tracking_uri=resolve_uri(config)))
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"{model}: not in {resolve_uri(config)} ({str(error).splitlines()[0]}); name a model folder, a run of training "
+            "or a registered model, and its store with --tracking.folder or MLFLOW_TRACKING_URI"
+        ) from None
+    return next((file.parent for file in folder.glob("data/*/tcan.json")), folder)
 
 
 def _client(config: TrackingConfig) -> "MlflowClient":

@@ -8,6 +8,7 @@ Nothing in it depends on the number of workers, the ZeRO stage or the precision 
 checkpoint when every worker has uploaded its share: before that it isn't there.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,16 +44,18 @@ def save(
     engine: Any,
     state: dict[str, Any],
     metrics: dict[str, float],
+    scratch: Path,
     save_model: Callable[[Path], None] | None = None,
 ) -> None:
     """Called by all workers at once; returns when this worker's share is on the local disk: the upload goes on beside
     the training, and what fails in it ends the worker.
 
-    state: of the loop, with the number of `step`s behind it; comes back from `load`.
+    scratch: a folder of this worker alone. state: of the loop, with the number of `step`s behind it; comes back from `load`.
     save_model: writes the model folder; called by all workers, and rank 0's is kept.
     """
     # Each worker writes to a folder of its own, as if on its own node; Ray Train puts them together.
-    folder = Path(tempfile.mkdtemp(prefix="tcan-checkpoint-"))
+    scratch.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=scratch))
     write(engine, folder, state)
     if save_model:
         save_model(folder / MODEL)
@@ -84,7 +87,13 @@ def write(engine: Any, folder: Path, state: dict[str, Any]) -> None:
             value = get_state(engine, parameter, key)  # by all
             if number % workers == rank:
                 share[f"{name}:{key}"] = value.cpu().clone().contiguous()
-    save_file(share, folder / f"trained-{rank:05d}-of-{workers:05d}.safetensors")
+    path = folder / f"trained-{rank:05d}-of-{workers:05d}.safetensors"
+    try:
+        save_file(share, path)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):  # what the command line knows how to say
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     if rank == 0:
         text = json.dumps(state | {"optimizer_steps": optimizer_steps(engine)}, indent=2)
         (folder / STATE).write_text(text + "\n")
@@ -121,10 +130,10 @@ class FrozenFingerprint:
     def _hash(self) -> tuple[list[str], Tensor]:
         named = [(name, p) for name, p in self._module.named_parameters() if not p.requires_grad]
         named += self._module.named_buffers()
-        hashes = [
-            torch.hash_tensor(getattr(t, "ds_tensor", t).detach()) for _, t in named if t.numel()
-        ]  # on the device: no copy
-        return [name for name, t in named if t.numel()], torch.stack(hashes).cpu()
+        tensors = {name: getattr(tensor, "ds_tensor", tensor).detach() for name, tensor in named}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+        hashes = [torch.hash_tensor(tensor) for tensor in tensors.values()]  # on the device: no copy
+        return list(tensors), torch.stack(hashes).cpu()
 
     def check(self) -> None:
         """Raises RuntimeError, with the name, when one has changed since the start."""

@@ -186,9 +186,10 @@ class Sampler:
 
     def video(self, step: int, index: int) -> Video:
         number, place = divmod(step * self.batch_size + index, len(self.videos))
-        if self._pass[0] != number:
-            self._pass = (number, self._rng(_PASS, number).permutation(len(self.videos)))
-        return self.videos[self._pass[1][place]]
+        order = self._pass  # once: another thread may ask for a step of another pass
+        if order[0] != number:
+            order = self._pass = (number, self._rng(_PASS, number).permutation(len(self.videos)))
+        return self.videos[order[1][place]]
 
     def sample(self, step: int, index: int) -> dict[str, np.ndarray]:
         """One sample, as `Batch` without its first axis."""

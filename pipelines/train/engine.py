@@ -257,8 +257,14 @@ def averaged(engine: Any) -> Iterator[None]:
     if AVERAGE not in state_keys(engine):
         yield
         return
+    # With ZeRO-0 in fp32 the module's weights are the optimizer's own: nothing else would remember them.
+    own = [p for _, p in trained(engine) if not _is_sharded(p) and _master(engine, p) is p]
+    weights = [p.detach().clone() for p in own]
     refresh(engine, AVERAGE)
     yield
+    with torch.no_grad():
+        for parameter, weight in zip(own, weights, strict=True):
+            parameter.copy_(weight)
     refresh(engine)
 
 

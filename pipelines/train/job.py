@@ -12,8 +12,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import ray
 import ray.train
@@ -27,10 +32,12 @@ from pipelines.train import checkpoint
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.loop import Task, bases_sources, run_worker, schedule_options, stage_of
+from pipelines.train.watch import Watch
 from tcan.errors import UserError
 from tcan.weights import MODEL_FILE, load_bases, read_model_info
 
 RUN_FILE = "run.json"
+REGISTERED = {1: "tcan-stage1", 2: "tcan"}  # names in MLflow's registry
 # Of a run that goes on, these may change: they move no number of it by more than rounding.
 MAY_CHANGE = {
     "workers",
@@ -39,12 +46,18 @@ MAY_CHANGE = {
     "zero_stage",
     "deepspeed",
     "gradient_checkpointing",
+    "min_workers",
     "max_failures",
     "keep_checkpoints",
+    "keep",
+    "validation_samples",
+    "bad_loss",
+    "spike",
+    "hang_seconds",
     "log_every",
     "cache_mb",
 }
-STAGE_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "picture_every"}
+STAGE_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "picture_every", "validate_every"}
 
 
 def train(
@@ -56,7 +69,8 @@ def train(
 ) -> Path:
     """Trains what is missing and returns the model folder of the last stage asked for.
 
-    from_model: the stage-1 model folder that stage 2 starts from, instead of OUT/stage1/model.
+    from_model: the stage-1 model that stage 2 starts from, instead of OUT/stage1/model: a folder, or as
+        `tracking.local_model` takes it.
     Raises UserError when the dataset, the bases, the model and the configuration don't fit each other, or OUT holds a
     run with other settings.
     """
@@ -70,7 +84,7 @@ def train(
         _train_stage(1, dataset, info, out, models[1], None, config)
     if stage == "1":
         return models[1]
-    start = Path(from_model).absolute() if from_model else models[1]
+    start = tracking.local_model(str(from_model), config.tracking).absolute() if from_model else models[1]
     if not from_model and not start.is_dir():
         raise UserError(
             f"stage 2 starts from {start}, which isn't there; run stage 1 first, or name a model with --from"
@@ -153,6 +167,7 @@ def _train_stage(
             tracking=record.config,
             run_id=record.id,
             deepspeed=given,
+            watch=ray.remote(num_cpus=0)(Watch).remote(),
             model_info={
                 "mlflow_run_id": record.id,
                 "dataset": settings["dataset"],
@@ -162,33 +177,104 @@ def _train_stage(
         )
         result = _fit(task, out)
         checkpoint.publish(result.checkpoint, model)
-        record.folder(model, "model")
+        record.model(model, REGISTERED[stage], alias=out.name)
         _write_run(folder, {**run, "finished_steps": stage_config.steps})
     print(f"stage {stage}: finished, model in {model}", flush=True)
 
 
 def _fit(task: Task, out: Path) -> ray.train.Result:
+    """Trains the stage. SIGTERM and Ctrl-C: a checkpoint after the step that is being taken, then SystemExit or
+    KeyboardInterrupt; a second one at once. Raises UserError for what the workers found that has to be mended."""
     config = task.config.train
     # Imports take most of a minute on a busy machine or a cold disk; Ray's own limit is one minute, then it starts over.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     resources = {"CPU": config.cpus_per_worker} | (
         {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
     )
+    elastic = config.min_workers is not None
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"task": task},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=(config.min_workers, config.workers) if elastic else config.workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=f"stage{task.stage}",  # with the storage path: what a later start goes on from
-            storage_path=str(out),
+            storage_path=config.storage or str(out),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=config.keep_checkpoints,
+                checkpoint_score_attribute="validation_loss" if config.keep == "best" else None,
+                checkpoint_score_order="min",
+            ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    return trainer.fit()
+    with _signals() as received:
+        fitted = _in_thread(trainer.fit)  # in the main thread, Ray Train would take Ctrl-C for itself
+        patience = 0.9 * config.hang_seconds  # a little before the workers end themselves
+        asked, told = task.watch.late.remote(patience), False
+        while not wait([fitted], timeout=0.5).done:
+            if received and not told:
+                told = True
+                task.watch.stop.remote()
+                print(
+                    f"stage {task.stage}: stops with a checkpoint after this step; again to stop at once",
+                    flush=True,
+                )
+            if ray.wait([asked], timeout=0)[0]:
+                if late := ray.get(asked):
+                    print(f"stage {task.stage}: {late}; all workers are started anew", flush=True)
+                asked = task.watch.late.remote(patience)
+    verdict = ray.get(task.watch.verdict.remote())
+    if verdict:
+        raise UserError(verdict)
+    result = fitted.result()
+    if received:
+        print(f"stage {task.stage}: stopped; the same command goes on", flush=True)
+        _interrupt(received[0])
+    return result
+
+
+def _in_thread(function: Callable[[], Any]) -> Future:
+    """Runs a function beside the main thread, which may end without waiting for it."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return future
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The first SIGTERM or SIGINT within is put into the list; the next one ends the process as usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            _interrupt(number)
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int) -> NoReturn:
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _connect(config: Config) -> None:
@@ -196,13 +282,13 @@ def _connect(config: Config) -> None:
     connect()
     if "RAY_ADDRESS" in os.environ:  # a cluster may grow
         return
-    needed = {"CPU": config.train.workers * config.train.cpus_per_worker}
-    needed["GPU"] = config.train.workers * config.train.gpus_per_worker
+    workers = config.train.min_workers or config.train.workers
+    needed = {"CPU": workers * config.train.cpus_per_worker, "GPU": workers * config.train.gpus_per_worker}
     there = ray.cluster_resources()
     for kind, amount in needed.items():
         if amount > there.get(kind, 0):
             raise UserError(
-                f"train.workers = {config.train.workers} need {amount} {kind}s, this machine has {there.get(kind, 0):.0f}; "
+                f"train.workers = {workers} need {amount} {kind}s, this machine has {there.get(kind, 0):.0f}; "
                 f"lower train.workers or train.{kind.lower()}s_per_worker"
             )
 

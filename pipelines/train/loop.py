@@ -3,6 +3,9 @@
 import dataclasses
 import math
 import os
+import resource
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,25 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipelines import tracking
 from pipelines.config import Config, StageConfig, TrackingConfig, TrainConfig
-from pipelines.train import checkpoint
+from pipelines.train import checkpoint, guard
 from pipelines.train.data import Batch, ClipStore, Sampler
 from pipelines.train.engine import averaged, make_engine
+from pipelines.train.validation import Samples, Validation, validation_sampler
+from pipelines.train.watch import Pulse
 from tcan.errors import UserError
 from tcan.model import TCAN, diffusion_loss
 from tcan.schedule import noise_schedule
+from tcan.video import write_video
 from tcan.weights import Bases, load_bases, load_model, portable_source, save_model
 
-PICTURE_SAMPLES = {1: 4, 2: 1}  # rows of a sample picture, by stage
-PICTURE_COLUMNS = 4  # of these frames of a clip, evenly spaced
-PICTURE_STEPS = 10  # DDIM steps: enough to judge by, few enough not to matter
+CLIP_FPS = 8  # of the sample clips
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Task:
     run_id: str
     deepspeed: dict[str, Any]
     """The user's own DeepSpeed settings."""
+    watch: Any
+    """The run's `Watch`."""
     model_info: dict[str, Any]
     """Written into the model folder beside the rest."""
 
@@ -53,12 +60,28 @@ class Task:
 def run_worker(settings: dict[str, Task]) -> None:
     """Ray Train's function: from the last checkpoint, if any, to the end of the stage.
 
-    Raises FloatingPointError when the loss is no number, RuntimeError when a frozen parameter has changed.
+    Raises UserError when memory is exhausted, FloatingPointError when the gradient is no number, RuntimeError when a
+    frozen parameter has changed. What the driver is to say instead of a failure it finds in `Task.watch`.
     """
     task = settings["task"]
-    config, stage_config = task.config.train, stage_of(task.config, task.stage)
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
+    if ray.get(task.watch.begin.remote(rank, workers)):
+        return
+    try:
+        _run(task, rank, workers)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        stage_config = stage_of(task.config, task.stage)
+        if reason := guard.out_of_memory(error, task.config.train, stage_config, task.stage):
+            ray.get(task.watch.give_up.remote(reason))  # the next try would end like this one
+            raise UserError(reason) from error
+        raise
+    finally:
+        guard.disarm()
+
+
+def _run(task: Task, rank: int, workers: int) -> None:
+    config, stage_config = task.config.train, stage_of(task.config, task.stage)
     os.environ["DS_ACCELERATOR"] = "cuda" if config.gpus_per_worker else "cpu"
     device = ray.train.torch.get_device()
     torch.set_num_threads(config.cpus_per_worker)
@@ -67,15 +90,45 @@ def run_worker(settings: dict[str, Task]) -> None:
     bases.scheduler = noise_schedule(bases.scheduler, **schedule_options(config))
     engine = make_engine(_model(task, bases), config, stage_config, workers, task.deepspeed)
     frozen = checkpoint.FrozenFingerprint(engine.module)
-    done = checkpoint.load(engine)["step"]
+    state = checkpoint.load(engine)
+    done = saved = state["step"]
+    scratch = Path(tempfile.gettempdir()) / f"tcan-{task.run_id}-{rank}"
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed worker left
+    loss_guard = guard.LossGuard(config.spike, state)
 
-    sampler = _sampler(task, stage_config, "train")
+    def make(split: str, batch_size: int) -> Sampler:
+        return _sampler(task, dataclasses.replace(stage_config, batch_size=batch_size), split)
+
+    def loss_of(batch: Batch, snr_gamma: float | None = None) -> Tensor:
+        return _loss(engine, bases, batch, device, snr_gamma)
+
+    sampler = make("train", stage_config.batch_size)
     log = _Log(task, stage_config, rank, done)
-    pictures = _Pictures(task, bases, device) if stage_config.picture_every else None
+    samples = validation = None
+    if stage_config.picture_every:
+        samples = Samples(make, task.stage, bases, device, lambda batch: _on(batch, device))
+    if stage_config.validate_every and (held_out := validation_sampler(make, config.validation_samples)):
+        validation = Validation(held_out, config.validation_samples)
+    judged: dict[str, float] = {}
+
+    def save(step: int, last: bool) -> None:
+        began = time.perf_counter()
+        frozen.check()
+        log.flush(step)
+        writer = _model_writer(task, engine, bases) if last else None
+        # Every checkpoint has a score, else keep-best could not order them.
+        score = {"validation_loss": judged.get("validation_loss", math.inf)} if config.keep == "best" else {}
+        checkpoint.save(engine, {"step": step, "model": last, **loss_guard.state}, score, scratch, writer)
+        log.metrics({"checkpoint_seconds": time.perf_counter() - began}, step)
+
+    if done >= stage_config.steps and not state.get("model"):  # it now ends sooner than it was begun to
+        save(done, True)
     ahead = ThreadPoolExecutor(1, "data")
     share = (rank, workers, stage_config.micro_batch)
     upcoming = ahead.submit(sampler.worker_batches, done, *share)
+    pulse, left = Pulse(task.watch, rank), False
     for step in range(done, stage_config.steps):
+        guard.arm(config.hang_seconds)
         began = time.perf_counter()
         batches = upcoming.result()
         waited = time.perf_counter() - began
@@ -84,26 +137,61 @@ def run_worker(settings: dict[str, Task]) -> None:
         lr = learning_rate(step, stage_config)
         for group in engine.basic_optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=device)
+        own = torch.zeros((), device=device)
         for batch in batches:
-            part = _loss(engine, bases, batch, device, config.snr_gamma)
+            part = loss_of(batch, config.snr_gamma)
             engine.backward(part)
-            engine.step()  # an optimizer step at the last of them
-            loss += part.detach() / len(batches)
-        log.step(step + 1, loss, engine.get_global_grad_norm(), lr, time.perf_counter() - began, waited)
+            own += part.detach() / len(batches)
+            if batch is not batches[-1]:
+                engine.step()  # counts the accumulation
+        stop, leaving = pulse.beat(step + 1), ray.train.get_preemption_info() is not None
+        loss, stop, leaving = _agree(own, stop, leaving)
+        fault = loss_guard.fault(loss)
+        engine.basic_optimizer.leave_out = fault is not None
+        engine.step()
+        if fault:
+            norm = math.nan
+            videos = sorted({sampler.video(step, i).video_id for i in range(stage_config.batch_size)})
+            fault = f"stage {task.stage}, step {step + 1}: {fault}; videos {', '.join(videos)}"
+            if config.bad_loss == "stop":
+                kept = (
+                    f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+                )
+                advice = "lower lr, look at these videos, or set train.bad_loss to skip"
+                ray.get(task.watch.give_up.remote(f"{fault}; {kept}; {advice}"))
+                break
+            if rank == 0:
+                print(f"{fault}: step left out", flush=True)
+        elif not math.isfinite(norm := float(engine.get_global_grad_norm())):
+            raise FloatingPointError(f"stage {task.stage}: the gradient's norm is {norm} at step {step + 1}")
+        log.step(step + 1, loss, norm, lr, time.perf_counter() - began, waited)
 
         last = step + 1 == stage_config.steps
-        if pictures and (last or (step + 1) % stage_config.picture_every == 0):
+        if validation and (last or (step + 1) % stage_config.validate_every == 0):
+            with averaged(engine):
+                judged = validation.measure(loss_of, device)
+            log.metrics(judged, step + 1)
+        if samples and (last or (step + 1) % stage_config.picture_every == 0):
             # By all workers: under ZeRO-3 each holds a part of the weights.
             with averaged(engine):
-                log.picture(pictures.draw(engine.module), step + 1)
-        if last or (step + 1) % stage_config.checkpoint_every == 0:
-            frozen.check()
-            log.flush(step + 1)
-            writer = _model_writer(task, engine, bases) if last else None
-            checkpoint.save(engine, {"step": step + 1}, {"loss": log.last_loss}, writer)
+                picture, clip = samples.draw(engine.module)
+            log.samples(picture, clip, step + 1)
+        if last or stop or (leaving and not left) or (step + 1) % stage_config.checkpoint_every == 0:
+            save(saved := step + 1, last)
+            left |= leaving  # Ray Train takes the workers away when the machine goes, and starts others
+        if stop:
+            break
     ahead.shutdown(cancel_futures=True)
     log.close()
+
+
+def _agree(loss: Tensor, *wishes: bool) -> Any:
+    """The mean of the workers' losses, and of each wish whether one of them has it: the same on all of them."""
+    wished = torch.tensor([float(wish) for wish in wishes], device=loss.device)
+    together = torch.cat([loss.float()[None] / dist.get_world_size(), wished])
+    dist.all_reduce(together)
+    mean, *counts = together.tolist()
+    return mean, *(count > 0 for count in counts)
 
 
 def stage_of(config: Config, stage: int) -> StageConfig:
@@ -221,60 +309,58 @@ def _model_writer(task: Task, engine: Any, bases: Bases) -> Callable[[Path], Non
 class _Log:
     """Numbers of every step: into the run from rank 0, by a thread so that no step waits; a line now and then.
 
-    The losses of all workers are averaged only when a line is due: an exchange a line, not one a step.
+    No step is recorded twice: one that is done again after a restart was recorded the first time.
     """
 
     def __init__(self, task: Task, stage: StageConfig, rank: int, done: int):
         self._task, self._stage, self._rank = task, stage, rank
-        self._pending: list[tuple[int, Tensor, dict[str, float]]] = []
+        self._rows: list[dict[str, float]] = []
         self._writer = ThreadPoolExecutor(1, "tracking")
         self._written = [self._writer.submit(self._attach)] if rank == 0 else []
         self._began, self._done_before = time.perf_counter(), done
-        self.last_loss = math.nan
 
     def _attach(self) -> None:
         self._run = tracking.attach(self._task.tracking, self._task.run_id)
+        self._recorded = {
+            key: self._run.last_step(key) for key in ("loss", "validation_loss", "checkpoint_seconds")
+        }
 
-    def step(self, step: int, loss: Tensor, grad_norm: Any, lr: float, seconds: float, waited: float) -> None:
+    def step(
+        self, step: int, loss: float, grad_norm: float, lr: float, seconds: float, waited: float
+    ) -> None:
         values = {
-            "grad_norm": float(grad_norm),
+            "loss": loss,
+            "grad_norm": grad_norm,
             "lr": lr,
             "samples_per_second": self._stage.batch_size / seconds,
             "step_seconds": seconds,
             "data_wait_seconds": waited,
+            "memory_gb": _memory() / 1e9,
         }
-        self._pending.append((step, loss, values))
+        self._rows.append(values)
+        self.metrics(values, step)
         if step % self._task.config.train.log_every == 0 or step == self._stage.steps:
-            self.flush(step)
+            self._print(step)
 
-    def flush(self, step: int) -> None:
-        """Called by all workers at the same step."""
-        if not self._pending:
-            return
-        losses = torch.stack([loss for _, loss, _ in self._pending])
-        dist.all_reduce(losses)
-        losses = (losses / dist.get_world_size()).tolist()
-        rows = [
-            (at, {"loss": loss, **values})
-            for (at, _, values), loss in zip(self._pending, losses, strict=True)
-        ]
-        self._pending = []
-        self.last_loss = losses[-1]
+    def metrics(self, values: dict[str, float], step: int) -> None:
         if self._rank == 0:
-            self._written.append(self._writer.submit(self._write, rows))
-            self._print(step, rows)
-        for at, values in rows:
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(
-                    f"stage {self._task.stage}: the loss is {values['loss']} at step {at}"
-                )
+            self._written.append(self._writer.submit(self._write, values, step))
 
-    def _write(self, rows: list[tuple[int, dict[str, float]]]) -> None:
-        for step, values in rows:
+    def _write(self, values: dict[str, float], step: int) -> None:
+        if step > self._recorded[next(iter(values))]:
             self._run.metrics(values, step)
 
-    def _print(self, step: int, rows: list[tuple[int, dict[str, float]]]) -> None:
-        mean = {key: sum(values[key] for _, values in rows) / len(rows) for key in rows[0][1]}
+    def flush(self, step: int) -> None:
+        """Before a checkpoint of this step: a run that goes on from it will not make these numbers again."""
+        written, self._written = self._written, []
+        for one in written:
+            one.result()
+
+    def _print(self, step: int) -> None:
+        rows, self._rows = self._rows, []
+        if self._rank != 0:
+            return
+        mean = {key: sum(values[key] for values in rows) / len(rows) for key in rows[0]}
         left = (time.perf_counter() - self._began) / (step - self._done_before) * (self._stage.steps - step)
         print(
             f"stage {self._task.stage}: step {step}/{self._stage.steps}  loss {mean['loss']:.4f}  "
@@ -284,57 +370,28 @@ class _Log:
             flush=True,
         )
 
-    def picture(self, picture: np.ndarray, step: int) -> None:
+    def samples(self, picture: np.ndarray, clip: np.ndarray, step: int) -> None:
+        """The picture as one of a series, and the clip, where it moves, as a video that plays in the page."""
+
+        def write() -> None:
+            self._run.picture(picture, "samples", step)
+            if len(clip) > 1:
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / f"step_{step:06d}.mp4"
+                    write_video(iter(clip), path, CLIP_FPS)
+                    self._run.file(path, "clips")
+
         if self._rank == 0:
-            self._written.append(self._writer.submit(lambda: self._run.picture(picture, "samples", step)))
+            self._written.append(self._writer.submit(write))
 
     def close(self) -> None:
         """Waits for what is still being written; an error of it comes out here."""
         self._writer.shutdown()
-        for written in self._written:
-            written.result()
+        self.flush(self._stage.steps)
 
 
-class _Pictures:
-    """Fixed samples of the validation split (of the train split when that has none) as pictures, one row a sample:
-    reference, then pose, prediction and truth of a few frames. Without guidance: the model as it is."""
-
-    def __init__(self, task: Task, bases: Bases, device: torch.device):
-        samples = PICTURE_SAMPLES[task.stage]
-        stage = dataclasses.replace(stage_of(task.config, task.stage), batch_size=samples)
-        try:
-            sampler = _sampler(task, stage, "validation")
-        except UserError:
-            sampler = _sampler(task, stage, "train")
-        self._batch, self._device = sampler.batch(0, range(samples)), device
-        self._vae = bases.vae.to(device)
-        self._scheduler = type(bases.scheduler).from_config(bases.scheduler.config)
-        self._scheduler.set_timesteps(PICTURE_STEPS, device=device)
-        self._truth = self._decode(self._batch.latents)
-        self._reference = self._decode(self._batch.reference[:, None])
-
-    @torch.no_grad()
-    def draw(self, model: nn.Module) -> np.ndarray:
-        """uint8 [H, W, 3]."""
-        t = _on(self._batch, self._device)
-        latents = t["noise"]
-        for step in self._scheduler.timesteps:
-            eps = model(latents, step.expand(len(latents)), t["pose"], t["reference"])
-            latents = self._scheduler.step(eps.float(), step, latents).prev_sample
-        prediction = self._decode(latents)
-        frames = sorted({round(i) for i in np.linspace(0, latents.shape[1] - 1, PICTURE_COLUMNS)})
-        pose = self._batch.pose.numpy()
-        rows = [
-            [self._reference[i, 0], *(part[i, f] for f in frames for part in (pose, prediction, self._truth))]
-            for i in range(len(latents))
-        ]
-        return np.concatenate([np.concatenate(row, axis=1) for row in rows])
-
-    @torch.no_grad()
-    def _decode(self, latents: Tensor) -> np.ndarray:
-        """Scaled latents [B, F, 4, h, w] -> uint8 [B, F, H, W, 3]."""
-        shape = latents.shape[:2]
-        unscaled = latents.flatten(0, 1).to(self._device, self._vae.dtype) / self._vae.config.scaling_factor
-        pictures = torch.cat([self._vae.decode(frame[None]).sample for frame in unscaled])
-        pictures = ((pictures.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return pictures.unflatten(0, shape).movedim(2, -1).cpu().numpy()
+def _memory() -> int:
+    """Bytes that this worker has taken at most: of the GPU, without one of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -34,6 +34,25 @@ def client_of(config: Config) -> MlflowClient:
     return MlflowClient(f"sqlite:///{config.tracking.folder}/mlflow.db")
 
 
+def test_a_registered_model_is_found(config: Config, tmp_path: Path) -> None:
+    contents = {}
+    for number in (1, 2):
+        folder = tmp_path / f"out{number}" / "model"
+        folder.mkdir(parents=True)
+        (folder / "tcan.json").write_text(str(number))
+        with tracking.run("stage2", "stage 2", config.tracking, {}) as run:
+            run.model(folder, "tcan", alias=f"out.{number}")
+        contents |= {f"models:/tcan@out-{number}": number, f"models:/tcan/{number}": number, run.id: number}
+    contents["models:/tcan@latest"] = 2
+    for reference, number in contents.items():
+        found = tracking.local_model(reference, config.tracking)
+        assert (found / "tcan.json").read_text() == str(number), reference
+    assert tracking.local_model("some/folder", config.tracking) == Path("some/folder")
+    for unknown in ("models:/tcan@other", "models:/nothing@latest", "0" * 32):
+        with pytest.raises(UserError, match=f"{unknown}: not in .*--tracking.folder"):
+            tracking.local_model(unknown, config.tracking)
+
+
 def test_round_trip(config: Config, tmp_path: Path) -> None:
     params = dataclasses.asdict(config)
     (tmp_path / "film.mp4").write_bytes(b"film")

@@ -1,18 +1,25 @@
 """Training: which sample comes when, and real runs of Ray Train workers with DeepSpeed engines."""
 
 import json
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
 from safetensors.torch import load_file
@@ -21,10 +28,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from pipelines import tracking
 from pipelines.config import Config, load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
+from pipelines.train.checkpoint import FrozenFingerprint
 from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
+from pipelines.train.guard import LossGuard, out_of_memory
+from pipelines.train.watch import Watch
 from tcan.errors import UserError
 from tcan.pose import draw_poses
 from tcan.weights import fingerprint
+from tests import compare_losses
 
 SIZE = 64
 ROOT = Path(__file__).parents[2]
@@ -251,6 +263,119 @@ def test_latents_are_drawn_from_the_posterior(tmp_path):
     assert values.std() == pytest.approx(2 * 0.5, abs=0.05)
 
 
+# --- guards, settings ------------------------------------------------------------------------------------------------
+
+
+def test_a_spike_is_told_from_the_mean_before_it_also_after_a_restart():
+    guard = LossGuard(10.0, {})
+    assert guard.fault(1e9) is None and guard.fault(float("nan")) == "the loss is nan"
+    guard = LossGuard(10.0, {})
+    assert [guard.fault(0.1) for _ in range(25)] == [None] * 25
+    again = LossGuard(10.0, json.loads(json.dumps(guard.state)))
+    for one in (guard, again):
+        assert "20 times" in one.fault(2.0) and "inf" in one.fault(float("inf"))
+        assert one.fault(0.9) is None  # below ten times; the spike itself didn't count
+    assert LossGuard(0.0, guard.state).fault(1e9) is None
+
+
+def test_a_deepspeed_json_adds_and_contradictions_are_named(tmp_path):
+    config = load_config("--train.workers=2", f"--train.deepspeed={tmp_path / 'ds.json'}").train
+    given = {
+        "train_batch_size": "auto", "gradient_clipping": 1.0, "communication_data_type": "fp32",
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+    }  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps(given))
+    merged = deepspeed_settings(config, config.stage1, 2, read_settings(config.deepspeed))
+    assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert merged["train_batch_size"] == 16 and merged["communication_data_type"] == "fp32"
+    given = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}, "fp16": {"enabled": True}}
+    with pytest.raises(UserError) as error:
+        deepspeed_settings(config, config.stage1, 2, given)
+    for part in (
+        "zero_optimization.stage is 3, not 2",
+        "train.zero_stage",
+        "optimizer",
+        "fp16.enabled",
+        "ds.json",
+    ):
+        assert part in str(error.value)
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(UserError, match=r"ds.json: cannot be read"):
+        read_settings(config.deepspeed)
+
+
+def test_who_hangs_is_named(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watch = Watch()
+    for rank in range(3):
+        assert watch.begin(rank, 3) is None
+    assert watch.late(10) is None
+    for rank, step in ((0, 5), (1, 5), (2, 5), (0, 6), (2, 6)):
+        assert not watch.beat(rank, step, f"machine {rank}")
+    now = 9.0
+    assert watch.late(10) is None
+    now = 10.0
+    assert watch.late(10) == "no step for 10 s; worker 1 (machine 1) hung after step 5"
+    assert watch.late(10) is None
+    watch.stop()
+    watch.give_up("first")
+    watch.give_up("second")
+    assert watch.beat(0, 7, "") and watch.verdict() == watch.begin(0, 3) == "first"
+
+
+def test_out_of_memory_says_what_to_change():
+    config = load_config("--train.zero_stage=1").train
+    said = out_of_memory(torch.OutOfMemoryError("CUDA out of memory"), config, config.stage1, 1)
+    for key in ("train.stage1.micro_batch (8)", "train.gradient_checkpointing", "train.zero_stage (1)"):
+        assert key in said
+    assert out_of_memory(RuntimeError("something else"), config, config.stage1, 1) is None
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60)  # a CPU's own words
+    assert out_of_memory(error.value, config, config.stage1, 1)
+
+
+def test_a_frozen_tensor_that_moves_is_named():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    module[0].requires_grad_(False)
+    frozen = FrozenFingerprint(module)
+    with torch.no_grad():
+        module[1].weight += 1  # trained
+        frozen.check()
+        module[0].weight[1, 0] += 1e-6
+    with pytest.raises(RuntimeError, match=r"1 frozen tensors have changed, such as 0\.weight"):
+        frozen.check()
+
+
+def test_the_average_is_that_of_the_weights():
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = AdamW([weight], 0.9, lr=0.1)
+    optimizer.start([weight])
+    expected = 1.0
+    for step in range(1, 30):
+        weight.grad = torch.tensor([1.0])
+        optimizer.leave_out = step % 5 == 0
+        before = weight.item()
+        optimizer.step()
+        if optimizer.leave_out:
+            assert weight.item() == before
+            continue
+        taken = step - step // 5
+        decay = min(0.9, (1 + taken) / (10 + taken))
+        expected = decay * expected + (1 - decay) * weight.item()
+    assert optimizer.state[weight]["ema"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_losses_of_two_runs_are_compared(tmp_path, monkeypatch, capsys):
+    for name, values in (("a", {1: 0.5, 2: 0.25}), ("b", {1: 0.5, 2: 0.2501, 3: 0.1})):
+        (tmp_path / name).write_text(json.dumps(values))
+    for tolerance, status in (("1e-3", 0), ("1e-4", 1)):
+        files = [str(tmp_path / "a"), str(tmp_path / "b")]
+        monkeypatch.setattr(sys, "argv", ["compare_losses", *files, "--tolerance", tolerance])
+        assert compare_losses.main() == status
+        assert "2 steps in both, 1 in one alone; differ most at step 2" in capsys.readouterr().out
+
+
 # --- real runs -------------------------------------------------------------------------------------------------------
 
 
@@ -297,11 +422,12 @@ def bases(tmp_path_factory) -> Path:
 def clips(tmp_path_factory, bases) -> Path:
     vae = fingerprint(AutoencoderKL.from_pretrained(bases / "vae"))
     folder = tmp_path_factory.mktemp("clips") / "dataset"
-    write_dataset(folder, {name: [(0, 16), (16, 16)] for name in "abcdef"}, SIZE, SIZE, vae)
+    write_dataset(folder, {name: [(0, 16), (16, 16)] for name in "abcdefgh"}, SIZE, SIZE, vae)
     rng = np.random.default_rng(0)
     for path in (folder / "clips").glob("*.parquet"):
         rows = pq.read_table(path).to_pylist()
         for row in rows:
+            row["split"] = "validation" if row["video_id"] in "gh" else "train"
             row["latent_mean"] = rng.normal(0, 2, (16, 4, 8, 8)).astype("<f2").tobytes()
             row["latent_logvar"] = rng.normal(-3, 1, (16, 4, 8, 8)).astype("<f2").tobytes()
             row["reference_latent_mean"] = rng.normal(0, 2, (4, 8, 8)).astype("<f2").tobytes()
@@ -312,15 +438,20 @@ def clips(tmp_path_factory, bases) -> Path:
 STEPS = {1: 12, 2: 4}
 
 
-def configured(bases: Path, folder: Path, *more: str) -> Config:
+def arguments(bases: Path, folder: Path, *more: str) -> list[str]:
     keys = {
         "size": SIZE, "tracking.folder": folder / "mlflow", "train.log_every": 3, "train.workers": 2, "train.frames": 8,
         **{f"bases.{part}": bases for part in ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")},
         "train.stage1.steps": STEPS[1], "train.stage1.checkpoint_every": 3, "train.stage1.picture_every": 0,
         "train.stage2.steps": STEPS[2], "train.stage2.checkpoint_every": 2, "train.stage2.picture_every": 4,
+        "train.stage1.validate_every": 6, "train.stage2.validate_every": 4, "train.validation_samples": 3,
         **{f"train.stage{n}.batch_size": 4 for n in (1, 2)}, **{f"train.stage{n}.micro_batch": 2 for n in (1, 2)},
     }  # fmt: skip
-    return load_config(*(f"--{key}={value}" for key, value in keys.items()), *more)
+    return [*(f"--{key}={value}" for key, value in keys.items()), *more]
+
+
+def configured(bases: Path, folder: Path, *more: str) -> Config:
+    return load_config(*arguments(bases, folder, *more))
 
 
 def weights(model: Path) -> dict[str, bytes]:
@@ -332,15 +463,15 @@ def weights(model: Path) -> dict[str, bytes]:
     }
 
 
-def losses(config: Config, out: Path, stage: int) -> dict[int, set[float]]:
-    """Step -> the values of its loss in the MLflow run."""
+def losses(config: Config, out: Path, stage: int, key: str = "loss") -> dict[int, list[float]]:
+    """Step -> all values of its loss in the MLflow run."""
     from mlflow import MlflowClient
 
     run_id = json.loads((out / f"stage{stage}" / "run.json").read_text())["mlflow_run_id"]
-    history = MlflowClient(tracking.resolve_uri(config.tracking)).get_metric_history(run_id, "loss")
-    values: dict[int, set[float]] = {}
+    history = MlflowClient(tracking.resolve_uri(config.tracking)).get_metric_history(run_id, key)
+    values: dict[int, list[float]] = {}
     for metric in history:
-        values.setdefault(metric.step, set()).add(metric.value)
+        values.setdefault(metric.step, []).append(metric.value)
     return values
 
 
@@ -355,16 +486,19 @@ def calm(tmp_path_factory, bases, clips, ray_cluster) -> tuple[Config, Path]:
     return config, folder / "out"
 
 
-def kill_a_worker(storage: Path, killed: list[int], over: threading.Event) -> None:
-    """Waits for the first checkpoint, then SIGKILLs a worker of the run."""
-    while not (storage / "checkpoint_manager_snapshot.json").exists():
-        if over.wait(0.05):
-            return
-    for process in psutil.Process().children(recursive=True):
-        if "RayTrainWorker" in " ".join(process.cmdline()):
-            process.kill()
-            killed.append(process.pid)
-            return
+def workers_of(driver: psutil.Process) -> list[psutil.Process]:
+    return [p for p in driver.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def strike(storage: Path, blows: list[signal.Signals], over: threading.Event) -> None:
+    """After the first checkpoint a worker gets the first signal, after the next one a worker the next, and so on."""
+    seen = ""
+    while blows and not over.wait(0.05):
+        snapshot = storage / "checkpoint_manager_snapshot.json"
+        if snapshot.exists() and (now := snapshot.read_text()) != seen:
+            seen = now
+            if workers := workers_of(psutil.Process()):
+                workers[-1].send_signal(blows.pop(0))
 
 
 @pytest.fixture(scope="module")
@@ -393,10 +527,9 @@ def engines(tmp_path_factory, bases, clips) -> dict[int, dict[str, dict]]:
 @pytest.mark.slow
 def test_every_zero_stage_takes_the_same_steps(engines):
     for name, found in engines[2].items():
-        # bf16 has 8 bits of mantissa: a loss differs by about 2**-8 between ways to add up.
-        tolerance = 1e-5 if "fp32" in name else 2e-2
+        # fp32: only the order of sums differs. bf16 has 8 bits of mantissa; its losses were seen to be 5e-4 from fp32's.
+        tolerance = 1e-5 if "fp32" in name else 2e-3
         assert found["losses"] == pytest.approx(engines[2]["zero2-fp32"]["losses"], rel=tolerance), name
-        assert found["losses"] != sorted(found["losses"]) or len(set(found["losses"])) == len(found["losses"])
 
 
 @pytest.mark.slow
@@ -416,10 +549,9 @@ def test_only_what_is_trained_is_in_the_optimizer_and_in_checkpoints(engines, ba
 def test_one_worker_goes_on_from_the_checkpoint_of_two(engines):
     assert len(engines[1]) > len(engines[2])  # also as another ZeRO stage
     for name, found in engines[1].items():
-        tolerance = 1e-5 if "fp32" in name else 2e-2
+        tolerance = 1e-5 if "fp32" in name else 2e-3
         before = engines[2][name.split(" as ")[0]]["losses"]
         assert found["losses"] == pytest.approx(before[-len(found["losses"]) :], rel=tolerance), name
-        assert before[: len(found["losses"])] != pytest.approx(found["losses"], rel=tolerance), name
 
 
 @pytest.mark.slow
@@ -429,6 +561,9 @@ def test_both_stages_train_their_own_parts(calm):
         curve = losses(config, out, stage)
         assert sorted(curve) == list(range(1, STEPS[stage] + 1))
         assert all(len(values) == 1 and np.isfinite([*values]).all() for values in curve.values())
+        bands = ["", "_t000-249", "_t250-499", "_t500-749", "_t750-999"]
+        judged = [losses(config, out, stage, f"validation_loss{band}")[STEPS[stage]][0] for band in bands]
+        assert judged[0] == pytest.approx(np.mean(judged[1:]), rel=1e-5)
     first, final = weights(out / "stage1" / "model"), weights(out / "model")
     of_stage1 = {"appa", "appearance_unet"}
     assert {name.split("/")[0] for name in first} == of_stage1
@@ -436,6 +571,48 @@ def test_both_stages_train_their_own_parts(calm):
     assert all(final[name] == first[name] for name in first)  # stage 2 left them alone
     assert json.loads((out / "model" / "tcan.json").read_text())["stage"] == 2
     assert len([*(out / "stage1").glob("step_*")]) == config.train.keep_checkpoints
+
+
+@pytest.mark.slow
+def test_a_finished_model_is_found_in_the_registry(calm, tmp_path):
+    import mlflow
+
+    config, out = calm
+    found = {}
+    for stage, name in ((1, "tcan-stage1"), (2, "tcan")):
+        run_id = json.loads((out / f"stage{stage}" / "run.json").read_text())["mlflow_run_id"]
+        for reference in (f"models:/{name}@latest", f"models:/{name}@out", f"models:/{name}/1", run_id):
+            found[reference] = weights(tracking.local_model(reference, config.tracking))
+            assert found[reference] == weights(out / "stage1" / "model" if stage == 1 else out / "model")
+    mlflow.set_tracking_uri(tracking.resolve_uri(config.tracking))
+    assert mlflow.pyfunc.load_model("models:/tcan@latest").predict([]) == []
+    with pytest.raises(UserError, match="models:/tcan@other: not in"):
+        tracking.local_model("models:/tcan@other", config.tracking)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_and_names_the_videos(tmp_path, bases, clips, ray_cluster):
+    from pipelines.train.job import train
+
+    bad = shutil.copytree(clips, tmp_path / "bad")
+    for path in (bad / "clips").glob("*.parquet"):
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            if row["video_id"] == "c":
+                row["latent_mean"] = np.full((16, 4, 8, 8), np.nan, "<f2").tobytes()
+        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    keys = ("--train.workers=1", "--train.stage1.batch_size=2", "--train.stage1.checkpoint_every=1")
+    with pytest.raises(UserError, match=r"the loss is nan; videos .*c.*; .*train.bad_loss") as stopped:
+        train(bad, tmp_path / "out", configured(bases, tmp_path, *keys), stage="1")
+    step = int(re.search(r"step (\d+)", str(stopped.value))[1])
+    assert ("no checkpoint yet" if step == 1 else f"checkpoint is of step {step - 1}") in str(stopped.value)
+    # Each video comes once in three steps of two: a third of the steps are left out.
+    keys += ("--train.bad_loss=skip", "--train.stage1.validate_every=0", "--train.stage1.steps=6")
+    config = configured(bases, tmp_path, *keys)
+    train(bad, tmp_path / "out", config, stage="1")
+    curve = losses(config, tmp_path / "out", 1)
+    assert sorted(curve) == list(range(1, 7)) and sum(np.isnan(v).any() for v in curve.values()) == 2
+    assert all(np.isfinite(np.frombuffer(w, np.float32)).all() for w in weights(tmp_path / "out").values())
 
 
 @pytest.mark.slow
@@ -453,33 +630,87 @@ def test_again_leaves_what_is_finished_alone(calm, clips, capsys):
 
 
 @pytest.mark.slow
-def test_killed_worker_changes_nothing(calm, tmp_path, bases, clips, ray_cluster):
+def test_a_worker_killed_and_one_that_hangs_change_nothing(calm, tmp_path, bases, clips, ray_cluster, capfd):
     from pipelines.train.job import train
 
-    config, killed, over = configured(bases, tmp_path), [], threading.Event()
-    watcher = threading.Thread(target=kill_a_worker, args=(tmp_path / "out" / "stage1", killed, over))
+    config, over = configured(bases, tmp_path, "--train.hang_seconds=30"), threading.Event()
+    blows = [signal.SIGKILL, signal.SIGSTOP]
+    watcher = threading.Thread(target=strike, args=(tmp_path / "out" / "stage1", blows, over))
     watcher.start()
     try:
         train(clips, tmp_path / "out", config, stage="1")
     finally:
         over.set()
         watcher.join()
-    assert killed
-    assert losses(config, tmp_path / "out", 1) == losses(*calm, 1)  # a repeated step repeats its value
+    assert not blows
+    assert "hung after step" in capfd.readouterr().out
+    assert losses(config, tmp_path / "out", 1) == losses(*calm, 1)  # the same, and none recorded twice
     assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
 
 
 @pytest.mark.slow
-def test_one_worker_follows_the_curve_of_two(calm, tmp_path, bases, clips, ray_cluster):
+def test_a_driver_killed_and_interrupted_goes_on(calm, tmp_path, bases, clips):
+    from mlflow import MlflowClient
+
+    keys = arguments(bases, tmp_path)
+    out, said = tmp_path / "out", tmp_path / "said.txt"
+
+    def start() -> psutil.Popen:
+        command = [sys.executable, "-m", "pipelines.cli", "train", clips, "--out", out, "--stage", "1", *keys]
+        with said.open("w") as file:
+            return psutil.Popen([*map(str, command)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+
+    def wait_for(driver: psutil.Popen, happened: Callable[[], Any]) -> None:
+        while not happened():
+            assert driver.poll() is None, said.read_text()
+            time.sleep(0.05)
+
+    driver = start()
+    wait_for(driver, (out / "stage1" / "checkpoint_manager_snapshot.json").exists)
+    driver.kill()
+    driver.wait()
+    driver = start()
+    wait_for(driver, lambda: workers_of(driver))
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait() == 130, said.read_text()
+    assert "stopped; the same command goes on" in said.read_text()
+    stopped_at = max(int(folder.name.split("_")[1]) for folder in (out / "stage1").glob("step_*"))
+    assert stopped_at % 3 and stopped_at < STEPS[1]  # a checkpoint of its own
+    assert start().wait() == 0, said.read_text()
+
+    config = load_config(*keys)
+    assert losses(config, out, 1) == losses(*calm, 1)
+    assert weights(out / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
+    client = MlflowClient(tracking.resolve_uri(config.tracking))
+    assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
+
+
+@pytest.mark.slow
+def test_what_room_there_is_follows_the_same_curve(calm, tmp_path, bases, clips, ray_cluster):
     from pipelines.train.job import train
 
+    @ray.remote(num_cpus=1)
+    class Other:
+        """Takes one of the two CPUs."""
+
+        def is_there(self) -> bool:
+            return True
+
+    other = Other.remote()
+    assert ray.get(other.is_there.remote())
     config = configured(
-        bases, tmp_path, "--train.workers=1", "--train.stage1.micro_batch=4", "--train.stage2.micro_batch=4"
+        bases, tmp_path, "--train.min_workers=1", f"--train.storage=file://{tmp_path}/storage"
     )
     train(clips, tmp_path / "out", config)
+    ray.kill(other)
+    assert len([*(tmp_path / "storage" / "stage1").glob("step_*")]) == config.train.keep_checkpoints
+    for file in (tmp_path / "storage" / "stage1").glob("step_*/trained-*"):
+        assert file.name == "trained-00000-of-00001.safetensors"
     for stage in (1, 2):
-        one, two = losses(config, tmp_path / "out", stage), losses(*calm, stage)
-        assert [*map(max, one.values())] == pytest.approx([*map(max, two.values())], rel=1e-4)
+        for key in ("loss", "validation_loss"):
+            one, two = losses(config, tmp_path / "out", stage, key), losses(*calm, stage, key)
+            assert one.keys() == two.keys()
+            assert [*map(max, one.values())] == pytest.approx([*map(max, two.values())], rel=1e-4)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
