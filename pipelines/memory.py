@@ -13,7 +13,8 @@ from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
 from pipelines.config import BasesConfig, Config
 from tcan.errors import UserError
 from tcan.memory import TrainingMemory, fake_tcan, training_memory
-from tcan.weights import locate
+from tcan.weights.bases import locate
+from tcan.weights.original import SD15
 
 BATCHES = (1, 2, 4, 8)
 GIB = 2**30
@@ -77,24 +78,22 @@ def _sums(found: dict[bool, TrainingMemory], batch: int, gpus: int) -> list[str]
 
 
 def networks(bases: BasesConfig, lora_rank: int) -> dict[str, Any]:
-    """What TCAN is built on, with the configurations of the bases where these are local, else with SD1.5's."""
-    prompt = _config("text_encoder", bases) or {"max_position_embeddings": 77, "hidden_size": 768}
-    sd15: dict[str, tuple[Any, dict[str, Any]]] = {
-        "unet": (UNet2DConditionModel, {"sample_size": 64, "cross_attention_dim": 768}),
-        "controlnet": (ControlNetModel, {"cross_attention_dim": 768}),
-        "motion_adapter": (MotionAdapter, {}),
+    """What TCAN is built on, with the configurations of the bases where these are local folders, else with SD1.5's."""
+    made = {
+        part: network.from_config({**_config(part, bases), **more})
+        for part, network, more in (
+            ("unet", UNet2DConditionModel, {}),
+            ("controlnet", ControlNetModel, {}),
+            ("motion_adapter", MotionAdapter, {"use_motion_mid_block": False}),
+        )
     }
-    made = {}
-    for part, (network, config) in sd15.items():
-        more = {"use_motion_mid_block": False} if part == "motion_adapter" else {}
-        made[part] = network.from_config({**(_config(part, bases) or config), **more})
+    prompt = _config("text_encoder", bases)
     tokens, width = prompt["max_position_embeddings"], prompt["hidden_size"]
     return {**made, "empty_prompt": torch.zeros(1, tokens, width), "lora_rank": lora_rank}
 
 
-def _config(part: str, bases: BasesConfig) -> dict[str, Any] | None:
-    """A local base's configuration; None for a source that would have to be fetched."""
+def _config(part: str, bases: BasesConfig) -> dict[str, Any]:
     source = getattr(bases, part)
-    if source != "mini" and not Path(source).expanduser().is_dir():
-        return None
-    return json.loads((Path(locate(source, part)[0]) / "config.json").read_text())
+    local = source == "mini" or Path(source).expanduser().is_dir()
+    folder = Path(locate(source, part)[0]) if local else SD15 / part
+    return json.loads((folder / "config.json").read_text())

@@ -29,7 +29,6 @@ EMBEDDED_WINDOWS = 64
 are made anew at each step."""
 
 
-
 @dataclass
 class TCANPipelineOutput(BaseOutput):
     """What a call returns."""
@@ -230,7 +229,9 @@ class TCANPipeline(DiffusionPipeline):
                 embedded[index] = pose.cpu()
             return pose
 
-        temperatures = [temperature_map(draw(part), ptm_strength) if ptm else None for part in windows.indices]
+        temperatures = [
+            temperature_map(draw(part), ptm_strength) if ptm else None for part in windows.indices
+        ]
 
         self.scheduler.set_timesteps(num_inference_steps)
         noise = randn_tensor((window, *reference.shape[1:]), generator=generator, device=torch.device("cpu"))
@@ -291,9 +292,7 @@ class TCANPipeline(DiffusionPipeline):
         residuals = self.tcan.pose_residuals(noisy, timestep, pose, controlnet_scale)
         if guidance_scale == 1:
             return self.tcan.denoise(noisy, timestep, residuals, features, None, temperature, ptm_limit)
-        both = self.tcan.denoise(
-            noisy, timestep, residuals, features, [False, True], temperature, ptm_limit
-        )
+        both = self.tcan.denoise(noisy, timestep, residuals, features, [False, True], temperature, ptm_limit)
         without, with_reference = both.chunk(2)
         return without + guidance_scale * (with_reference - without)
 

@@ -49,7 +49,19 @@ def test_help_is_quick_and_names_every_command() -> None:
     heavy = "import sys; from pipelines import cli; cli.main(['--help']); print(sorted({'torch', 'ray', 'mlflow', 'diffusers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for command in "preprocess dataset train animate pose evaluate export weights memory demo ui".split():
+    for command in [
+        "preprocess",
+        "dataset",
+        "train",
+        "animate",
+        "pose",
+        "evaluate",
+        "export",
+        "weights",
+        "memory",
+        "demo",
+        "ui",
+    ]:
         assert f"  {command} " in done.stdout
 
 
