@@ -23,6 +23,13 @@ class Command:
     help: str
     arguments: dict[str, dict[str, Any]]  # what the parser's add_argument takes
     run: Callable[[Any, Any], None]  # (arguments, configuration)
+    submittable: bool = False  # --submit sends it to a cluster
+
+
+SUBMIT_HELP = (
+    "Run it as a job of the Ray cluster with this dashboard, and follow its log. The code travels; paths and URIs "
+    "must mean the same there."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,9 +70,26 @@ def _dispatch(arguments: Sequence[str]) -> int:
     parser = make_parser(f"tcan {name}", command.help)
     for argument, options in command.arguments.items():
         parser.add_argument(argument, **options)
+    if command.submittable:
+        parser.add_argument("--submit", metavar="http://HOST:8265", help=SUBMIT_HELP)
     config, values = parse(parser, rest)
+    if command.submittable and values.submit:
+        return _submit(command, name, rest, values.submit, config)
     command.run(values, config)
     return 0
+
+
+def _submit(command: Command, name: str, rest: Sequence[str], address: str, config: Any) -> int:
+    """The same command without `--submit`, its paths made absolute, on the cluster."""
+    from pipelines.submit import absolute_paths, submit
+
+    at = next(i for i, token in enumerate(rest) if token.partition("=")[0] == "--submit")
+    argv = [name, *rest[:at], *rest[at + (1 if "=" in rest[at] else 2) :]]
+    flags = [key for key, options in command.arguments.items() if options.get("action") == "store_true"]
+    paths = [key for key, options in command.arguments.items() if options.get("type") is str]
+    if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        argv.append(f"--tracking.folder={config.tracking.folder}")
+    return submit(address, absolute_paths(argv, [*paths, "--tracking.folder"], flags))
 
 
 def _help() -> str:
@@ -261,6 +285,7 @@ COMMANDS = {
             },
         },
         _preprocess,
+        submittable=True,
     ),
     "dataset": Command(
         "Look into a clip dataset: its counts, whether every file is whole, a picture of random clips.",
