@@ -8,7 +8,6 @@ scores and part affinity fields are computed at the few places where they are re
 """
 
 import importlib.util
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -229,7 +228,7 @@ def _load_openpose(path: Path) -> nn.Module:
     """controlnet_aux's `bodypose_model` with the weights of a `body_pose_model.pth`, whose keys lack the block names."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of bytes that are no pickle, the reader may raise anything
         raise UserError(f"pose network {path} is not a file of weights: {_first_line(error)}") from error
     network = _openpose_class()()
     names = {name.split(".", 1)[1]: name for name in network.state_dict()}

@@ -243,10 +243,10 @@ def test_lightning_checkpoints_open_and_code_does_not_run(
     assert "\n" not in str(error.value) and not Path("wicked").exists()
 
 
-@pytest.mark.parametrize("name", ["text.ckpt", "text.safetensors", "list.pth", "empty.ckpt"])
+@pytest.mark.parametrize("name", ["text.ckpt", "hi.ckpt", "text.safetensors", "list.pth", "empty.ckpt"])
 def test_files_that_are_no_weights(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_text("" if name == "empty.ckpt" else "not weights")
+    path.write_text({"empty.ckpt": "", "hi.ckpt": "hi\n"}.get(name, "not weights"))
     if name == "list.pth":
         torch.save([1, 2], path)
     with pytest.raises(UserError, match=r"is not a file of weights|cannot be opened as weights") as error:
