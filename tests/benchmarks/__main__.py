@@ -1,85 +1,81 @@
-"""`make bench`: ratios to named alternatives, measured side by side in one run; written to RESULTS.md beside this file."""
+"""`make bench`: ratios to named alternatives, measured side by side in one run; written to RESULTS.md beside this file.
 
+python -m tests.benchmarks [animation] [training] [sd15]    # all of them without a name
+"""
+
+import os
 import platform
-import statistics
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from diffusers.utils import logging
 
-from tcan.model import TCAN
-from tcan.temperature import temperature_map
 from tcan.weights import load_bases
+from tests.benchmarks import animation, sd15, training
+from tests.benchmarks.measure import Row
 
+RESULTS = Path(__file__).parent / "RESULTS.md"
 BASES = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
-FRAMES = 16
-ROUNDS = 9
+NO_GPU = [Row("everything timed at SD1.5 size", "has not been run", "no NVIDIA GPU at hand")]
 
 
-def ratio(alternative: Callable[[], Tensor], ours: Callable[[], Tensor]) -> float:
-    """Median over rounds of the alternative's time / ours; both run in turn, so that noise of the machine meets both."""
-    ratios = []
-    for _ in range(ROUNDS + 1):
-        times = []
-        for run in (alternative, ours):
-            began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
-        ratios.append(times[0] / times[1])
-    return statistics.median(ratios[1:])  # the first warms up
+def main(names: list[str]) -> None:
+    sections: dict[str, Callable[[], list[Row]]] = {
+        "animation": _animation,
+        "training": _training,
+        "sd15": _sd15,
+    }
+    if unknown := set(names) - sections.keys():
+        raise SystemExit(f"no such part: {', '.join(unknown)}; there are {', '.join(sections)}")
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # moves between cores would count as noise
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()  # of casts that are meant
+    text = ""
+    for name in names or sections:
+        rows = sections[name]()
+        text += "\n".join(["", f"## {name}", "", "| what | | |", "|---|---|---|"])
+        text += "".join(f"\n| {row.what} | {row.value} | {row.note} |" for row in rows) + "\n"
+        print(text.rpartition("\n## ")[2], flush=True)
+    if not names:
+        RESULTS.write_text(f"# make bench\n\n{_machine()}\n{text}")
 
 
-@torch.no_grad()
-def main() -> None:
+def _animation() -> list[Row]:
     bases = load_bases(**dict.fromkeys(BASES, "mini"))
-    tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt)
-    size = bases.unet.config.sample_size
-    generator = torch.Generator().manual_seed(0)
-    noisy = torch.randn(1, FRAMES, bases.unet.config.in_channels, size, size, generator=generator)
-    pose = torch.zeros(1, FRAMES, 3, 8 * size, 8 * size)
-    pose[..., 40:100, 60:66] = 1.0  # a body upright
-    timestep, reference = torch.tensor([500]), noisy[:, 0]
-    residuals, features = tcan.pose_residuals(noisy, timestep, pose), tcan.appearance(reference, timestep)
-    tau = temperature_map(pose[0])
+    return [*animation.temperature(bases, rounds=30), *animation.clip(bases, rounds=5)]
 
-    def guided() -> Tensor:
-        shared = tcan.pose_residuals(noisy, timestep, pose)
-        both = (noisy.expand(2, -1, -1, -1, -1), timestep.expand(2))
-        return tcan.denoise(*both, shared, features, [False, True])
 
-    def two_passes() -> Tensor:
-        with_reference = tcan(noisy, timestep, pose, reference)
-        alone = tcan.denoise(noisy, timestep, tcan.pose_residuals(noisy, timestep, pose), None)
-        return torch.cat([alone, with_reference])
+def _training() -> list[Row]:
+    bases = load_bases(**dict.fromkeys(BASES, "mini"))
+    rows = []
+    for stage, batch, frames in ((1, 16, 1), (2, 1, 16)):
+        rows += training.against_the_plain_way(bases, stage, batch, frames, rounds=5)
+        rows += training.predicted(bases, stage, batch, frames)
+    return rows
 
-    difference = (guided() - two_passes()).abs().max().item()
-    assert difference < 1e-3, f"the two ways differ by {difference}"
-    rows = [
-        (
-            "denoising a window with the temperature map, against without",
-            1 / ratio(lambda: tcan.denoise(noisy, timestep, residuals, features), lambda: tcan.denoise(
-                noisy, timestep, residuals, features, temperature=tau)),
-            "time with / time without",
-        ),
-        (
-            "a guided step, against two full passes (ControlNet twice, appearance UNet every window)",
-            ratio(two_passes, guided),
-            f"times as fast; largest difference {difference:.0e}",
-        ),
-    ]  # fmt: skip
-    where = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, no GPU"
-    lines = [
-        f"# make bench\n\n{platform.node()}: {where}. `mini`, {FRAMES} frames, median of {ROUNDS} rounds.\n"
-    ]
-    lines += ["| what | ratio | |", "|---|---|---|"]
-    lines += [f"| {what} | {value:.2f} | {unit} |" for what, value, unit in rows]
-    lines.append("\nNot measured yet: training steps, preprocessing, SD1.5 size, anything on a GPU.")
-    text = "\n".join(lines) + "\n"
-    (Path(__file__).parent / "RESULTS.md").write_text(text)
-    print(text)
+
+def _sd15() -> list[Row]:
+    rows = sd15.arithmetic()
+    if not torch.cuda.is_available():
+        return rows + NO_GPU
+    bases = sd15.random_bases("cuda", torch.bfloat16)
+    rows += sd15.measured(bases, sd15.openpose())
+    rows += [*animation.temperature(bases, rounds=10), *animation.clip(bases, rounds=3)]
+    for stage, batch, frames in ((1, 2, 1), (2, 1, 16)):
+        rows += training.against_the_plain_way(bases, stage, batch, frames, rounds=5)
+    return rows
+
+
+def _machine() -> str:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{platform.node()}: {platform.machine()}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}. `mini` on "
+        "one core, in float32, by the time that the process was at work; SD1.5 size with random weights, in bfloat16. "
+        "Medians of ratios taken side by side."
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

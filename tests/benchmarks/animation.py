@@ -1,0 +1,121 @@
+"""Animation at mini size: the temperature map's cost, and a whole clip against the plain way."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from tcan.model import TCAN
+from tcan.pipeline import TCANPipeline
+from tcan.temperature import temperature_map
+from tcan.weights import Bases
+from tests.benchmarks import plain
+from tests.benchmarks.measure import Row, ratio, side_by_side
+
+WINDOW, OVERLAP = 16, 4
+GUIDANCE = 2.5
+SAME = 1e-3  # of pixels in [0, 1], and of predicted noise
+
+
+def trained_like(bases: Bases) -> TCAN:
+    """TCAN on these bases, nothing at the zero it starts from: else parts of it had no say in the result."""
+    torch.manual_seed(0)
+    tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt)
+    for name, parameter in tcan.named_parameters():
+        if "lora_B" in name or (
+            name.startswith("controlnet") and ".motion_modules." in name and "proj_out" in name
+        ):
+            nn.init.normal_(parameter, std=0.02)
+    return tcan.to(bases.empty_prompt)
+
+
+def pipeline(bases: Bases, tcan: TCAN) -> TCANPipeline:
+    pipe = TCANPipeline(bases.vae, tcan, copy.deepcopy(bases.scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pose_pictures(frames: int, size: int) -> np.ndarray:
+    """uint8 `[F, size, size, 3]`: an upright stroke that walks to the right."""
+    pictures = np.zeros((frames, size, size, 3), np.uint8)
+    for frame, picture in enumerate(pictures):
+        left = size // 4 + frame * size // (4 * frames)
+        picture[size // 4 : 3 * size // 4, left : left + size // 32] = (255, 128, 0)
+    return pictures
+
+
+def picture(size: int) -> np.ndarray:
+    """uint8 `[size, size, 3]`: soft colours."""
+    y, x = np.mgrid[:size, :size] / size
+    return (np.stack([x, y, 1 - x * y], axis=-1) * 255).astype(np.uint8)
+
+
+def check_same(difference: float, tcan: TCAN) -> None:
+    """Two ways to the same result; in half precision their rounding is all that can differ, and no bound is known."""
+    assert difference < SAME or tcan.dtype != torch.float32, f"the two ways differ by {difference}"
+
+
+@torch.no_grad()
+def temperature(bases: Bases, rounds: int) -> list[Row]:
+    """One window's guided step with the map, without it, and with the softmax written out."""
+    tcan = trained_like(bases)
+    pipes = {"fused": pipeline(bases, tcan), "explicit": pipeline(bases, plain.with_explicit_softmax(tcan))}
+    size, device = 8 * bases.unet.config.sample_size, tcan.device
+    poses = torch.from_numpy(pose_pictures(WINDOW, size)).permute(0, 3, 1, 2).to(device)
+    reference = pipes["fused"].encode(picture(size))
+    timestep = torch.tensor([500], device=device)
+    noisy = torch.randn(1, WINDOW, *reference.shape[1:], device=device)
+    features = tcan.appearance(reference, timestep)
+    embedded = tcan.embed_pose(poses[None] / 255)
+    tau = temperature_map(poses)
+
+    def step(pipe: str, tau: torch.Tensor | None) -> torch.Tensor:
+        return pipes[pipe].predict_noise(noisy, timestep, embedded, features, GUIDANCE, tau)
+
+    difference = (step("fused", tau) - step("explicit", tau)).abs().max().item()
+    check_same(difference, tcan)
+    times = side_by_side(
+        {
+            "off": lambda: step("fused", None),
+            "on": lambda: step("fused", tau),
+            "explicit": lambda: step("explicit", tau),
+        },
+        rounds,
+        device.type,
+    )
+    on, explicit = ratio(times, "on", "off"), ratio(times, "explicit", "off")
+    return [
+        Row("a window's guided step with the temperature map: time to that without", f"{on.median:.3f}", on.spread),
+        Row("the same by the explicit softmax", f"{explicit.median:.3f}", f"{explicit.spread}; difference {difference:.0e}"),
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def clip(bases: Bases, rounds: int, frames: int = 28, steps: int = 4) -> list[Row]:
+    """A whole clip of several windows, from picture and pose pictures to frames."""
+    size = 8 * bases.unet.config.sample_size
+    tcan = trained_like(bases)
+    ours, theirs = pipeline(bases, tcan), pipeline(bases, plain.with_explicit_softmax(tcan))
+    image, poses = picture(size), pose_pictures(frames, size)
+    made: dict[str, np.ndarray] = {}
+
+    def run_ours() -> None:
+        generator = torch.Generator().manual_seed(0)
+        latents = ours.denoise(
+            image, poses, num_inference_steps=steps, guidance_scale=GUIDANCE, window=WINDOW, overlap=OVERLAP,
+            generator=generator,
+        )  # fmt: skip
+        made["ours"] = np.concatenate(list(ours.decode(latents)))
+
+    def run_plain() -> None:
+        made["plain"] = plain.animate(
+            theirs, image, poses, steps=steps, guidance_scale=GUIDANCE, window=WINDOW, overlap=OVERLAP, seed=0
+        )
+
+    times = side_by_side({"plain": run_plain, "ours": run_ours}, rounds, tcan.device.type)
+    difference = float(np.abs(made["ours"] - made["plain"]).max())
+    check_same(difference, tcan)
+    faster = ratio(times, "plain", "ours")
+    what = f"a clip of {frames} frames in {steps} steps: times as fast as the plain way"
+    return [Row(what, str(faster), f"{faster.spread}; largest difference of a pixel {difference:.0e}")]

@@ -1,0 +1,157 @@
+"""SD1.5's size with random weights: arithmetic counted anywhere, everything timed where there is an NVIDIA GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.preprocess.latents import encode_frames
+from tcan.model import TCAN
+from tcan.pose import OpenPose
+from tcan.weights import Bases
+from tests.benchmarks import animation
+from tests.benchmarks.measure import Row, peak_bytes, seconds, tensor_bytes
+from tests.benchmarks.training import Batch, Trainer
+
+STEPS, FRAMES, WINDOWS = 25, 28, 2  # 28 frames are two windows of 16
+
+
+def random_bases(device: str, dtype: torch.dtype) -> Bases:
+    with torch.device(device):
+        networks: dict[str, Any] = {
+            "vae": AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                latent_channels=4,
+            ),
+            "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+            "controlnet": ControlNetModel(cross_attention_dim=768),
+            "motion_adapter": MotionAdapter(use_motion_mid_block=False),
+        }
+        networks = {name: network.to(dtype).requires_grad_(False) for name, network in networks.items()}
+        prompt = torch.zeros(1, 77, 768, dtype=dtype)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+    )  # fmt: skip
+    return Bases(**networks, empty_prompt=prompt, scheduler=scheduler, info={})
+
+
+def openpose() -> nn.Module:
+    """controlnet_aux's network of OpenPose."""
+    from controlnet_aux.open_pose.model import bodypose_model
+
+    return bodypose_model()
+
+
+def flops(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def arithmetic() -> list[Row]:
+    """Of a clip the plain way's operations to ours, counted on the meta device: multiplications and additions of
+    matrix products, convolutions and attentions."""
+    bases = random_bases("meta", torch.bfloat16)
+    with torch.device("meta"):
+        tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt).bfloat16()
+        noisy, pose = torch.empty(1, 16, 4, 64, 64), torch.empty(1, 16, 3, 512, 512)
+        timestep, reference = torch.empty(1, dtype=torch.int64), torch.empty(1, 4, 64, 64)
+    features, residuals = tcan.appearance(reference, timestep), tcan.pose_residuals(noisy, timestep, pose)
+    appearance = flops(lambda: tcan.appearance(reference, timestep))
+    pose_encoder = flops(lambda: tcan.embed_pose(pose))
+    controlnet = flops(lambda: tcan.pose_residuals(noisy, timestep, pose))
+    without = flops(lambda: tcan.denoise(noisy, timestep, residuals, None))
+    with_reference = flops(lambda: tcan.denoise(noisy, timestep, residuals, features))
+    both = flops(lambda: tcan.denoise(noisy, timestep, residuals, features, [False, True]))
+    plain = STEPS * WINDOWS * (2 * controlnet + appearance + without + with_reference)
+    ours = STEPS * (WINDOWS * (controlnet - pose_encoder + both) + appearance) + pose_encoder * FRAMES / 16
+    return [
+        Row(
+            f"SD1.5 size, {FRAMES} frames of 512 x 512 in {STEPS} steps: operations of the plain way to ours",
+            f"{plain / ours:.2f}",
+            f"counted, not timed; {ours / 1e12 / FRAMES:.0f} against {plain / 1e12 / FRAMES:.0f} TFLOP a frame",
+        )
+    ]
+
+
+def measured(
+    bases: Bases,
+    pose_network: nn.Module,
+    steps: int = STEPS,
+    sizes: tuple[tuple[int, int], ...] = ((2, 1), (1, 16)),
+) -> list[Row]:
+    """Seconds, frames a second and peak memory of everything on the bases' device.
+
+    sizes: clips and frames of a training step of stage 1 and 2.
+    """
+    device, size = bases.unet.device, 8 * bases.unet.config.sample_size
+    rate = matrix_rate(device, bases.unet.dtype)
+    rows = [Row("products of large matrices", f"{rate / 1e12:.0f} TFLOP/s", "what the shares below are of")]
+    for stage, (batch, frames) in enumerate(sizes, 1):
+        for checkpointing in (False, True):
+            trainer, data = Trainer(bases, stage, checkpointing=checkpointing), Batch(bases, batch, frames)
+            rows.append(_training(trainer, data, rate, f"stage {stage}, {batch} x {frames} frames" + ", gradient checkpointing" * checkpointing))  # fmt: skip
+    rows += _animation(bases, size, steps, rate)
+
+    pictures = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
+    detector = OpenPose(pose_network, device=device)
+    latents = torch.randn(16, bases.vae.config.latent_channels, size // 8, size // 8)
+    pipe = animation.pipeline(bases, animation.trained_like(bases))
+    for what, run in (
+        ("OpenPose", lambda: detector.detect(pictures)),
+        ("VAE encoding", lambda: encode_frames(bases.vae, pictures, 8)),
+        ("VAE decoding", lambda: list(pipe.decode(latents))),
+    ):
+        with torch.no_grad():
+            run()
+            rows.append(
+                Row(what, f"{len(pictures) / seconds(run, device.type):.1f} frames/s", "random weights")
+            )
+    return rows
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the product of two square matrices: what the machine can be had to do."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    return 2 * n**3 / min(seconds(lambda: a @ b, device.type) for _ in range(10))
+
+
+def _training(trainer: Trainer, data: Batch, rate: float, what: str) -> Row:
+    def step() -> None:
+        trainer.step(*data.latents())
+
+    operations = flops(step)  # a first step too: the optimizer's state is there from now on
+    time = min(seconds(step, trainer.device) for _ in range(3))
+    total = tensor_bytes(trainer.tcan, trainer.optimizer) + peak_bytes(step, trainer.device)
+    note = f"{operations / time / rate:.0%} of the matrix rate; AdamW's state in the weights' precision"
+    return Row(what, f"{time:.2f} s a step, {total / 2**30:.1f} GiB", note)
+
+
+@torch.no_grad()
+def _animation(bases: Bases, size: int, steps: int, rate: float) -> list[Row]:
+    pipe = animation.pipeline(bases, animation.trained_like(bases))
+    image, poses = animation.picture(size), animation.pose_pictures(FRAMES, size)
+
+    def animate(steps: int) -> None:
+        list(pipe.decode(pipe.denoise(image, poses, num_inference_steps=steps)))
+
+    operations = flops(lambda: animate(1)) * steps  # reckons the few operations outside the steps too often
+    time = seconds(lambda: animate(steps), pipe.device.type)
+    peak = tensor_bytes(pipe.tcan, pipe.vae) + peak_bytes(lambda: animate(1), pipe.device.type)
+    return [
+        Row(
+            f"animation, {steps} steps, guidance, {size} x {size}",
+            f"{time / FRAMES:.2f} s a frame, {peak / 2**30:.1f} GiB",
+            f"{operations / time / rate:.0%} of the matrix rate",
+        )
+    ]

@@ -1,0 +1,199 @@
+"""Training's speed beside named alternatives, measured in one run; written to TRAINER.md beside this file.
+
+python -m tests.benchmarks.trainer DATASET [KEYS OF tcan train ...]
+
+DATASET: of `tcan preprocess`, at the size of the keys (mini unless they say otherwise). Wants two cores with nothing else
+on them, and takes some minutes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from mlflow import MlflowClient
+
+from pipelines.config import load_config
+from pipelines.dataset import read_info
+from pipelines.train import loop
+from pipelines.train.data import ClipStore, Sampler
+from tcan.model import TCAN
+from tcan.weights import load_bases
+
+STEPS, WARM_UP, CHECKPOINT_EVERY, ROUNDS = 24, 8, 12, 3
+
+
+def bare(dataset: Path, keys: list[str]) -> float:
+    """Seconds a step of stage 1: module, optimizer and data of the trainer in a plain loop, the data a step ahead too."""
+    config = load_config(*keys)
+    train, stage = config.train, config.train.stage1
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    bases = load_bases(**loop.bases_sources(config))
+    model = TCAN(
+        bases.unet,
+        bases.controlnet,
+        bases.motion_adapter,
+        bases.empty_prompt,
+        train.lora_rank,
+        train.lora_alpha,
+    )
+    model.set_stage(1)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, stage.lr, weight_decay=train.weight_decay)
+    sampler = Sampler(
+        ClipStore(dataset), 1, seed=config.seed, batch_size=stage.batch_size, size=config.size,
+        vae_scaling_factor=read_info(dataset)["vae_scaling_factor"], stick_width=train.stick_width, frames=train.frames,
+        drop_reference=train.drop_reference,
+    )  # fmt: skip
+    device, seconds = torch.device("cpu"), []
+    with ThreadPoolExecutor(1) as ahead:
+        upcoming = ahead.submit(sampler.worker_batches, 0, 0, 1, stage.micro_batch)
+        for step in range(STEPS):
+            began = time.perf_counter()
+            batches = upcoming.result()
+            upcoming = ahead.submit(sampler.worker_batches, step + 1, 0, 1, stage.micro_batch)
+            for batch in batches:
+                (loop._loss(model, bases, batch, device, train.snr_gamma) / len(batches)).backward()
+            torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[WARM_UP:])
+
+
+@torch.no_grad()
+def encoding(keys: list[str]) -> float:
+    """Seconds to encode a step's pictures, reference and target of each sample, as a loop without latents has to."""
+    config = load_config(*keys)
+    torch.set_num_threads(1)
+    vae = load_bases(**loop.bases_sources(config)).vae
+    pictures = torch.rand(2 * config.train.stage1.micro_batch, 3, config.size, config.size) * 2 - 1
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        began = time.perf_counter()
+        vae.encode(pictures)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:]) * config.train.stage1.batch_size / config.train.stage1.micro_batch
+
+
+def trainer(dataset: Path, keys: list[str], workers: int, kill: bool = False) -> dict[str, Any]:
+    """Medians of what a run of stage 1 recorded; kill: a worker is killed after the first checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        command = [
+            sys.executable,
+            "-m",
+            "pipelines.cli",
+            "train",
+            str(dataset),
+            "--out",
+            str(out),
+            "--stage",
+            "1",
+        ]
+        command += [*keys, f"--train.workers={workers}", f"--tracking.folder={folder}/mlflow"]
+        process = psutil.Popen(command, stdout=subprocess.DEVNULL)
+        while kill and process.poll() is None:
+            if (out / "stage1" / "checkpoint_manager_snapshot.json").exists():
+                victims = [p for p in process.children(True) if "RayTrainWorker" in " ".join(p.cmdline())]
+                killed = time.time()
+                victims[0].kill()
+                break
+            time.sleep(0.05)
+        if process.wait():
+            raise SystemExit("the training failed")
+        client = MlflowClient(f"sqlite:///{folder}/mlflow/mlflow.db")
+        run_id = json.loads((out / "stage1" / "run.json").read_text())["mlflow_run_id"]
+        history = {
+            key: {metric.step: metric for metric in client.get_metric_history(run_id, key)}
+            for key in ("step_seconds", "data_wait_seconds", "checkpoint_seconds")
+        }
+    values = {
+        key: [metric.value for step, metric in sorted(found.items())][
+            WARM_UP if len(found) > WARM_UP else 0 :
+        ]
+        for key, found in history.items()
+    }
+    result: dict[str, Any] = {key: statistics.median(found) for key, found in values.items()}
+    result["data_wait"] = sum(values["data_wait_seconds"]) / sum(values["step_seconds"])
+    if kill:
+        after = [metric.timestamp / 1000 for metric in history["step_seconds"].values()]
+        result["kill_seconds"] = min(stamp for stamp in after if stamp > killed + 1) - killed
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
+    given, keys = parser.parse_known_args()
+    if given.bare:
+        print(bare(given.dataset, keys))
+        return
+    keys += [
+        f"--train.stage1.steps={STEPS}", f"--train.stage1.checkpoint_every={CHECKPOINT_EVERY}",
+        "--train.stage1.picture_every=0", "--train.stage1.validate_every=0",
+    ]  # fmt: skip
+    # Each in a process of its own, in turn, so that the machine's noise meets all.
+    plain, one, two = [], [], []
+    for _ in range(ROUNDS):
+        command = [sys.executable, "-m", "tests.benchmarks.trainer", str(given.dataset), "--bare"]
+        command += [*keys, "--train.workers=1"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        plain.append(float(said.split()[-1]))
+        one.append(trainer(given.dataset, keys, 1))
+        two.append(trainer(given.dataset, keys, 2))
+    killed = trainer(given.dataset, keys, 2, kill=True)
+
+    def median(runs: list[dict[str, Any]], key: str) -> float:
+        return statistics.median(run[key] for run in runs)
+
+    step = median(one, "step_seconds")
+    rows = [
+        ("samples/s with one worker, over a bare PyTorch loop", statistics.median(plain) / step, ""),
+        (
+            "samples/s of two workers on a core each, over one on one core",
+            step / median(two, "step_seconds"),
+            "",
+        ),
+        ("waiting for data, share of step time, two workers", median(two, "data_wait"), ""),
+        (
+            "samples/s from latents, over encoding in the loop",
+            1 + encoding(keys) / step,
+            "from both parts' times",
+        ),
+        (
+            "training stalls for a checkpoint, in steps, two workers",
+            median(two, "checkpoint_seconds") / median(two, "step_seconds"),
+            f"{median(two, 'checkpoint_seconds'):.2f} s",
+        ),
+        ("seconds from a worker's kill to the next new step", killed["kill_seconds"], ""),
+    ]
+    lines = [
+        f"# Training\n\n{platform.node()}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, no GPU. "
+        f"Stage 1, `{' '.join(keys)}`; median of {ROUNDS} runs of each, in turn.\n",
+        "| what | | |",
+        "|---|---|---|",
+        *(f"| {what} | {value:.3g} | {note} |" for what, value, note in rows),
+    ]
+    text = "\n".join(lines) + "\n"
+    (Path(__file__).parent / "TRAINER.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
