@@ -14,6 +14,7 @@ from torch import Tensor
 from tcan.appearance import install_appearance
 from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
+from tcan.saving import Convolution, GatedLinear
 from tcan.temperature import temperature_map
 from tcan.temporal import temporal_layers
 
@@ -121,7 +122,11 @@ def animate(
 
 
 def with_whole_appearance_unet(tcan: TCAN, unet: UNet2DConditionModel) -> TCAN:
-    """In place: the appearance UNet is the whole UNet, its part after the last feature included."""
+    """In place: the appearance UNet is the whole UNet, its part after the last feature included, and all networks keep
+    for the backward pass what torch's own modules do."""
     tcan.appearance_unet = copy.deepcopy(unet)
     install_appearance(tcan.appearance_unet)
+    for module in tcan.modules():
+        if type(module) in (Convolution, GatedLinear):
+            module.__class__ = type(module).__base__
     return tcan
