@@ -1,9 +1,9 @@
-# make demo | test | check | bench: each first brings .venv to what requirements.lock says, and does nothing more
+# make demo | test | test-all | check | bench: each first brings .venv to what requirements.lock says, and does nothing more
 # where it already is. `make lock` makes the lock anew from pyproject.toml.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench format lock
+.PHONY: demo test test-all check bench format lock
 
 # The first of these that is Python 3.11 or 3.12; PYTHON=... names another.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
@@ -17,6 +17,9 @@ demo: $(STAMP)
 	$(BIN)/tcan demo --out demo
 
 test: $(STAMP)
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(STAMP)
 	$(BIN)/pytest
 
 check: $(STAMP)

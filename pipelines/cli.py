@@ -79,6 +79,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
     return 0
 
 
+PATH_KEYS = ("--tracking.folder", "--train.deepspeed", "--train.storage")
+
+
 def _submit(command: Command, name: str, rest: Sequence[str], address: str, config: Any) -> int:
     """The same command without `--submit`, its paths made absolute, on the cluster."""
     from pipelines.submit import absolute_paths, submit
@@ -89,7 +92,7 @@ def _submit(command: Command, name: str, rest: Sequence[str], address: str, conf
     paths = [key for key, options in command.arguments.items() if options.get("type") is str]
     if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         argv.append(f"--tracking.folder={config.tracking.folder}")
-    return submit(address, absolute_paths(argv, [*paths, "--tracking.folder"], flags))
+    return submit(address, absolute_paths(argv, [*paths, *PATH_KEYS], flags))
 
 
 def _help() -> str:
@@ -316,6 +319,7 @@ COMMANDS = {
             ),
         },
         _train,
+        submittable=True,
     ),
     "animate": Command(
         "Animate the person in a picture with the motion of a video.",

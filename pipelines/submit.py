@@ -9,6 +9,7 @@ import asyncio
 import importlib.util
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -67,7 +68,10 @@ def absolute_paths(argv: Sequence[str], options: Collection[str], flags: Collect
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    """A path made absolute; URIs and the ids of MLflow's runs stay."""
+    if ":/" in path or re.fullmatch(r"[0-9a-f]{32}", path):
+        return path
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _connect(address: str) -> "JobSubmissionClient":

@@ -29,10 +29,11 @@ from tcan.weights import load_bases
 STEPS, SAVED = 3, 1
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 ENGINES = {
-    **{f"zero{n}-{precision}": (n, precision, {}) for precision in ("fp32", "bf16") for n in range(4)},
+    **{f"zero{n}-fp32": (n, "fp32", {}) for n in range(4)},
+    "zero2-bf16": (2, "bf16", {}),
     "zero2-fp32-offload": (2, "fp32", OFFLOAD),
 }
-RESUMED_AS = {name: [name] for name in ENGINES} | {"zero3-fp32": ["zero3-fp32", "zero0-fp32", "zero2-fp32"]}
+RESUMED_AS = {name: [name] for name in ENGINES} | {"zero3-fp32": ["zero3-fp32", "zero2-fp32"]}
 
 
 def names_in(checkpoint_folder: Path) -> set[str]:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipelines.puppets.corpus import SIZE, Corpus, Rendered, render_held_out
@@ -15,7 +15,7 @@ from tcan.pose import OpenPose, follow_main_person
 from tcan.pose.network import BodyPoseNetwork
 from tcan.pose.targets import pose_targets
 
-STEPS = 1000
+STEPS = 3000
 LEARNING_RATE = 3e-3
 NOBODY = 2
 """Pictures of every 16 that show no puppet: without them the network finds one everywhere."""
@@ -72,27 +72,41 @@ def nobody(rng: np.random.Generator) -> np.ndarray:
 def augment(
     rng: np.random.Generator, frames: np.ndarray, keypoints: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness, contrast, shifts and softness: the network must also read what the VAE and the UNet draw."""
-    frames, keypoints = frames.astype(np.float32), keypoints.copy()
+    """Other proportions, brightness, contrast and softness: the network must also read creatures that no training saw,
+    and what the VAE and the UNet draw."""
+    pairs = [stretch(rng, *pair) for pair in zip(frames, keypoints, strict=True)]
+    frames, keypoints = np.stack([f for f, _ in pairs]).astype(np.float32), np.stack([k for _, k in pairs])
     frames = (
         (frames - 128) * rng.uniform(0.8, 1.2, (len(frames), 1, 1, 1))
         + 128
         + rng.uniform(-20, 20, (len(frames), 1, 1, 3))
     )
-    dy, dx = rng.integers(-10, 11, 2)
-    frames = np.roll(frames, (dy, dx), (1, 2))
-    seen = keypoints[..., 2] > 0
-    keypoints[..., 0] += dx
-    keypoints[..., 1] += dy
-    inside = ((keypoints[..., :2] >= 0) & (keypoints[..., :2] < SIZE)).all(-1)
-    keypoints[~(seen & inside)] = 0
     if rng.random() < 0.5:
-        soft = (
-            F.avg_pool2d(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), 3, 1, 1)
-            .permute(0, 2, 3, 1)
-            .numpy()
-        )
         share = rng.uniform(0, 1)
-        frames = share * soft + (1 - share) * frames
+        frames = np.stack([share * cv2.blur(frame, (3, 3)) + (1 - share) * frame for frame in frames])
     frames = frames + rng.normal(0, rng.uniform(0, 8), frames.shape)
     return frames.clip(0, 255).astype(np.uint8), keypoints
+
+
+def stretch(
+    rng: np.random.Generator, frame: np.ndarray, keypoints: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random, uneven stretch along each axis: large heads, short legs, broad bodies out of ordinary ones.
+
+    Args:
+        frame: uint8 `[H, W, 3]`.
+        keypoints: `[18, 3]`; a point that leaves the picture comes back as not seen.
+    """
+    pixels = np.arange(SIZE, dtype=np.float32)
+    keypoints = keypoints.copy()
+    sources = []
+    for axis in (0, 1):
+        spacing = np.exp(rng.normal(0, 0.3, 5))
+        knots = np.concatenate([[0], np.cumsum(spacing)]) / spacing.sum() * SIZE * rng.uniform(0.95, 1.15)
+        knots = knots - knots[-1] / 2 + SIZE / 2 + rng.uniform(-0.06, 0.06) * SIZE
+        source = np.interp(pixels, np.linspace(0, SIZE - 1, 6), knots).astype(np.float32)
+        keypoints[:, axis] = np.interp(keypoints[:, axis], source, pixels, left=-1, right=-1)
+        sources.append(source)
+    keypoints[(keypoints[:, 2] == 0) | (keypoints[:, :2] < 0).any(-1)] = 0
+    x, y = np.meshgrid(*sources)
+    return cv2.remap(frame, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), keypoints

@@ -264,7 +264,9 @@ def _on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return tensors
 
 
-def _loss(engine: Any, bases: Bases, batch: Batch, device: torch.device, snr_gamma: float | None) -> Tensor:
+def _loss(
+    engine: Any, bases: Bases, batch: Batch, device: torch.device, snr_gamma: float | None = None
+) -> Tensor:
     t = _on(batch, device)
     return diffusion_loss(
         engine,

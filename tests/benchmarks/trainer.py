@@ -65,7 +65,7 @@ def bare(dataset: Path, keys: list[str]) -> float:
             batches = upcoming.result()
             upcoming = ahead.submit(sampler.worker_batches, step + 1, 0, 1, stage.micro_batch)
             for batch in batches:
-                (loop._loss(model, bases, batch, device, train.snr_gamma) / len(batches)).backward()
+                (loop._loss(model, bases, batch, device) / len(batches)).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
             optimizer.step()
             optimizer.zero_grad()

@@ -34,10 +34,12 @@ def test_relative_paths_become_absolute_and_nothing_else(
         "mini",
         "--size=64",
         "s3://x/y",
+        "models:/tcan@latest",
+        32 * "a",
     ]
     assert absolute_paths(argv, ["--image", "--out"], ["--side_by_side"]) == [
         "animate", f"--image={tmp_path}/a.png", "--out", f"{tmp_path}/b.mp4", "--side_by_side", f"{tmp_path}/c",
-        "--config", "mini", "--size=64", "s3://x/y",
+        "--config", "mini", "--size=64", "s3://x/y", "models:/tcan@latest", 32 * "a",
     ]  # fmt: skip
 
 
