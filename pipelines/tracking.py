@@ -11,6 +11,7 @@ import dataclasses
 import getpass
 import logging
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -118,7 +119,14 @@ class Run:
                 str(saved),
                 loader_module="pipelines.served",
                 data_path=str(local),
-                pip_requirements=[f"tcan=={__version__}"],
+                # Given whole, else MLflow looks for pip in this environment and warns that there is none.
+                conda_env={
+                    "dependencies": [
+                        f"python={platform.python_version()}",
+                        "pip",
+                        {"pip": [f"tcan=={__version__}"]},
+                    ]
+                },
             )
             self.folder(saved, "model")
         try:

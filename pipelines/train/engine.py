@@ -6,6 +6,7 @@ parameter through DeepSpeed's own accessors instead: one layout that any number 
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,7 @@ def make_engine(
     )
     optimizer.leave_out = True  # some of DeepSpeed's wrappers take a first step with gradients of zero
     settings = deepspeed_settings(config, stage, workers, given)
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns that it has not tested this optimizer
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     optimizer.leave_out = False
     optimizer.state.clear()

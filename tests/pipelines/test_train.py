@@ -487,7 +487,13 @@ def calm(tmp_path_factory, bases, clips, ray_cluster) -> tuple[Config, Path]:
 
 
 def workers_of(driver: psutil.Process) -> list[psutil.Process]:
-    return [p for p in driver.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    def is_worker(process: psutil.Process) -> bool:
+        try:
+            return "RayTrainWorker" in " ".join(process.cmdline())
+        except psutil.Error:  # it has just ended
+            return False
+
+    return [process for process in driver.children(recursive=True) if is_worker(process)]
 
 
 def strike(storage: Path, blows: list[signal.Signals], over: threading.Event) -> None:
