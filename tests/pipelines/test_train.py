@@ -580,7 +580,7 @@ def test_both_stages_train_their_own_parts(calm):
 
 
 @pytest.mark.slow
-def test_a_finished_model_is_found_in_the_registry(calm, tmp_path):
+def test_a_finished_model_is_found_in_the_registry(calm, monkeypatch):
     import mlflow
 
     config, out = calm
@@ -590,8 +590,10 @@ def test_a_finished_model_is_found_in_the_registry(calm, tmp_path):
         for reference in (f"models:/{name}@latest", f"models:/{name}@out", f"models:/{name}/1", run_id):
             found[reference] = weights(tracking.local_model(reference, config.tracking))
             assert found[reference] == weights(out / "stage1" / "model" if stage == 1 else out / "model")
-    mlflow.set_tracking_uri(tracking.resolve_uri(config.tracking))
-    assert mlflow.pyfunc.load_model("models:/tcan@latest").predict([]) == []
+    # Not by set_tracking_uri, which all later tests would inherit through the environment.
+    with monkeypatch.context() as environment:
+        environment.setenv("MLFLOW_TRACKING_URI", tracking.resolve_uri(config.tracking))
+        assert mlflow.pyfunc.load_model("models:/tcan@latest").predict([]) == []
     with pytest.raises(UserError, match="models:/tcan@other: not in"):
         tracking.local_model("models:/tcan@other", config.tracking)
 
