@@ -1,4 +1,4 @@
-"""What all tests share: the environment, one local Ray, and a folder of random bases."""
+"""What all tests share: the environment, one local Ray, a folder of random bases and of a model on them."""
 
 import os
 
@@ -38,4 +38,25 @@ def bases_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("bases")
     write_random_bases(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(bases_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage-2 model of 64 x 64 pixels on these bases, nothing in it at its zero initialisation. It names no pose
+    network: mini's is taken."""
+    import torch
+
+    from tcan.model import TCAN
+    from tcan.weights import load_bases, save_model
+
+    parts = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
+    bases = load_bases(**dict.fromkeys(parts, str(bases_folder)))
+    torch.manual_seed(0)
+    tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt)
+    for part in tcan.parts().values():
+        for tensor in part.values():
+            tensor.add_(torch.randn_like(tensor), alpha=0.02)
+    folder = tmp_path_factory.mktemp("model") / "model"
+    save_model(tcan, folder, bases=bases.info, stage=2, height=64, width=64, stick_width=2)
     return folder

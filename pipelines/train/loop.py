@@ -114,7 +114,7 @@ def _run(task: Task, rank: int, workers: int) -> None:
     def save(step: int, last: bool) -> None:
         began = time.perf_counter()
         frozen.check()
-        log.flush(step)
+        log.flush()
         writer = _model_writer(task, engine, bases) if last else None
         # Every checkpoint has a score, else keep-best could not order them.
         score = {"validation_loss": judged.get("validation_loss", math.inf)} if config.keep == "best" else {}
@@ -352,8 +352,8 @@ class _Log:
         if step > self._recorded[next(iter(values))]:
             self._run.metrics(values, step)
 
-    def flush(self, step: int) -> None:
-        """Before a checkpoint of this step: a run that goes on from it will not make these numbers again."""
+    def flush(self) -> None:
+        """Before a checkpoint: a run that goes on from it will not make these numbers again."""
         written, self._written = self._written, []
         for one in written:
             one.result()
@@ -389,7 +389,7 @@ class _Log:
     def close(self) -> None:
         """Waits for what is still being written; an error of it comes out here."""
         self._writer.shutdown()
-        self.flush(self._stage.steps)
+        self.flush()
 
 
 def _memory() -> int:

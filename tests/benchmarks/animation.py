@@ -32,17 +32,25 @@ def trained_like(bases: Bases) -> TCAN:
 
 def pipeline(bases: Bases, tcan: TCAN) -> TCANPipeline:
     pipe = TCANPipeline(bases.vae, tcan, copy.deepcopy(bases.scheduler))
+    pipe.model_info["stick_width"] = 2
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def pose_pictures(frames: int, size: int) -> np.ndarray:
-    """uint8 `[F, size, size, 3]`: an upright stroke that walks to the right."""
-    pictures = np.zeros((frames, size, size, 3), np.uint8)
-    for frame, picture in enumerate(pictures):
-        left = size // 4 + frame * size // (4 * frames)
-        picture[size // 4 : 3 * size // 4, left : left + size // 32] = (255, 128, 0)
-    return pictures
+# Someone upright, in 64ths of the picture.
+BODY = [
+    (32, 12), (32, 20), (26, 20), (22, 28), (20, 36), (38, 20), (42, 28), (44, 36), (28, 36), (28, 46), (28, 56),
+    (36, 36), (36, 46), (36, 56), (31, 10), (33, 10), (29, 11), (35, 11),
+]  # fmt: skip
+
+
+def walk(frames: int, size: int) -> np.ndarray:
+    """Keypoints `[F, 18, 3]`: a body that glides through a fourth of the picture to the right."""
+    body = np.array([(x / 64 - 0.125, y / 64) for x, y in BODY]) * size
+    poses = np.ones((frames, len(BODY), 3), np.float32)
+    poses[..., :2] = body
+    poses[..., 0] += (np.arange(frames) / frames * size / 4)[:, None]
+    return poses
 
 
 def picture(size: int) -> np.ndarray:
@@ -62,7 +70,8 @@ def temperature(bases: Bases, rounds: int) -> list[Row]:
     tcan = trained_like(bases)
     pipes = {"fused": pipeline(bases, tcan), "explicit": pipeline(bases, plain.with_explicit_softmax(tcan))}
     size, device = 8 * bases.unet.config.sample_size, tcan.device
-    poses = torch.from_numpy(pose_pictures(WINDOW, size)).permute(0, 3, 1, 2).to(device)
+    drawn = pipes["fused"].draw(walk(WINDOW, size), size, size)
+    poses = torch.from_numpy(drawn).permute(0, 3, 1, 2).to(device)
     reference = pipes["fused"].encode(picture(size))
     timestep = torch.tensor([500], device=device)
     noisy = torch.randn(1, WINDOW, *reference.shape[1:], device=device)
@@ -93,11 +102,12 @@ def temperature(bases: Bases, rounds: int) -> list[Row]:
 
 @torch.no_grad()
 def clip(bases: Bases, rounds: int, frames: int = 28, steps: int = 4) -> list[Row]:
-    """A whole clip of several windows, from picture and pose pictures to frames."""
+    """A whole clip of several windows, from picture and poses to frames; the plain way gets the poses drawn."""
     size = 8 * bases.unet.config.sample_size
     tcan = trained_like(bases)
     ours, theirs = pipeline(bases, tcan), pipeline(bases, plain.with_explicit_softmax(tcan))
-    image, poses = picture(size), pose_pictures(frames, size)
+    image, poses = picture(size), walk(frames, size)
+    drawn = ours.draw(poses, size, size)
     made: dict[str, np.ndarray] = {}
 
     def run_ours() -> None:
@@ -110,7 +120,7 @@ def clip(bases: Bases, rounds: int, frames: int = 28, steps: int = 4) -> list[Ro
 
     def run_plain() -> None:
         made["plain"] = plain.animate(
-            theirs, image, poses, steps=steps, guidance_scale=GUIDANCE, window=WINDOW, overlap=OVERLAP, seed=0
+            theirs, image, drawn, steps=steps, guidance_scale=GUIDANCE, window=WINDOW, overlap=OVERLAP, seed=0
         )
 
     times = side_by_side({"plain": run_plain, "ours": run_ours}, rounds, tcan.device.type)

@@ -140,7 +140,7 @@ def _training(trainer: Trainer, data: Batch, rate: float, what: str) -> Row:
 @torch.no_grad()
 def _animation(bases: Bases, size: int, steps: int, rate: float) -> list[Row]:
     pipe = animation.pipeline(bases, animation.trained_like(bases))
-    image, poses = animation.picture(size), animation.pose_pictures(FRAMES, size)
+    image, poses = animation.picture(size), animation.walk(FRAMES, size)
 
     def animate(steps: int) -> None:
         list(pipe.decode(pipe.denoise(image, poses, num_inference_steps=steps)))

@@ -10,30 +10,14 @@ import torch
 from torch import Tensor
 
 from tcan.errors import UserError
-from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
 from tcan.pose import draw_poses
 from tcan.schedule import sampler
 from tcan.temperature import temperature_map
 from tcan.video import fit_picture
-from tcan.weights import load_bases, save_model
 
 PARTS = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
 SIZE = 64
-
-
-@pytest.fixture(scope="module")
-def model_folder(bases_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stage-2 model in which nothing is at its zero initialisation."""
-    bases = load_bases(**dict.fromkeys(PARTS, str(bases_folder)))
-    torch.manual_seed(0)
-    tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt)
-    for part in tcan.parts().values():
-        for tensor in part.values():
-            tensor.add_(torch.randn_like(tensor), alpha=0.02)
-    folder = tmp_path_factory.mktemp("pipeline") / "model"
-    save_model(tcan, folder, bases=bases.info, stage=2, height=SIZE, width=SIZE, stick_width=2)
-    return folder
 
 
 @pytest.fixture(scope="module")

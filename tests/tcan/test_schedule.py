@@ -6,17 +6,11 @@ from diffusers import DDIMScheduler
 
 from tcan.errors import UserError
 from tcan.schedule import min_snr_weight, noise_schedule, sampler
+from tcan.weights.bases import load_scheduler
 
 
 def base() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    return load_scheduler("sd15")
 
 
 def alphas() -> torch.Tensor:
