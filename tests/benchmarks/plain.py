@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from tcan.appearance import install_appearance
 from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
-from tcan.saving import Convolution, GatedLinear
+from tcan.saving import Convolution, GatedLinear, NormSiLU, SiLULinear
 from tcan.temperature import temperature_map
 from tcan.temporal import temporal_layers
 
@@ -127,6 +128,8 @@ def with_whole_appearance_unet(tcan: TCAN, unet: UNet2DConditionModel) -> TCAN:
     tcan.appearance_unet = copy.deepcopy(unet)
     install_appearance(tcan.appearance_unet)
     for module in tcan.modules():
-        if type(module) in (Convolution, GatedLinear):
+        if type(module) in (Convolution, GatedLinear, NormSiLU, SiLULinear):
             module.__class__ = type(module).__base__
+        elif type(module) is ResnetBlock2D:
+            module.nonlinearity = torch.nn.SiLU()
     return tcan

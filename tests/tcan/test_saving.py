@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from tcan.saving import save_activations
@@ -61,3 +62,20 @@ def test_gated_feed_forwards_keep_the_projection_alone() -> None:
     for trained in (False, True):
         before, after = both(lambda: GEGLU(6, 24), x, trained)
         assert after == 8 * 2 * 5 * 48 and before - after == 8 * 2 * 5 * 24
+
+
+def test_residual_blocks_keep_no_normed_input() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = ResnetBlock2D(in_channels=8, out_channels=12, temb_channels=6, groups=4)
+            self.time = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x, self.time)
+
+    x = torch.randn(2, 8, 5, 4, dtype=torch.float64)
+    for trained in (False, True):
+        before, after = both(Block, x, trained)
+        between = 8 * 2 * 5 * 4 * (8 + 12)  # of norm and SiLU, twice
+        assert before - after >= between
