@@ -118,13 +118,18 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {foreign[1]}, which may be any code" if foreign else first_line(error)
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path}: cannot be opened as weights alone: it holds {foreign[1]}, which may be any code; give a "
+                ".safetensors of it"
+            ) from None
         raise UserError(
-            f"{path}: cannot be opened as weights alone: {reason}; give a .safetensors of it"
+            f"{path}: is not a file of weights (neither safetensors nor torch's pickle)"
         ) from None
     except Exception as error:  # of bytes that are no pickle, the reader may raise anything
-        raise UserError(f"{path}: is not a file of weights ({first_line(error)})") from None
+        raise UserError(
+            f"{path}: is not a file of weights, or not a whole one ({type(error).__name__}: {first_line(error)})"
+        ) from None
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]  # beside it a trainer's own state
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
