@@ -19,7 +19,7 @@ from tcan.pipeline import TCANPipeline
 from tcan.pose import follow_main_person, one_body, read_poses
 from tcan.pose.skeleton import NECK, NOSE
 from tcan.schedule import sampler
-from tcan.video import VideoFrames, check_target, fit_picture, read_picture, write_video
+from tcan.video import VideoFrames, check_target, fit_picture, is_picture, read_picture, write_video
 from tcan.weights import read_model_info
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,6 +85,8 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
     if animation.character is not None and not config.animate.retarget:
         raise UserError("--character is for fitting the poses to it; leave it out, or animate.retarget on")
     picture = read_picture(animation.image)
+    if animation.driving is not None and is_picture(animation.driving):
+        raise UserError(f"{animation.driving}: is a picture; give a video that moves it with --driving")
     video = None if animation.driving is None else VideoFrames(animation.driving)
     size = None if video is None else (video.height, video.width)
     poses, fps = None, animation.fps or (video and video.fps)
@@ -194,12 +196,16 @@ def find_device(config: Config) -> str:
     """The device that `config.animate.device` means here.
 
     Raises:
-        UserError: a GPU, where there is none.
+        UserError: no such device, or a GPU where there is none.
     """
     device = config.animate.device
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"animate.device = {device}: no such device; use auto, cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"animate.device = {device}: no GPU is at hand; use auto or cpu")
     return device
 

@@ -382,8 +382,12 @@ class AnimateConfig:
     """Workers of --pairs, each with a GPU where the cluster has some, else with a CPU; 0: as many as there is room for."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.decode_batch < 1:
-            raise UserError("animate: steps and decode_batch must be at least 1")
+        if not 1 <= self.steps <= 1000:
+            raise UserError(
+                f"animate.steps = {self.steps}: must be from 1 to 1000, the levels of noise there are"
+            )
+        if self.decode_batch < 1:
+            raise UserError(f"animate.decode_batch = {self.decode_batch}: must be at least 1")
         if self.smooth and (self.smooth < 5 or self.smooth % 2 == 0):
             raise UserError(f"animate.smooth = {self.smooth}: must be odd and at least 5, or 0")
         for name in ("height", "width"):
@@ -460,6 +464,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.size <= 0 or self.size % 64:
             raise UserError(f"size = {self.size}: must be a multiple of 64, such as 128 or 512")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed = {self.seed}: must be from 0 to 2^63 - 1")
 
 
 # --- from the command line -------------------------------------------------------------------------------------------
@@ -556,6 +562,9 @@ class _ConfigFile(ActionConfigFile):
 def _check_keys(values: dict[str, Any], config: type, where: str, prefix: str = "") -> None:
     known = {item.name: item.type for item in fields(config)}
     for key, value in values.items():
+        if f"{prefix}{key}" in _all_keys(Config) and "." in key:
+            section, _, name = key.partition(".")
+            raise UserError(f"{where}: write {key} as {section}: {{{name}: ...}}, a key inside another")
         if key not in known:
             raise UserError(
                 f"{where}: no such key: {prefix}{key}{_nearest(f'{prefix}{key}', _all_keys(Config))}"

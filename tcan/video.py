@@ -110,7 +110,7 @@ def check_target(path: str | os.PathLike, sound: bool = False) -> None:
 
     Raises:
         UserError: a name that is none of `FORMATS` nor a folder's, a folder that holds something already, a format that
-            can't hold the sound asked for.
+            can't hold the sound asked for, a place where nothing can be written.
     """
     path = Path(path)
     form = FORMATS.get(path.suffix.lower())
@@ -124,6 +124,10 @@ def check_target(path: str | os.PathLike, sound: bool = False) -> None:
         raise UserError(f"{path}: a folder that is there already; name another, or remove it")
     if path.is_file() and not form:
         raise UserError(f"{path}: a file that is there already; name another for the folder of PNG pictures")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(
+            f"{path}: cannot write the video: no folder {path.parent} that can be written to; make it"
+        )
 
 
 def write_video(
@@ -293,8 +297,14 @@ def read_picture(path: str | os.PathLike) -> np.ndarray:
 
 
 def write_picture(picture: np.ndarray, path: str | os.PathLike) -> None:
-    """Writes uint8 RGB `[H, W, 3]` in the format of the path's suffix; the file appears when it is whole."""
+    """Writes uint8 RGB `[H, W, 3]` in the format of the path's suffix; the file appears when it is whole.
+
+    Raises:
+        UserError: a name that is no picture's, or a folder that can't be written to.
+    """
     path = Path(path)
+    if path.is_dir() or path.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{path}: must name a picture, such as clips.png")
     partial = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         Image.fromarray(picture).save(partial)

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from pipelines.animate import Animation, animate, beside, load_pipeline, read_inputs, to_uint8
+from pipelines.animate import Animation, animate, beside, find_device, load_pipeline, read_inputs, to_uint8
 from pipelines.config import Config, load_config
 from pipelines.pose import pose
 from pipelines.puppets.world import sample_clip, write_clip
+from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pose import draw_poses, read_poses
 from tcan.video import VideoFrames, read_picture, read_video, write_picture, write_video
@@ -135,6 +137,7 @@ def test_bad_input(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     body = read_poses(puppets / "dance.json").people[0][0]
     faceless = body.copy()
     faceless[0] = 0
+    Image.new("RGB", (64, 64)).save(tmp_path / "hero.png")
     for name, pose_ in (("one", body), ("faceless", faceless), ("nobody", 0 * body)):
         frame = {"people": [{"pose_keypoints_2d": pose_.ravel().tolist()}]}
         (tmp_path / f"{name}.json").write_text(json.dumps([frame]))
@@ -152,6 +155,8 @@ def test_bad_input(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"driving": "missing.mp4"}, "no such video"),
         ({"driving": "renamed.mp4"}, "cannot be read as a video"),
         ({"model": "missing"}, "no model folder"),
+        ({"driving": "hero.png"}, "hero.png: is a picture; give a video"),
+        ({"out": "no/out.mp4"}, "cannot write the video: no folder"),
         ({"out": "out.avi"}, "name it .mp4, .webm, .gif, or without a suffix"),
         ({"out": "out.gif", "audio": True}, "cannot hold sound"),
         ({"driving": None, "poses": "one.json", "audio": True}, "--audio copies the sound"),
@@ -179,6 +184,8 @@ def test_bad_input(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
                 arguments += [f"--{key}"] if value is True else [f"--{key}", str(value)]
         assert reason in error_of(capsys, "animate", *arguments)
     assert not list(tmp_path.glob("out*"))
+    with pytest.raises(UserError, match="foo: no such device"):
+        find_device(load_config("--animate.device=foo"))
 
 
 def test_bad_input_of_pose(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,7 @@ def test_file_overrides_preset_and_command_line_overrides_both(tmp_path: Path) -
         ("train: {wrokers: 2}", "no such key: train.wrokers; did you mean train.workers?"),
         ("sede: 2", "no such key: sede; did you mean seed?"),
         ("seed: two", "seed: expected int, got two"),
+        ("train.workers: 2", "write train.workers as train: {workers: ...}, a key inside another"),
         ("train: 5", "train must hold keys and values"),
         ("- seed", "must hold keys and values, such as `seed: 1`"),
         ("seed: [", "not YAML: "),
@@ -153,6 +154,11 @@ def test_bad_configuration_file(
             "nothing: no model folder (no readable tcan.json in it); give what tcan train wrote",
         ),
         ("ui --size 100", "size = 100: must be a multiple of 64, such as 128 or 512"),
+        ("ui --seed -1", "seed = -1: must be from 0 to 2^63 - 1"),
+        (
+            "ui --animate.steps 5000",
+            "animate.steps = 5000: must be from 1 to 1000, the levels of noise there are",
+        ),
     ],
 )
 def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,6 +201,13 @@ def test_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_picture(tmp_path / "turned.png"), np.rot90(pixels, k=-1))
 
 
+def test_names_that_are_no_pictures(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "clips", tmp_path / "clips.mp4"):
+        with pytest.raises(UserError, match="must name a picture"):
+            write_picture(smooth_frames(1, 64, 64)[0], path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_unusable_pictures(tmp_path: Path) -> None:
     write_picture(smooth_frames(1, 64, 64)[0], tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
