@@ -579,6 +579,18 @@ def test_both_stages_train_their_own_parts(calm):
 
 
 @pytest.mark.slow
+def test_the_losses_are_those_committed(calm):
+    """What changes them on purpose writes tests/golden anew: `{step: loss}` of the run `calm`, by stage."""
+    config, out = calm
+    for stage in (1, 2):
+        golden = compare_losses.losses(ROOT / "tests" / "golden" / f"stage{stage}.json", store="")
+        found = {step: values[0] for step, values in losses(config, out, stage).items()}
+        assert found.keys() == golden.keys()
+        difference, step = compare_losses.largest_difference(found, golden)
+        assert difference < 1e-3, (stage, step)  # another processor's rounding moves them by far less
+
+
+@pytest.mark.slow
 def test_a_finished_model_is_found_in_the_registry(calm, monkeypatch):
     import mlflow
 
