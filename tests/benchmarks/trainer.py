@@ -7,7 +7,6 @@ on them, and takes some minutes.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -17,11 +16,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
-from mlflow import MlflowClient
 
 from pipelines.config import load_config
 from pipelines.dataset import read_info
@@ -29,6 +25,7 @@ from pipelines.train import loop
 from pipelines.train.data import ClipStore, Sampler
 from tcan.model import TCAN
 from tcan.weights import load_bases
+from tests.runs import Stage1, workers_of
 
 STEPS, WARM_UP, CHECKPOINT_EVERY, ROUNDS = 24, 8, 12, 3
 
@@ -88,48 +85,27 @@ def encoding(keys: list[str]) -> float:
     return statistics.median(seconds[1:]) * config.train.stage1.batch_size / config.train.stage1.micro_batch
 
 
-def trainer(dataset: Path, keys: list[str], workers: int, kill: bool = False) -> dict[str, Any]:
+def trainer(dataset: Path, keys: list[str], workers: int, kill: bool = False) -> dict[str, float]:
     """Medians of what a run of stage 1 recorded; kill: a worker is killed after the first checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        command = [
-            sys.executable,
-            "-m",
-            "pipelines.cli",
-            "train",
-            str(dataset),
-            "--out",
-            str(out),
-            "--stage",
-            "1",
-        ]
-        command += [*keys, f"--train.workers={workers}", f"--tracking.folder={folder}/mlflow"]
-        process = psutil.Popen(command, stdout=subprocess.DEVNULL)
-        while kill and process.poll() is None:
-            if (out / "stage1" / "checkpoint_manager_snapshot.json").exists():
-                victims = [p for p in process.children(True) if "RayTrainWorker" in " ".join(p.cmdline())]
+        training = Stage1(dataset, Path(folder), keys)
+        driver = training.start(workers)
+        while kill and driver.poll() is None:
+            if (training.stage / "checkpoint_manager_snapshot.json").exists():
                 killed = time.time()
-                victims[0].kill()
+                workers_of(driver)[0].kill()
                 break
             time.sleep(0.05)
-        if process.wait():
-            raise SystemExit("the training failed")
-        client = MlflowClient(f"sqlite:///{folder}/mlflow/mlflow.db")
-        run_id = json.loads((out / "stage1" / "run.json").read_text())["mlflow_run_id"]
-        history = {
-            key: {metric.step: metric for metric in client.get_metric_history(run_id, key)}
-            for key in ("step_seconds", "data_wait_seconds", "checkpoint_seconds")
-        }
+        training.finish(driver)
+        names = ("step_seconds", "data_wait_seconds", "checkpoint_seconds")
+        history = {name: training.history(name) for name in names}
     values = {
-        key: [metric.value for step, metric in sorted(found.items())][
-            WARM_UP if len(found) > WARM_UP else 0 :
-        ]
-        for key, found in history.items()
+        name: [metric.value for metric in found if metric.step > WARM_UP] for name, found in history.items()
     }
-    result: dict[str, Any] = {key: statistics.median(found) for key, found in values.items()}
+    result = {name: statistics.median(found) for name, found in values.items()}
     result["data_wait"] = sum(values["data_wait_seconds"]) / sum(values["step_seconds"])
     if kill:
-        after = [metric.timestamp / 1000 for metric in history["step_seconds"].values()]
+        after = [metric.timestamp / 1000 for metric in history["step_seconds"]]
         result["kill_seconds"] = min(stamp for stamp in after if stamp > killed + 1) - killed
     return result
 
@@ -159,7 +135,7 @@ def main() -> None:
         two.append(trainer(given.dataset, keys, 2))
     killed = trainer(given.dataset, keys, 2, kill=True)
 
-    def median(runs: list[dict[str, Any]], key: str) -> float:
+    def median(runs: list[dict[str, float]], key: str) -> float:
         return statistics.median(run[key] for run in runs)
 
     step = median(one, "step_seconds")

@@ -36,6 +36,7 @@ from tcan.errors import UserError
 from tcan.pose import draw_poses
 from tcan.weights import fingerprint
 from tests import compare_losses
+from tests.runs import workers_of
 
 SIZE = 64
 ROOT = Path(__file__).parents[2]
@@ -483,16 +484,6 @@ def calm(tmp_path_factory, bases, clips, ray_cluster) -> tuple[Config, Path]:
     config = configured(bases, folder)
     assert train(clips, folder / "out", config) == folder / "out" / "model"
     return config, folder / "out"
-
-
-def workers_of(driver: psutil.Process) -> list[psutil.Process]:
-    def is_worker(process: psutil.Process) -> bool:
-        try:
-            return "RayTrainWorker" in " ".join(process.cmdline())
-        except psutil.Error:  # it has just ended
-            return False
-
-    return [process for process in driver.children(recursive=True) if is_worker(process)]
 
 
 def strike(storage: Path, blows: list[signal.Signals], over: threading.Event) -> None:
