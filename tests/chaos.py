@@ -54,8 +54,10 @@ def chaos(training: Stage1, steps: int, kills: int) -> None:
         time.sleep(chance.random())
         at, began = training.step(), time.monotonic()
         if on_driver:
+            orphans = workers_of(driver)
             driver.send_signal(blow)
             driver.wait()
+            psutil.wait_procs(orphans)  # they may still finish a step
             workers = 1 if workers == 2 and blow == DRIVER[0] else 2
             at = training.step()
             driver = training.start(workers)
