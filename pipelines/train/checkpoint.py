@@ -5,11 +5,12 @@
     model/                      only in a stage's last checkpoint: the model folder
 
 Nothing in it depends on the number of workers, the ZeRO stage or the precision that wrote it. Ray Train registers a
-checkpoint when every worker has uploaded its share: before that it isn't there.
+checkpoint when every worker has uploaded its share: before that it isn't there, and `sweep` clears away what never will be.
 """
 
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import ray.train
 import torch
 import torch.distributed as dist
@@ -38,6 +40,7 @@ from pipelines.train.engine import (
 )
 
 STATE, MODEL = "state.json", "model"
+PREFIX = "step_"  # of a checkpoint's folder
 
 
 def save(
@@ -63,7 +66,7 @@ def save(
         {"step": state["step"], **metrics},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
         # Never the name of one that a killed worker left half uploaded.
-        checkpoint_dir_name=f"step_{state['step']:06d}_{uuid.uuid4().hex[:8]}",
+        checkpoint_dir_name=f"{PREFIX}{state['step']:06d}_{uuid.uuid4().hex[:8]}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
     )
@@ -118,6 +121,25 @@ def read(engine: Any, folder: Path) -> dict[str, Any]:
     set_optimizer_steps(engine, state["optimizer_steps"])
     refresh(engine)
     return state
+
+
+def sweep(run: str) -> None:
+    """Deletes what a failed upload, or workers that were killed at it, left of checkpoints that never became whole.
+
+    run: path or URI of the run's folder in Ray Train's storage, where nobody is training now.
+    """
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells at length that it found the run
+    try:
+        known = ray.train.Result.from_path(run)
+    except RuntimeError:  # there is nothing yet
+        return
+    if known.checkpoint is None:
+        return
+    filesystem, folder = known.checkpoint.filesystem, os.path.dirname(known.checkpoint.path)
+    whole = {os.path.basename(checkpoint.path) for checkpoint, _ in known.best_checkpoints}
+    for found in filesystem.get_file_info(pafs.FileSelector(folder)):
+        if found.base_name.startswith(PREFIX) and found.base_name not in whole:
+            filesystem.delete_dir(found.path)
 
 
 class FrozenFingerprint:

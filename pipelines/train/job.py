@@ -192,6 +192,8 @@ def _fit(task: Task, out: Path) -> ray.train.Result:
         {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
     )
     elastic = config.min_workers is not None
+    storage, name = config.storage or str(out), f"stage{task.stage}"
+    checkpoint.sweep(f"{storage}/{name}")
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"task": task},
@@ -201,8 +203,8 @@ def _fit(task: Task, out: Path) -> ray.train.Result:
             resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
-            name=f"stage{task.stage}",  # with the storage path: what a later start goes on from
-            storage_path=config.storage or str(out),
+            name=name,  # with the storage path: what a later start goes on from
+            storage_path=storage,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=config.keep_checkpoints,
@@ -228,6 +230,7 @@ def _fit(task: Task, out: Path) -> ray.train.Result:
                 if late := ray.get(asked):
                     print(f"stage {task.stage}: {late}; all workers are started anew", flush=True)
                 asked = task.watch.late.remote(patience)
+    checkpoint.sweep(f"{storage}/{name}")
     verdict = ray.get(task.watch.verdict.remote())
     if verdict:
         raise UserError(verdict)

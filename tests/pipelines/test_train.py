@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from pipelines import tracking
 from pipelines.config import Config, load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
-from pipelines.train.checkpoint import FrozenFingerprint
+from pipelines.train.checkpoint import FrozenFingerprint, sweep
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
 from pipelines.train.guard import LossGuard, out_of_memory
@@ -345,6 +345,28 @@ def test_a_frozen_tensor_that_moves_is_named():
         module[0].weight[1, 0] += 1e-6
     with pytest.raises(RuntimeError, match=r"1 frozen tensors have changed, such as 0\.weight"):
         frozen.check()
+
+
+def test_what_never_became_a_checkpoint_is_swept_away(tmp_path):
+    import ray
+
+    names = ["step_000003_aa", "step_000006_bb"]
+    known = [{"version": 0, "checkpoint_dir_name": name, "metrics": {}} for name in names]
+    snapshot = {
+        "ray_version": ray.__version__, "checkpoint_results": known, "latest_checkpoint_result": known[-1],
+        "checkpoint_report_indices": [0, 1], "current_report_index": 2, "pending_training_results": [],
+        "pending_validation_specs": [],
+        **{f"{how}_checkpoint_dir_names": [] for how in ("validated", "timed_out_validation", "failed_validation")},
+    }  # fmt: skip
+    half, others = "step_000009_cc", ["model", "run.json"]
+    for name in (*names, half, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    sweep(str(tmp_path))  # which are whole isn't known: nothing is touched
+    assert {path.name for path in tmp_path.iterdir()} == {*names, half, *others}
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
+    sweep(str(tmp_path))
+    assert {path.name for path in tmp_path.glob("*/")} == {*names, *others}
 
 
 def test_the_average_is_that_of_the_weights():
