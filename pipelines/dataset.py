@@ -14,6 +14,7 @@ digests in the files' names, the files listed in dataset.json.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,9 +118,9 @@ def rejected_files(folder: str | Path) -> list[str]:
     return _parquet_files(folder, REJECTED_FOLDER)
 
 
-def file_name(part: str, content: bytes | pa.Buffer) -> str:
-    """The name of a Parquet file in the folder `part`: its content's sha256, shortened."""
-    return f"{part}-{hashlib.sha256(content).hexdigest()[:32]}.parquet"
+def file_name(part: str, file: io.BufferedIOBase) -> str:
+    """The name of a Parquet file, open at its beginning, in the folder `part`: its content's sha256, shortened."""
+    return f"{part}-{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}.parquet"
 
 
 def _parquet_files(folder: str | Path, part: str) -> list[str]:

@@ -5,7 +5,11 @@ GOOGLE_APPLICATION_CREDENTIALS and so on.
 """
 
 import errno
+import io
 import os
+import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -91,13 +95,22 @@ def list_files(folder: str | Path, recursive: bool = False) -> list[str]:
     return sorted(prefix + item.path for item in found if item.type == pafs.FileType.File)
 
 
+def open_file(name: str | Path) -> pa.NativeFile:
+    """The file, to read.
+
+    Raises:
+        FileNotFoundError, OSError: as Arrow raises them.
+    """
+    filesystem, path = locate(name)
+    return filesystem.open_input_file(path)
+
+
 def read_bytes(name: str | Path) -> bytes:
     """
     Raises:
         FileNotFoundError, OSError: as Arrow raises them.
     """
-    filesystem, path = locate(name)
-    with filesystem.open_input_file(path) as file:
+    with open_file(name) as file:
         return file.read()
 
 
@@ -114,30 +127,72 @@ def delete(name: str | Path) -> None:
         filesystem.delete_file(path)
 
 
-def write(name: str | Path, data: bytes | pa.Buffer) -> None:
-    """Writes a file under a temporary name and renames it when it is whole; what fails leaves nothing behind.
+def open_partial(folder: str | Path) -> io.BufferedRandom:
+    """A new file, to write and read, which `publish` gives a name in that folder. Until then it lies there under a name of
+    its own, `.*.partial`; what is to go to a bucket, in this machine's temporary folder, without a name.
+
+    Raises:
+        UserError: the folder is not to be written to.
+    """
+    with mendable(folder):
+        if is_remote(folder):
+            return tempfile.TemporaryFile()
+        return open(f"{folder}/.{uuid.uuid4().hex}.partial", "x+b")
+
+
+def publish(file: io.BufferedRandom, name: str | Path) -> None:
+    """Gives a file of `open_partial`'s its name, when it is whole, and closes it; what fails leaves nothing behind.
 
     Raises:
         UserError: the disk is full, or the folder or bucket is not to be written to.
     """
+    with mendable(name), _discarded_on_error(file):
+        file.flush()
+        if is_remote(name):
+            _upload(file, name)
+        else:
+            os.fsync(file.fileno())
+            os.replace(file.name, name)
+        file.close()
+
+
+def _upload(file: io.BufferedRandom, name: str | Path) -> None:
     filesystem, path = locate(name)
     folder, _, file_name = path.rpartition("/")
     partial = f"{folder}/.{file_name}.partial"
-    with mendable(name):
-        try:
-            if is_remote(name):
-                with filesystem.open_output_stream(partial) as remote:
-                    remote.write(data)
-            else:
-                with open(partial, "wb") as local:
-                    local.write(data)
-                    local.flush()
-                    os.fsync(local.fileno())
-            filesystem.move(partial, path)
-        except BaseException:
-            if filesystem.get_file_info(partial).type != pafs.FileType.NotFound:
-                filesystem.delete_file(partial)
-            raise
+    file.seek(0)
+    try:
+        with filesystem.open_output_stream(partial) as remote:
+            shutil.copyfileobj(file, remote, 2**23)
+        filesystem.move(partial, path)
+    except BaseException:
+        if filesystem.get_file_info(partial).type != pafs.FileType.NotFound:
+            filesystem.delete_file(partial)
+        raise
+
+
+@contextmanager
+def _discarded_on_error(file: io.BufferedRandom) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # what it still wanted to write
+            file.close()
+        if isinstance(file.name, str):
+            os.unlink(file.name)
+        raise
+
+
+def write(name: str | Path, data: bytes) -> None:
+    """Writes a file, which is there when it is whole.
+
+    Raises:
+        UserError: as `publish`.
+    """
+    file = open_partial(str(name).rpartition("/")[0])
+    with mendable(name), _discarded_on_error(file):
+        file.write(data)
+    publish(file, name)
 
 
 @contextmanager

@@ -4,6 +4,9 @@ decord can wait without end, holding the GIL, for frames that a header claims an
 keeps memory. So each video has a process of its own. Its time limit is a timer of the kernel with the signal's default
 action, which ends the process whatever the interpreter is doing, and also when the parent is gone.
 
+decord also decodes ahead of its reader, up to the video's end if the reader is slow, as pose network and VAE are: a long
+video would fill the memory. PyAV, which does not, reads those.
+
 Sends messages on standard output: a line of JSON, then as many bytes as its "bytes" says.
 """
 
@@ -13,15 +16,15 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import decord
 import numpy as np
 from PIL import Image
 
-RAW_BYTES = (
-    64 * 2**20
-)  # of source pictures held at once: an 8K video takes little more memory than a small one
+RAW_BYTES = 16 * 2**20  # of source pictures taken from decord at once
+AHEAD_BYTES = 512 * 2**20  # of a video's pictures that decord may hold
 CUT_SIZE = (64, 64)  # enough to see a cut
 MAX_REPAIRED = 0.01  # share of frames that decord may fill with their neighbours before it gives up
 
@@ -125,6 +128,7 @@ class _Decord:
     def __init__(self, path: str) -> None:
         self.reader = decord.VideoReader(path, num_threads=1, fault_tol=MAX_REPAIRED)
         self.num_frames, self.fps = len(self.reader), float(self.reader.get_avg_fps())
+        self.frame_bytes = int(np.prod(self.reader[0].shape))
 
     def times(self) -> tuple[np.ndarray, float]:
         """Seconds at which the frames appear, and at which the last one goes."""
@@ -133,13 +137,14 @@ class _Decord:
 
     def pictures(self, numbers: list[int]) -> Iterator[np.ndarray]:
         """uint8 RGB [H, W, 3] of these frames, rising, upright; few are held at a time."""
-        chunk = max(1, RAW_BYTES // int(np.prod(self.reader[0].shape)))
+        chunk = max(1, RAW_BYTES // self.frame_bytes)
         for i in range(0, len(numbers), chunk):
             yield from self.reader.get_batch(numbers[i : i + chunk]).asnumpy()
 
 
 class _PyAV:
-    """The same for what decord fails at: what its own ffmpeg does not know (AV1), transport streams, tiny pictures."""
+    """The same for long videos and for what decord fails at: what its own ffmpeg does not know (AV1), transport streams,
+    tiny pictures."""
 
     def __init__(self, path: str) -> None:
         import av  # half of a decoder's start, and seldom needed
@@ -148,13 +153,17 @@ class _PyAV:
         with av.open(path) as container:
             stream = container.streams.video[0]
             self.fps = float(stream.average_rate or 0)
-            packets = [p for p in container.demux(stream) if p.pts is not None]
-            self.packets = sorted((p.pts * p.time_base, (p.duration or 0) * p.time_base) for p in packets)
+            tick = float(stream.time_base)
+            self.packets = sorted(  # seconds: (shown at, for)
+                (packet.pts * tick, (packet.duration or 0) * tick)
+                for packet in container.demux(stream)
+                if packet.pts is not None
+            )
         self.num_frames = len(self.packets)
 
     def times(self) -> tuple[np.ndarray, float]:
         last, duration = self.packets[-1]
-        return np.array([float(time) for time, _ in self.packets]), float(last + duration)
+        return np.array([time for time, _ in self.packets]), last + duration
 
     def pictures(self, numbers: list[int]) -> Iterator[np.ndarray]:
         wanted = iter(numbers)
@@ -162,6 +171,7 @@ class _PyAV:
         damaged = 0
         try:
             with self.av.open(self.path) as container:
+                container.streams.video[0].thread_count = 1
                 for i, frame in enumerate(container.decode(video=0)):
                     damaged += frame.is_corrupt
                     if i == number:
@@ -178,10 +188,11 @@ class _PyAV:
 
 
 def _open(path: str) -> _Decord | _PyAV:
-    try:
-        return _Decord(path)
-    except Exception:
-        pass
+    with suppress(Exception):
+        video = _Decord(path)
+        if video.num_frames * video.frame_bytes <= AHEAD_BYTES:
+            return video
+        del video  # with what it has decoded ahead by now
     try:
         return _PyAV(path)
     except IndexError:

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
@@ -78,9 +77,13 @@ def verify(dataset: str) -> None:
     videos: dict[str, list[tuple[int, int, str]]] = {}  # video -> (start, frames, file)
     names = sorted(there & info["files"].keys())
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        contents = pool.map(lambda name: storage.read_bytes(f"{folder}/{name}"), names)
-        for name, content in zip(names, contents, strict=True):
-            problems += [f"{name}: {problem}" for problem in _file_problems(name, content, info, videos)]
+        right = pool.map(lambda name: _has_its_digest(folder, name), names)
+        for name, has_its_digest in zip(names, right, strict=True):
+            if not has_its_digest:
+                problems.append(f"{name}: its bytes are not those that were written: another digest")
+                continue
+            with storage.open_parquet(f"{folder}/{name}") as file:
+                problems += [f"{name}: {problem}" for problem in _file_problems(file, name, info, videos)]
     problems += _video_problems(videos)
     counts = {
         "videos": len(videos),
@@ -102,14 +105,16 @@ def verify(dataset: str) -> None:
     print(f"{dataset}: whole: {len(names)} files, {counts['videos']} videos, {counts['clips']} clips")
 
 
+def _has_its_digest(folder: str, name: str) -> bool:
+    part = name.partition("/")[0]
+    with storage.open_file(f"{folder}/{name}") as file:
+        return name == f"{part}/{file_name(part, file)}"
+
+
 def _file_problems(
-    name: str, content: bytes, info: dict[str, Any], videos: dict[str, list[tuple[int, int, str]]]
+    file: pq.ParquetFile, name: str, info: dict[str, Any], videos: dict[str, list[tuple[int, int, str]]]
 ) -> Iterator[str]:
     part = name.partition("/")[0]
-    if name != f"{part}/{file_name(part, content)}":
-        yield "its bytes are not those that were written: another digest"
-        return
-    file = pq.ParquetFile(pa.BufferReader(content))
     schema = CLIP_SCHEMA if part == CLIPS_FOLDER else REJECTED_SCHEMA
     if not file.schema_arrow.remove_metadata().equals(schema):
         yield "another schema"

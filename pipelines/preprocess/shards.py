@@ -6,11 +6,13 @@ name when it is complete, and never changes. So a job may die at any moment; the
 """
 
 import fcntl
+import io
 import json
 import os
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +43,7 @@ from tcan.errors import UserError
 ROW_GROUP_BYTES = (
     2 * 2**20
 )  # a training sample reads one row group: small, yet large enough for a request to S3
+LATENTS_IN_MEMORY = 4 * 2**20  # of a video that is not whole yet
 FILES_AT_ONCE = 16  # read, when a dataset is opened: a bucket answers slowly, but many at a time
 
 
@@ -162,11 +165,19 @@ def writing(folder: str) -> Iterator[None]:
                 f"{folder}: another preprocess is writing here; wait for it or give another OUT"
             ) from None
         with storage.mendable(folder):
-            for leftover in [*local.glob(".*.partial"), *local.glob("*/.*.partial")]:
-                leftover.unlink()
-        yield
+            _clear(local)
+        try:
+            yield
+        finally:
+            _clear(local)
     finally:
         os.close(lock)
+
+
+def _clear(folder: Path) -> None:
+    """Deletes the files that have not become whole."""
+    for leftover in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:
+        leftover.unlink()
 
 
 def write_info(folder: str, info: Mapping[str, Any]) -> None:
@@ -186,8 +197,7 @@ def forget_rejected(folder: str, identity: Mapping[str, Any], sources: set[str])
     rows = pa.concat_tables(_read(file, None, identity, folder) for file in files).to_pylist()
     stay = [row for row in rows if row["stage"] == DUPLICATE or row["source"] not in sources]
     if len(stay) < len(rows):
-        writer = ShardWriter(folder, identity, 0, 0)
-        kept = writer.write(REJECTED_FOLDER, pa.Table.from_pylist(stay, REJECTED_SCHEMA)) if stay else None
+        kept = ShardWriter(folder, identity, 0, 0).write_rejected(stay) if stay else None
         for file in files:
             if file != kept:
                 storage.delete(file)
@@ -195,21 +205,28 @@ def forget_rejected(folder: str, identity: Mapping[str, Any], sources: set[str])
 
 
 class ShardWriter:
-    """Collects whole videos and rejections, and writes them in files of about `shard_bytes`, or after `seconds`, so that
-    a slow job that dies has lost little."""
+    """Writes whole videos and rejections in files of about `shard_bytes`, or after `seconds`, so that a slow job that dies
+    has lost little. Of the clips, a row group is in memory: the others are in a file that gets its name in the end."""
 
     def __init__(self, folder: str, identity: Mapping[str, Any], shard_bytes: int, seconds: float) -> None:
         self.folder = folder
         self.metadata = {IDENTITY_KEY: json.dumps(identity).encode()}
         self.shard_bytes = shard_bytes
         self.seconds = seconds
-        self._videos: list[pa.Table] = []
+        self._shard: _Shard | None = None
         self._rejected: list[dict[str, Any]] = []
         self._last_commit = time.monotonic()
 
-    def add_video(self, clips: pa.Table) -> None:
-        """All clips of one video, rows of CLIP_SCHEMA."""
-        self._videos.append(clips)
+    def add_video(self, clips: Iterable[Mapping[str, Any]]) -> None:
+        """All clips of one video, rows of CLIP_SCHEMA, taken one at a time.
+
+        Raises:
+            UserError: they cannot be written; nothing of their file is there then.
+        """
+        with storage.mendable(f"{self.folder}/{CLIPS_FOLDER}"):
+            self._shard = self._shard or _Shard(self.folder, self.metadata)
+            for clip in clips:
+                self._shard.add(clip)
         self._commit_when_due()
 
     def add_rejected(self, source: Source, stage: str, reason: str) -> None:
@@ -226,43 +243,81 @@ class ShardWriter:
 
     def _commit_when_due(self) -> None:
         waited = time.monotonic() - self._last_commit
-        if waited >= self.seconds or sum(video.nbytes for video in self._videos) >= self.shard_bytes:
+        if waited >= self.seconds or (self._shard and self._shard.bytes >= self.shard_bytes):
             self.commit()
 
     def commit(self) -> None:
-        """Writes what has been collected.
+        """Gives the dataset what has been collected.
 
         Raises:
             UserError: it cannot be written; each file is whole or not there.
         """
-        if self._videos:
-            self.write(CLIPS_FOLDER, pa.concat_tables(self._videos).cast(CLIP_SCHEMA))
-            self._videos = []
+        if self._shard:
+            with storage.mendable(f"{self.folder}/{CLIPS_FOLDER}"):
+                file = self._shard.finish()
+            self._publish(CLIPS_FOLDER, file)
+            self._shard = None
         if self._rejected:
-            self.write(REJECTED_FOLDER, pa.Table.from_pylist(self._rejected, REJECTED_SCHEMA))
+            self.write_rejected(self._rejected)
             self._rejected = []
         self._last_commit = time.monotonic()
 
-    def write(self, part: str, table: pa.Table) -> str:
-        """Writes a file of the dataset and returns its name."""
+    def write_rejected(self, rows: list[dict[str, Any]]) -> str:
+        """A file of rows of REJECTED_SCHEMA; returns its name."""
+        table = pa.Table.from_pylist(rows, REJECTED_SCHEMA).replace_schema_metadata(self.metadata)
+        file = storage.open_partial(f"{self.folder}/{REJECTED_FOLDER}")
+        with storage.mendable(f"{self.folder}/{REJECTED_FOLDER}"):
+            pq.write_table(table, file, compression="zstd")
+        return self._publish(REJECTED_FOLDER, file)
+
+    def _publish(self, part: str, file: io.BufferedRandom) -> str:
         # While files are added the dataset is not whole.
         storage.delete(f"{self.folder}/{INFO_FILE}")
-        rows = max(1, ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
-        buffer = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata(self.metadata), buffer, compression="zstd", row_group_size=rows
-        )
-        content = buffer.getvalue()
-        name = f"{self.folder}/{part}/{file_name(part, content)}"
-        storage.write(name, content)
+        file.seek(0)
+        name = f"{self.folder}/{part}/{file_name(part, file)}"
+        storage.publish(file, name)
         return name
+
+
+class _Shard:
+    """A Parquet file of clips, of which all but the last row group is on disk."""
+
+    def __init__(self, folder: str, metadata: Mapping[bytes, bytes]) -> None:
+        self.file = storage.open_partial(f"{folder}/{CLIPS_FOLDER}")
+        self.writer = pq.ParquetWriter(self.file, CLIP_SCHEMA.with_metadata(metadata), compression="zstd")
+        self.bytes = 0  # of the rows, written or waiting
+        self._group: list[Mapping[str, Any]] = []
+        self._group_bytes = 0
+
+    def add(self, clip: Mapping[str, Any]) -> None:
+        size = sum(len(value) for value in clip.values() if isinstance(value, bytes))
+        if self._group_bytes + size > ROW_GROUP_BYTES:
+            self._write_group()
+        self._group.append(clip)
+        self._group_bytes += size
+        self.bytes += size
+
+    def _write_group(self) -> None:
+        if self._group:
+            self.writer.write_table(pa.Table.from_pylist(self._group, self.writer.schema))
+        self._group, self._group_bytes = [], 0
+
+    def finish(self) -> io.BufferedRandom:
+        """The whole file, open."""
+        self._write_group()
+        self.writer.close()
+        return self.file
 
 
 # --- clips -> videos -------------------------------------------------------------------------------------------------
 
 
 class VideoAssembler:
-    """Gathers the clips of each video, in whatever order they come, and hands on whole videos or rejections."""
+    """Gathers the clips of each video, in whatever order they come, and hands on whole videos or rejections.
+
+    A video's latents wait on disk, however long it is: an hour at 512 pixels has 6 GB of them. Of its frames it keeps the
+    people, by whom it is judged when it is whole.
+    """
 
     def __init__(
         self,
@@ -281,7 +336,8 @@ class VideoAssembler:
         self.min_person_height = min_person_height
         self.validation_share = validation_share
         self.finished: set[str] = set()
-        self._clips: dict[str, dict[int, dict[str, Any]]] = {}  # video -> start -> clip
+        self._clips: dict[str, dict[int, dict[str, Any]]] = {}  # video -> start -> clip without its latents
+        self._latents: dict[str, _Latents] = {}
         self._num_clips: dict[str, int] = {}
 
     def add(self, row: dict[str, Any]) -> str | None:
@@ -295,6 +351,9 @@ class VideoAssembler:
         if row["num_clips"] is not None:
             self._num_clips[video_id] = row["num_clips"]
         else:
+            if video_id not in self._latents:
+                self._latents[video_id] = _Latents(self.writer.folder)
+            self._latents[video_id].put(row["start"], row.pop("latent_mean"), row.pop("latent_logvar"))
             clips[row["start"]] = row
         if len(clips) != self._num_clips.get(video_id):
             return None
@@ -305,9 +364,7 @@ class VideoAssembler:
         keypoints, which = main_person(people, self.size)
         if reason := self._too_little(keypoints, which):
             return self._reject(video_id, "pose", reason)
-        # A table a clip: one column of a long video's latents would pass the 2 GiB that a binary array may hold.
-        rows = self._rows(in_order, keypoints, which)
-        self.writer.add_video(pa.concat_tables(pa.Table.from_pylist([row], CLIP_SCHEMA) for row in rows))
+        self.writer.add_video(self._rows(in_order, keypoints, which))
         self._finish(video_id)
         return "kept"
 
@@ -322,26 +379,31 @@ class VideoAssembler:
 
     def _rows(
         self, clips: list[dict[str, Any]], keypoints: np.ndarray, which: list[int]
-    ) -> list[dict[str, Any]]:
+    ) -> Iterator[dict[str, Any]]:
         first, video_id = clips[0], clips[0]["video_id"]
+        latents = self._latents[video_id]
+        mean, _ = latents.get(first["start"])
         shared = {
             "source_version": self.sources[video_id].version,
             "split": split_of(video_id, self.validation_share),
             "height": self.size,
             "width": self.size,
-            "reference_latent_mean": first["latent_mean"][: len(first["latent_mean"]) // first["num_frames"]],
+            "reference_latent_mean": mean[: len(mean) // first["num_frames"]],
             "reference_keypoints": keypoints[0].tobytes(),
         }
-        rows, at = [], 0
+        at = 0
         for clip in clips:
             span = slice(at, at := at + clip["num_frames"])
+            mean, logvar = latents.get(clip["start"])
             made = {
                 "clip_id": f"{video_id}-{clip['start']:06d}",
+                "latent_mean": mean,
+                "latent_logvar": logvar,
                 "keypoints": keypoints[span].tobytes(),
                 "main_person": which[span],
             }
-            rows.append({name: (clip | shared | made)[name] for name in CLIP_SCHEMA.names})
-        return rows
+            row = clip | shared | made
+            yield {name: row[name] for name in CLIP_SCHEMA.names}
 
     def _reject(self, video_id: str, stage: str, reason: str) -> str:
         self.writer.add_rejected(self.sources[video_id], stage, reason)
@@ -351,6 +413,36 @@ class VideoAssembler:
     def _finish(self, video_id: str) -> None:
         self.finished.add(video_id)
         self._clips.pop(video_id, None)
+        if latents := self._latents.pop(video_id, None):
+            latents.close()
+
+
+class _Latents:
+    """The latents of one video's clips: few in memory, more in a file that ends with this process. It lies in the
+    dataset's folder, where there must be room for them anyway; for a bucket, in this machine's temporary folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        local = None if storage.is_remote(folder) else folder
+        self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - open until `close`
+            LATENTS_IN_MEMORY, prefix=".", suffix=".partial", dir=local
+        )
+        self._places: dict[int, tuple[int, int]] = {}  # start -> (offset, bytes) of both
+
+    def put(self, start: int, mean: bytes, logvar: bytes) -> None:
+        with storage.mendable(self.folder):
+            offset = self._file.seek(0, os.SEEK_END)
+            self._file.write(mean + logvar)
+        self._places[start] = offset, len(mean) + len(logvar)
+
+    def get(self, start: int) -> tuple[bytes, bytes]:
+        offset, size = self._places[start]
+        self._file.seek(offset)
+        both = self._file.read(size)
+        return both[: size // 2], both[size // 2 :]
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def split_of(video_id: str, validation_share: float) -> str:

@@ -1,5 +1,6 @@
 """`tcan dataset info|verify|preview`: a whole dataset is found whole, and whatever is changed in it is found."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def rewrite(change: Callable[[list[dict]], None]) -> Callable[[Path], None]:
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, table.schema), buffer)
         file.unlink()
-        name = file_name("clips", buffer.getvalue())
+        name = file_name("clips", io.BytesIO(buffer.getvalue()))
         (folder / "clips" / name).write_bytes(buffer.getvalue())
         info = json.loads((folder / "dataset.json").read_text())
         del info["files"][f"clips/{file.name}"]
@@ -158,7 +159,7 @@ def test_rows_groups_can_be_fetched_singly_and_files_have_their_size(tmp_path: P
                 | {"clip_id": f"{video}-{i}", "video_id": str(video), "latent_mean": noise.bytes(10**6)}
                 for i in range(3)
             ]
-            writer.add_video(pa.Table.from_pylist(rows, CLIP_SCHEMA))
+            writer.add_video(rows)
         writer.commit()
     files = [pq.ParquetFile(file) for file in (tmp_path / "clips").iterdir()]
     assert [file.metadata.num_rows for file in files] == [6, 6]

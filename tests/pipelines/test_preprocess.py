@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import av
 import decord
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -275,6 +278,21 @@ def test_a_reader_that_takes_its_time_is_not(tmp_path: Path) -> None:
     assert len(list(clips)) == 12 + 1  # the rest of 13, and how many they are
 
 
+@pytest.mark.slow
+def test_a_long_video_is_not_decoded_ahead_of_its_reader(tmp_path: Path) -> None:
+    """660 MB of pictures, and a reader that takes its time."""
+    path = write_video(
+        tmp_path / "a.mp4", 60, height=72, width=128, enlarged=20, codec="mpeg4", index_first=False
+    )
+    peak = 0
+    for _ in decode_clips(str(path), **DECODE):
+        (decoder,) = psutil.Process().children()
+        time.sleep(1)
+        with suppress(psutil.NoSuchProcess):
+            peak = max(peak, decoder.memory_info().rss)
+    assert 0 < peak < 400 * 2**20
+
+
 # --- videos and shards -----------------------------------------------------------------------------------------------
 
 
@@ -362,6 +380,34 @@ def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Pat
     ).all()
 
 
+def test_a_long_video_is_not_held_in_memory(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())  # its peak counts from now on
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        with writing(str(tmp_path)):
+            writer = ShardWriter(str(tmp_path), {}, 2**30, 1e9)
+            assembler = VideoAssembler(
+                writer, [Source("/a", "0" * 16, "1-1")], size=64, min_person_share=0, min_person_height=0,
+                validation_share=0.1,
+            )  # fmt: skip
+            for clip in range(32):
+                latents = {name: noise.bytes(2**20) for name in ("latent_mean", "latent_logvar")}
+                assembler.add(encoded_row("0" * 16, 2 * clip, [person(32, 40)[None]] * 2) | latents)
+                del latents
+            assert assembler.add(ending("0" * 16, 32)) == "kept"
+            writer.commit()
+            peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    (file,) = (tmp_path / "clips").iterdir()
+    assert file.stat().st_size > 64 * 2**20 > 2 * peak, peak
+    assert [row["start"] for row in read_clips(tmp_path)] == list(range(0, 64, 2))
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     """A limit on file sizes fails writes as a full disk does, in the middle of a file."""
     noise = np.random.default_rng(0).bytes(200_000)
@@ -369,7 +415,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path)
     with writing(str(tmp_path)):
         writer = ShardWriter(str(tmp_path), {}, 2**30, 1e9)
         row = encoded_row("0" * 16, 0, [person(1, 2)[None]]) | {"clip_id": "x", "latent_mean": noise}
-        writer.add_video(pa.Table.from_pylist([row], CLIP_SCHEMA))
+        writer.add_video([{name: row.get(name) for name in CLIP_SCHEMA.names}])
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         try:
             with pytest.raises(UserError, match="cannot be written: file too large; make room") as error:
