@@ -1,16 +1,24 @@
 """Sources and files in a bucket, on a real S3 server (moto's) of this machine."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import requests
 
-from pipelines import storage
+from pipelines import cli, storage
+from pipelines.dataset import clip_files, decode_row, read_info, rejected_files
+from pipelines.preprocess.job import preprocess
 from pipelines.preprocess.shards import writing
 from pipelines.preprocess.sources import identify, list_sources
+from pipelines.train.data import ClipStore
 from tcan.errors import UserError
+from tests.pipelines.faults import write_video
+from tests.pipelines.test_preprocess import OPTIONS, make_config
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +91,75 @@ def test_a_file_appears_when_it_is_whole(bucket: str) -> None:
     assert storage.list_files(f"{bucket}/whole") == []
     with pytest.raises(UserError, match=r"s3://no-such-bucket/x: cannot be written: .*bucket"):
         storage.write("s3://no-such-bucket/x", pa.py_buffer(b"1"))
+
+
+def read_rows(dataset: str) -> dict[str, dict]:
+    rows = []
+    for name in clip_files(dataset):
+        with storage.open_parquet(name) as file:
+            rows += file.read().to_pylist()
+    return {row["clip_id"]: row for row in rows}
+
+
+def times(dataset: str) -> dict[str, int]:
+    """When each of a dataset's files was written."""
+    names = [*clip_files(dataset), *rejected_files(dataset), f"{dataset}/dataset.json"]
+    filesystem, _ = storage.locate(dataset)
+    found = filesystem.get_file_info([storage.locate(name)[1] for name in names])
+    return {item.path: item.mtime_ns for item in found}
+
+
+@pytest.mark.slow
+def test_a_bucket_of_videos_becomes_a_dataset_in_a_bucket(
+    bucket: str, bases_folder: Path, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "videos"
+    for i in range(3):
+        write_video(folder / f"{i} ä.mp4", 40, seed=i)
+    (folder / "text.mp4").write_text("text")
+    (folder / "twin.mp4").write_bytes((folder / "0 ä.mp4").read_bytes())
+    last = folder / "2 ä.mp4"
+    videos, out = f"{bucket}/videos", f"{bucket}/data/set"
+    options = [*OPTIONS, f"--bases.vae={bases_folder}", f"--bases.pose={bases_folder}/pose"]
+    options.append(f"--tracking.folder={tmp_path / 'mlflow'}")
+
+    def job() -> None:
+        """In a process of its own: Ray's workers must be born after the server's address is known."""
+        command = [sys.executable, "-m", "pipelines.cli", "preprocess", videos, out, *options]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    for path in set(folder.iterdir()) - {last}:
+        put(f"{videos}/{path.name}", path.read_bytes())
+    job()
+    counts = {"sources": 4, "videos": 2, "clips": 6, "frames": 80, "rejected": 1, "duplicates": 1}
+    assert read_info(out)["counts"] == counts
+    before = times(out)
+    config = make_config(bases_folder, tmp_path)
+    assert preprocess(videos, out, config)["new_videos"] == 0
+    assert "nothing to add" in capsys.readouterr().out and times(out) == before
+
+    put(f"{videos}/{last.name}", last.read_bytes())
+    job()
+    after = times(out)
+    assert after.pop("corpus/data/set/dataset.json") > before.pop("corpus/data/set/dataset.json")
+    assert after.items() > before.items() and len(after) == len(before) + 1
+
+    for command in ("verify", "info"):
+        assert cli.main(["dataset", command, out]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"{out}: whole: 4 files, 3 videos, 9 clips" in shown
+        and "of 5 sources 1 rejected, 1 duplicates" in shown
+    )
+    preprocess(str(folder), str(tmp_path / "out"), config)
+    rows, truth = read_rows(out), read_rows(str(tmp_path / "out"))
+    assert rows.keys() == truth.keys() and len(rows) == 9
+    for clip, row in rows.items():
+        ours, theirs = decode_row(row), decode_row(truth[clip])
+        assert all(np.allclose(ours[name], theirs[name], atol=2e-3) for name in theirs), clip
+        assert row["source"] == truth[clip]["source"].replace(str(folder), videos)
+    stored = [video for split in ("train", "validation") for video in ClipStore(out, split).videos]
+    assert sorted(len(video.number) for video in stored) == [40, 40, 40]
+    left = storage.list_files(f"{bucket}/data", recursive=True)
+    assert {name.removeprefix("s3://") for name in left} == times(out).keys()
