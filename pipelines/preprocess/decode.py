@@ -1,5 +1,6 @@
 """Stage 2, decode: a source -> its clips at canvas size, each a row, in a process that can be killed."""
 
+import itertools
 import json
 import os
 import shutil
@@ -84,8 +85,7 @@ def decode_clips(path: str, *, size: int, timeout: float, **settings: Any) -> It
 def decode(sources: pa.Table, **settings: Any) -> Iterator[pa.Table]:
     """The Ray Data stage: rows (video_id, source) -> rows of DECODED_SCHEMA, as they are decoded.
 
-    A decoder that was killed from outside (by the kernel for want of memory, say) gets a second try; a clip that is then
-    sent twice is the same clip.
+    A decoder that was killed from outside (by the kernel for want of memory, say) gets a second try.
     """
     for row in sources.select(["video_id", "source"]).to_pylist():
         try:
@@ -101,15 +101,18 @@ class _Killed(DecodeError):
 
 
 def _tried_twice(path: str, **settings: Any) -> Iterator[dict[str, Any]]:
+    sent = 0
     try:
-        yield from decode_clips(path, **settings)
+        for clip in decode_clips(path, **settings):
+            yield clip
+            sent += 1
     except _Killed:
-        yield from decode_clips(path, **settings)
+        yield from itertools.islice(decode_clips(path, **settings), sent, None)
 
 
 @contextmanager
 def _local_copy(source: str) -> Iterator[str]:
-    """The file itself, or a copy of a bucket's for as long as it is needed: decord reads files."""
+    """The file itself, or a copy of a bucket's for as long as it is needed: the decoder reads files."""
     if not storage.is_remote(source):
         yield source
         return

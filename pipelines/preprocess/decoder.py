@@ -1,4 +1,4 @@
-"""The child process that decodes one video with decord; `decode.py` starts it and reads what it sends.
+"""The child process that decodes one video; `decode.py` starts it and reads what it sends.
 
 decord can wait without end, holding the GIL, for frames that a header claims and the file lacks; it can crash, and it
 keeps memory. So each video has a process of its own. Its time limit is a timer of the kernel with the signal's default

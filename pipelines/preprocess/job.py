@@ -3,8 +3,8 @@
     sources -> [decode: tasks] -> [pose and latents: actors] -> whole videos -> Parquet shards
     sources.py  decode.py          models.py, pose.py, latents.py  shards.py
 
-Clips stream through, so memory holds a few of them, not videos. Every source ends as a video in `clips/` or as a row
-in `rejected/`; run again, the job does what is missing.
+Clips stream through, so memory holds a few of them, not videos; latents wait on disk until their video is whole. Every
+source ends as a video in `clips/` or as a row in `rejected/`; run again, the job does what is missing.
 """
 
 import dataclasses
@@ -198,7 +198,7 @@ def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, A
     # reads from its own decoder process, which works on the next clip meanwhile, and no frame enters the object store.
     num_gpus = settings.gpus_per_actor if gpus else 0.0
     actors = max(1, int(gpus / num_gpus if num_gpus else cpus))
-    # One CPU for an actor (it feeds its GPU, or is all it has) and for a decoder (decord runs with one thread); less
+    # One CPU for an actor (it feeds its GPU, or is all it has) and for a decoder (it runs with one thread); less
     # where there are not enough for all actors and one decoder, for without it none of them gets on.
     num_cpus = min(1.0, cpus / (actors + 1)) if num_gpus else min(1.0, cpus)
 
