@@ -157,7 +157,8 @@ class _PyAV:
             self.packets = sorted(  # seconds: (shown at, for)
                 (packet.pts * tick, (packet.duration or 0) * tick)
                 for packet in container.demux(stream)
-                if packet.pts is not None
+                # What was cut off without encoding anew is there, for what refers to it, but isn't to be shown.
+                if packet.pts is not None and not packet.is_discard
             )
         self.num_frames = len(self.packets)
 

@@ -93,6 +93,22 @@ def rotate(path: Path) -> Path:
     return path
 
 
+def trim(path: Path, seconds: float) -> Path:
+    """Cuts off an mp4's beginning as phones do: what later pictures refer to stays in the file, marked as not to be shown."""
+    trimmed = path.with_stem(f"{path.stem} trimmed")
+    with (
+        av.open(str(path)) as whole,
+        av.open(str(trimmed), "w", options={"avoid_negative_ts": "disabled"}) as container,
+    ):
+        stream = container.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.pts is not None:
+                earlier = round(seconds / packet.time_base)
+                packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, stream
+                container.mux(packet)
+    return trimmed
+
+
 def write_sound(path: Path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)

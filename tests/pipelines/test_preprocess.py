@@ -27,6 +27,7 @@ from diffusers import AutoencoderKL
 
 from pipelines.config import Config, load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, read_info
+from pipelines.preprocess import decoder
 from pipelines.preprocess.decode import DecodeError, decode_clips
 from pipelines.preprocess.job import plan, preprocess
 from pipelines.preprocess.models import ENCODED_SCHEMA
@@ -37,7 +38,7 @@ from pipelines.puppets.world import sample_clip, write_clip
 from tcan.errors import UserError
 from tcan.video import fit_picture
 from tcan.video import write_video as write_frames
-from tests.pipelines.faults import KEPT, SIZE, disc_frames, rotate, write_corpus, write_video
+from tests.pipelines.faults import KEPT, SIZE, disc_frames, rotate, trim, write_corpus, write_video
 
 OPTIONS = (
     "--size=64",
@@ -236,6 +237,18 @@ def test_a_variable_frame_rate_is_resampled_by_the_clock(tmp_path: Path) -> None
     assert len(frames) == 15
 
 
+def test_of_a_long_video_what_was_trimmed_off_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "AHEAD_BYTES", 40 * SIZE * SIZE * 3 - 1)  # so this one is long
+    path = trim(write_video(tmp_path / "a.mp4", 40), 0.4)
+    *clips, _ = decoder.decode(str(path), **DECODE)
+    frames = np.concatenate([frames for _, frames in clips])
+    truth = np.stack(disc_frames(40)).astype(int)
+    closest = [int(np.abs(truth - frame).mean(axis=(1, 2, 3)).argmin()) for frame in frames]
+    assert closest == list(range(10, 40))
+
+
 def test_clips_end_where_the_scene_is_cut(tmp_path: Path) -> None:
     pictures = [
         np.full((SIZE, SIZE, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200), (30, 200, 30))
@@ -286,10 +299,10 @@ def test_a_long_video_is_not_decoded_ahead_of_its_reader(tmp_path: Path) -> None
     )
     peak = 0
     for _ in decode_clips(str(path), **DECODE):
-        (decoder,) = psutil.Process().children()
+        (child,) = psutil.Process().children()
         time.sleep(1)
         with suppress(psutil.NoSuchProcess):
-            peak = max(peak, decoder.memory_info().rss)
+            peak = max(peak, child.memory_info().rss)
     assert 0 < peak < 400 * 2**20
 
 
