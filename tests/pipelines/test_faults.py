@@ -1,10 +1,11 @@
-"""Processes and a machine that die in the middle of a job, on a real cluster of several nodes, a store that is too small:
-nothing is lost, nothing comes twice, and what is made is what a calm job makes."""
+"""Processes and a machine that die in the middle of a job, on a real cluster of several nodes, a store and a disk that are
+too small: nothing is lost, nothing comes twice, and what is made is what a calm job makes."""
 
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import pytest
 
 from pipelines.dataset import decode_row, read_info
 from pipelines.preprocess.inspect import verify
-from pipelines.preprocess.sources import list_sources
+from pipelines.preprocess.shards import ShardWriter, VideoAssembler, read_contents, writing
+from pipelines.preprocess.sources import Source, list_sources
+from tcan.errors import UserError
 from tests.pipelines.faults import write_video
-from tests.pipelines.test_preprocess import OPTIONS, read_clips
+from tests.pipelines.test_preprocess import OPTIONS, encoded_row, ending, person, read_clips
 
 ROOT = Path(__file__).parents[2]
 CLIPS = {"0.mp4": 5, "1.mp4": 5, "2.mp4": 5, "long.mp4": 12}
@@ -78,3 +81,52 @@ def test_what_dies_changes_nothing(made: Path, fault: str) -> None:
 def test_a_store_that_is_too_small_changes_nothing(made: Path) -> None:
     truth = [row for row in read_clips(made / "calm") if row["source"].endswith("long.mp4")]
     assert_same_clips(made / "store", read_clips(made / "store"), truth)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with little room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=500k", "none", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def write_dataset(out: Path) -> None:
+    """What is missing of four videos of 150 kB each, every one committed at once."""
+    sources = [Source(f"/{i}", str(i) * 16, "1-1") for i in range(4)]
+    with writing(str(out)):
+        done = read_contents(str(out), {}).kept
+        writer = ShardWriter(str(out), {}, 2**30, 0)
+        assembler = VideoAssembler(
+            writer, sources, size=64, min_person_share=0, min_person_height=0, validation_share=0.1
+        )
+        for i, source in enumerate(sources):
+            if source.video_id in done:
+                continue
+            noise = np.random.default_rng(i)
+            for start in range(0, 72, 24):
+                latents = {name: noise.bytes(24 * 1024) for name in ("latent_mean", "latent_logvar")}
+                assembler.add(encoded_row(source.video_id, start, [person(32, 40)[None]] * 24) | latents)
+            assert assembler.add(ending(source.video_id, 3)) == "kept"
+
+
+def test_a_disk_that_fills_up_in_a_shard_loses_that_shard_alone(small_disk: Path, tmp_path: Path) -> None:
+    out = small_disk / "out"
+    with pytest.raises(UserError, match="cannot be written: no space left on device; make room") as error:
+        write_dataset(out)
+    assert "\n" not in str(error.value)
+    survived = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert 0 < len(survived) < 4 and all(path.suffix == ".parquet" for path in survived)
+
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    write_dataset(out)
+    write_dataset(tmp_path / "calm")
+    assert {path: path.read_bytes() for path in survived} == survived
+    assert not list(out.rglob(".*"))
+    assert read_clips(out) == read_clips(tmp_path / "calm") and len(read_clips(out)) == 12
