@@ -563,8 +563,8 @@ def _check_keys(values: dict[str, Any], config: type, where: str, prefix: str = 
     known = {item.name: item.type for item in fields(config)}
     for key, value in values.items():
         if f"{prefix}{key}" in _all_keys(Config) and "." in key:
-            section, _, name = key.partition(".")
-            raise UserError(f"{where}: write {key} as {section}: {{{name}: ...}}, a key inside another")
+            outer, _, inner = key.partition(".")
+            raise UserError(f"{where}: write {key} as {outer}: {{{inner}: ...}}, a key inside another")
         if key not in known:
             raise UserError(
                 f"{where}: no such key: {prefix}{key}{_nearest(f'{prefix}{key}', _all_keys(Config))}"
