@@ -114,10 +114,21 @@ def read_bytes(name: str | Path) -> bytes:
         return file.read()
 
 
-def open_parquet(name: str | Path) -> pq.ParquetFile:
-    """The file of that name; a context manager that closes it."""
+@contextmanager
+def open_parquet(name: str | Path) -> Iterator[pq.ParquetFile]:
+    """The file of that name in a dataset.
+
+    Raises:
+        UserError: it isn't there, or is damaged, which may also be found while it is read.
+    """
     filesystem, path = locate(name)
-    return pq.ParquetFile(path, filesystem=filesystem)
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            yield file
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"{name}: cannot be read ({one_line(error)}); delete it, and the same tcan preprocess makes its videos again"
+        ) from None
 
 
 def delete(name: str | Path) -> None:

@@ -33,10 +33,9 @@ def print_info(dataset: str) -> None:
     """Counts, settings, lengths and the reasons of rejections.
 
     Raises:
-        UserError: no finished dataset there.
+        UserError: no whole dataset there.
     """
-    info = read_info(dataset)
-    folder = storage.absolute(dataset)
+    info, folder = _whole(dataset)
     contents = read_contents(folder, info["identity"])
     splits: Counter[str] = Counter()
     videos: set[str] = set()
@@ -62,6 +61,25 @@ def print_info(dataset: str) -> None:
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
 
 
+def _whole(dataset: str) -> tuple[dict[str, Any], str]:
+    """What dataset.json says, and the dataset's folder.
+
+    Raises:
+        UserError: no finished dataset there, or files of it are missing.
+    """
+    info, folder = read_info(dataset), storage.absolute(dataset)
+    if missing := sorted(info["files"].keys() - _files(folder)):
+        raise UserError(
+            f"{dataset}: {len(missing)} of its files are missing, such as {missing[0]}; put them back, or run the same tcan "
+            "preprocess again"
+        )
+    return info, folder
+
+
+def _files(folder: str) -> set[str]:
+    return {name[len(folder) + 1 :] for name in [*clip_files(folder), *rejected_files(folder)]}
+
+
 def verify(dataset: str) -> None:
     """Reads all of the dataset and checks every file's digest, identity and schema, every row's shapes, values and ids,
     and the counts.
@@ -71,7 +89,7 @@ def verify(dataset: str) -> None:
     """
     info = read_info(dataset)
     folder = storage.absolute(dataset)
-    there = {name[len(folder) + 1 :] for name in [*clip_files(folder), *rejected_files(folder)]}
+    there = _files(folder)
     problems = [f"{name}: missing" for name in sorted(info["files"].keys() - there)]
     problems += [f"{name}: not of this dataset" for name in sorted(there - info["files"].keys())]
     videos: dict[str, list[tuple[int, int, str]]] = {}  # video -> (start, frames, file)
@@ -169,19 +187,18 @@ def preview(dataset: str, out: str, config: Config) -> None:
     """Writes a PNG of random clips; see `contact_sheet`. `config.seed` chooses them.
 
     Raises:
-        UserError: no finished dataset there, the VAE is another than its latents', or `out` cannot be written.
+        UserError: no whole dataset there, the VAE is another than its latents', or `out` cannot be written.
     """
     from pipelines.preprocess.preview import contact_sheet
     from tcan.video import write_picture
     from tcan.weights import fingerprint, load_part
 
-    info = read_info(dataset)
+    info, folder = _whole(dataset)
     vae = load_part("vae", config.bases.vae).requires_grad_(False).eval()
     if fingerprint(vae) != info["vae_fingerprint"]:
         raise UserError(
             f"{dataset}: its latents are of another VAE ({info['vae_fingerprint']}) than {config.bases.vae}; "
             "give its own with --bases.vae or --config"
         )
-    folder = storage.absolute(dataset)
     write_picture(contact_sheet(folder, vae, config.train.stick_width, seed=config.seed), out)
     print(out)

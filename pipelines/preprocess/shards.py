@@ -120,20 +120,13 @@ def read_contents(folder: str, identity: Mapping[str, Any]) -> Contents:
 
 
 def _read(file: str, columns: list[str] | None, identity: Mapping[str, Any], folder: str) -> pa.Table:
-    try:
-        with storage.open_parquet(file) as parquet:
-            made_with = json.loads((parquet.schema_arrow.metadata or {}).get(IDENTITY_KEY, b"{}"))
-            if made_with != identity:
-                keys = sorted(k for k in {*made_with, *identity} if made_with.get(k) != identity.get(k))
-                difference = ", ".join(f"{k} {made_with.get(k)}, not {identity.get(k)}" for k in keys)
-                raise UserError(
-                    f"{folder}: was made with {difference}; give another OUT, or the same settings"
-                )
-            return parquet.read(columns)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"{file}: cannot be read ({storage.one_line(error)}); delete it, and its videos are made again"
-        ) from None
+    with storage.open_parquet(file) as parquet:
+        made_with = json.loads((parquet.schema_arrow.metadata or {}).get(IDENTITY_KEY, b"{}"))
+        if made_with != identity:
+            keys = sorted(k for k in {*made_with, *identity} if made_with.get(k) != identity.get(k))
+            difference = ", ".join(f"{k} {made_with.get(k)}, not {identity.get(k)}" for k in keys)
+            raise UserError(f"{folder}: was made with {difference}; give another OUT, or the same settings")
+        return parquet.read(columns)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -209,3 +209,24 @@ def test_an_unfinished_or_missing_dataset_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").unlink()
     with pytest.raises(UserError, match="not finished"):
         read_info(tmp_path)
+
+
+def test_missing_and_damaged_files_are_one_line(
+    tmp_path: Path, bases_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_dataset(tmp_path / "data", fingerprint(load_part("vae", str(bases_folder))))
+    (file,) = (data / "clips").glob("*.parquet")
+    whole = file.read_bytes()
+    commands = (
+        ["info", str(data)],
+        ["preview", str(data), f"--out={tmp_path}/a.png", f"--bases.vae={bases_folder}"],
+    )
+    for damage, words in (
+        (lambda: file.write_bytes(whole[:-50]), f"{file}: cannot be read"),
+        (file.unlink, f"{data}: 1 of its files are missing, such as clips/"),
+    ):
+        damage()
+        for command in commands:
+            assert cli.main(["dataset", *command]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"tcan: error: {words}") and error.count("\n") == 1
