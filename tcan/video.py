@@ -124,10 +124,9 @@ def check_target(path: str | os.PathLike, sound: bool = False) -> None:
         raise UserError(f"{path}: a folder that is there already; name another, or remove it")
     if path.is_file() and not form:
         raise UserError(f"{path}: a file that is there already; name another for the folder of PNG pictures")
-    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(
-            f"{path}: cannot write the video: no folder {path.parent} that can be written to; make it"
-        )
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{path}: cannot write the video: {folder} is no folder that can be written to")
 
 
 def write_video(

@@ -156,7 +156,7 @@ def test_bad_input(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"driving": "renamed.mp4"}, "cannot be read as a video"),
         ({"model": "missing"}, "no model folder"),
         ({"driving": "hero.png"}, "hero.png: is a picture; give a video"),
-        ({"out": "no/out.mp4"}, "cannot write the video: no folder"),
+        ({"out": "renamed.png/out.mp4"}, "renamed.png is no folder that can be written to"),
         ({"out": "out.avi"}, "name it .mp4, .webm, .gif, or without a suffix"),
         ({"out": "out.gif", "audio": True}, "cannot hold sound"),
         ({"driving": None, "poses": "one.json", "audio": True}, "--audio copies the sound"),
