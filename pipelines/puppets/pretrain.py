@@ -2,8 +2,7 @@
 
     python -m pipelines.puppets.pretrain --out tcan/mini --work ~/tcan-pretrain
 
-Renders the frames, then trains the parts one after the other: VAE, pose network, UNet, ControlNet, motion modules, and
-the VAE's decoder once more.
+Renders the frames, then trains the parts one after the other: VAE, pose network, UNet, ControlNet, motion modules.
 Seeded and resumable: the same command goes on from the newest checkpoints in the work folder. Hours on two CPU cores.
 """
 
@@ -25,10 +24,10 @@ from pipelines.puppets.mini_diffusion import (
     train_unet,
 )
 from pipelines.puppets.mini_pose import train_pose
-from pipelines.puppets.mini_vae import encode, train_decoder, train_vae
+from pipelines.puppets.mini_vae import encode, train_vae
 from tcan.weights import encode_empty_prompt
 
-PARTS = ("vae", "pose", "unet", "controlnet", "motion", "decoder")
+PARTS = ("vae", "pose", "unet", "controlnet", "motion")
 
 
 def save(module: nn.Module, folder: Path) -> None:
@@ -62,8 +61,6 @@ def pretrain(out: Path, work: Path, last: str = PARTS[-1]) -> None:
         save(controlnet, out / "controlnet")
     if "motion" in parts:
         save(seeded(train_motion, samples, unet, prompt, work), out / "motion_adapter")
-    if "decoder" in parts:
-        save(seeded(train_decoder, vae, corpus, samples.picture_latents, work), out / "vae")
 
 
 def seeded(make: Callable[..., Any], *arguments: Any) -> Any:
