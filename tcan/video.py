@@ -302,7 +302,7 @@ def write_picture(picture: np.ndarray, path: str | os.PathLike) -> None:
         UserError: a name that is no picture's, or a folder that can't be written to.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() not in Image.registered_extensions():
+    if path.is_dir() or Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"{path}: must name a picture, such as clips.png")
     partial = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:

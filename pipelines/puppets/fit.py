@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+EMA_DECAY = 0.995
+SAVE_EVERY = 100  # steps
+
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: Newton-Schulz iterations of Muon (Jordan et al., 2024).
@@ -76,8 +79,6 @@ def fit(
     steps: int,
     lr: float,
     work: Path,
-    ema_decay: float = 0.995,
-    save_every: int = 100,
     look: Callable[[int, nn.Module], str] | None = None,
 ) -> nn.Module:
     """Trains what of `module` requires gradients and returns the moving average of it.
@@ -121,7 +122,7 @@ def fit(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        decay = min(ema_decay, (step + 1) / (step + 10))
+        decay = min(EMA_DECAY, (step + 1) / (step + 10))
         with torch.no_grad():
             for mean, parameter in averaged:
                 mean.lerp_(parameter, 1 - decay)
@@ -130,7 +131,7 @@ def fit(
             pace = (time.time() - began) / (step + 1 - start)
             print(f"{name}: step {step + 1}/{steps} loss {total / 25:.4f} {pace:.2f} s/step", flush=True)
             total = 0.0
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {
                 "step": step + 1,
                 "trained": [p.data for p in trained],

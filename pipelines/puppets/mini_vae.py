@@ -13,7 +13,7 @@ from pipelines.puppets.fit import fit
 
 LATENT_CHANNELS = 16
 """Four times Stable Diffusion 1.5's: at 128 px a cell of 8 x 8 pixels holds as much of a puppet as one of 32 x 32 would
-at 512. At equal steps 16 channels gave 0.8 dB more than 8."""
+at 512. 500 steps from nothing, 16 channels stood 0.8 dB above 8, on a somewhat shorter schedule."""
 STEPS = 3800
 LEARNING_RATE = 3e-3
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config import Config, load_config
-from pipelines.dataset import CLIP_SCHEMA, NUM_JOINTS, clip_files
+from pipelines.dataset import NUM_JOINTS, clip_files
 from pipelines.memory import networks
 from pipelines.preprocess.shards import ShardWriter
 from pipelines.storage import open_parquet
@@ -144,7 +143,7 @@ def write_clips(folder: Path, size: int, data: Data, videos: int = 2) -> int:
                     "reference_keypoints": keypoints[0].tobytes(),
                 }
             )  # fmt: skip
-        writer.add_video(pa.Table.from_pylist(rows, CLIP_SCHEMA))
+        writer.add_video(rows)
     writer.commit()
     return sum(Path(file).stat().st_size for file in clip_files(folder)) // (videos * data.clips)
 

@@ -2,8 +2,8 @@
 
     python -m tests.pipelines.faulty_cluster VIDEOS OUT CONFIGURATION...
 
-makes the datasets OUT/calm, OUT/FAULT for each of FAULTS, and OUT/store of VIDEOS/long.mp4 alone. A fault strikes once a decoder has handed on a clip and has
-more to come: in the middle of a video.
+makes the datasets OUT/calm, OUT/FAULT for each of FAULTS, and OUT/store of VIDEOS/long.mp4 alone. A fault strikes once a
+decoder has handed on a clip and has more to come: in the middle of a video.
 """
 
 import sys

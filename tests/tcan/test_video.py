@@ -202,7 +202,7 @@ def test_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
 
 
 def test_names_that_are_no_pictures(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "clips", tmp_path / "clips.mp4"):
+    for path in (tmp_path, tmp_path / "clips", tmp_path / "clips.mp4", tmp_path / "clips.psd"):
         with pytest.raises(UserError, match="must name a picture"):
             write_picture(smooth_frames(1, 64, 64)[0], path)
     assert not list(tmp_path.iterdir())
