@@ -84,6 +84,8 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
         raise UserError("--audio copies the sound of the driving video; give one with --driving")
     if animation.character is not None and not config.animate.retarget:
         raise UserError("--character is for fitting the poses to it; leave it out, or animate.retarget on")
+    if animation.fps is not None and not animation.fps > 0:
+        raise UserError(f"--fps {animation.fps:g}: must be more than 0 frames a second")
     picture = read_picture(animation.image)
     if animation.driving is not None and is_picture(animation.driving):
         raise UserError(f"{animation.driving}: is a picture; give a video that moves it with --driving")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SYSTEM_METRICS_SECONDS = (
     5  # often enough to draw a line in a run of a minute, rare enough not to matter in one of days
 )
+DATABASE = "mlflow.db"
 _MAX_PER_BATCH = 100  # parameters that MLflow takes in one call
 _MAX_VALUE = 6000  # characters that MLflow keeps of a parameter
 
@@ -52,7 +53,7 @@ def resolve(config: TrackingConfig) -> TrackingConfig:
 def resolve_uri(config: TrackingConfig) -> str:
     """MLflow's tracking URI: the server's, else the SQLite store in the tracking folder."""
     config = resolve(config)
-    return config.uri or f"sqlite:///{config.folder}/mlflow.db"
+    return config.uri or f"sqlite:///{config.folder}/{DATABASE}"
 
 
 class Run:
@@ -230,12 +231,20 @@ def local_model(model: str, config: TrackingConfig) -> Path:
     of_run = re.fullmatch(r"[0-9a-f]{32}", model) and not Path(model).exists()
     if not of_run and not model.startswith("models:/"):
         return Path(model)
+    if not of_run and not re.fullmatch(r"models:/[^/@]+[/@][^/@]+", model):
+        raise UserError(f"{model}: names no version; give models:/NAME@ALIAS or models:/NAME/VERSION")
 
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
     config = resolve(config)
+    if (
+        not config.uri and not (Path(config.folder) / DATABASE).exists()
+    ):  # looking for a model must not make one
+        raise UserError(
+            f"{model}: there is no MLflow store in {config.folder}; name it with --tracking.folder or MLFLOW_TRACKING_URI"
+        )
     client = _client(config)
     try:
         if of_run:

@@ -101,7 +101,7 @@ def export_model(model: str | os.PathLike, folder: str | os.PathLike, pose: str 
 
     Raises:
         UserError: no whole model folder, a base that can't be loaded or isn't the one it was trained on, no pose
-            network named, a folder that can't be written or is the model's own.
+            network named, a folder that can't be written, is the model's own, or holds something else.
     """
     model, folder = Path(model), Path(folder)
     info = read_model_info(model)
@@ -139,8 +139,11 @@ def _written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the name, and the place, of `folder` when all is written.
 
     Raises:
-        UserError: it can't be written.
+        UserError: it can't be written, or something else than a model is there, which would be lost.
     """
+    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_free and not (folder / MODEL_FILE).is_file():
+        raise UserError(f"{folder}: is there already and no model folder; name another one")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
     try:

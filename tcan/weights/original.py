@@ -128,7 +128,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # of bytes that are no pickle, the reader may raise anything
         raise UserError(
-            f"{path}: is not a file of weights, or not a whole one ({type(error).__name__}: {first_line(error)})"
+            f"{path}: is not a file of weights, or not a whole one ({first_line(error)})"
         ) from None
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]  # beside it a trainer's own state

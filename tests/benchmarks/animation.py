@@ -1,6 +1,7 @@
 """Animation at mini size: the temperature map's cost, and a whole clip against the plain way."""
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -100,32 +101,67 @@ def temperature(bases: Bases, rounds: int) -> list[Row]:
     ]  # fmt: skip
 
 
+class Clip:
+    """A clip of several windows from a picture and poses, our way and the plain one; that gets the poses drawn."""
+
+    def __init__(self, bases: Bases, frames: int, steps: int):
+        size = 8 * bases.unet.config.sample_size
+        tcan = trained_like(bases)
+        self.ours, self.plain = pipeline(bases, tcan), pipeline(bases, plain.with_explicit_softmax(tcan))
+        self.steps, self.image, self.poses = steps, picture(size), walk(frames, size)
+        self.drawn = self.ours.draw(self.poses, size, size)
+        self.what = f"{frames} frames in {steps} steps"
+
+    def denoise(self) -> torch.Tensor:
+        return self.ours.denoise(
+            self.image, self.poses, num_inference_steps=self.steps, guidance_scale=GUIDANCE, window=WINDOW,
+            overlap=OVERLAP, generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+
+    def denoise_plainly(self) -> torch.Tensor:
+        return plain.denoise(
+            self.plain, self.image, self.drawn, steps=self.steps, guidance_scale=GUIDANCE, window=WINDOW,
+            overlap=OVERLAP, seed=0,
+        )  # fmt: skip
+
+    def animate(self) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(list(self.ours.decode(self.denoise()))))
+
+    def animate_plainly(self) -> torch.Tensor:
+        return torch.from_numpy(plain.decode(self.plain, self.denoise_plainly()))
+
+
 @torch.no_grad()
 def clip(bases: Bases, rounds: int, frames: int = 28, steps: int = 4) -> list[Row]:
-    """A whole clip of several windows, from picture and poses to frames; the plain way gets the poses drawn."""
-    size = 8 * bases.unet.config.sample_size
-    tcan = trained_like(bases)
-    ours, theirs = pipeline(bases, tcan), pipeline(bases, plain.with_explicit_softmax(tcan))
-    image, poses = picture(size), walk(frames, size)
-    drawn = ours.draw(poses, size, size)
-    made: dict[str, np.ndarray] = {}
+    """A whole clip, to its frames."""
+    both = Clip(bases, frames, steps)
+    return [
+        _against_the_plain_way(both, f"a clip of {both.what}", both.animate, both.animate_plainly, rounds)
+    ]
 
-    def run_ours() -> None:
-        generator = torch.Generator().manual_seed(0)
-        latents = ours.denoise(
-            image, poses, num_inference_steps=steps, guidance_scale=GUIDANCE, window=WINDOW, overlap=OVERLAP,
-            generator=generator,
-        )  # fmt: skip
-        made["ours"] = np.concatenate(list(ours.decode(latents)))
 
-    def run_plain() -> None:
-        made["plain"] = plain.animate(
-            theirs, image, drawn, steps=steps, guidance_scale=GUIDANCE, window=WINDOW, overlap=OVERLAP, seed=0
-        )
+@torch.no_grad()
+def denoising(bases: Bases, rounds: int, frames: int = 28, steps: int = 1) -> list[Row]:
+    """A clip's latents alone: in a clip of usual length decoding counts little beside its steps."""
+    both = Clip(bases, frames, steps)
+    what = f"denoising {both.what}"
+    return [_against_the_plain_way(both, what, both.denoise, both.denoise_plainly, rounds)]
 
-    times = side_by_side({"plain": run_plain, "ours": run_ours}, rounds, tcan.device.type)
-    difference = float(np.abs(made["ours"] - made["plain"]).max())
-    check_same(difference, tcan)
+
+def _against_the_plain_way(
+    both: Clip,
+    what: str,
+    run_ours: Callable[[], torch.Tensor],
+    run_plain: Callable[[], torch.Tensor],
+    rounds: int,
+) -> Row:
+    made: dict[str, torch.Tensor] = {}
+    sides = {
+        "plain": lambda: made.update(plain=run_plain()),
+        "ours": lambda: made.update(ours=run_ours()),
+    }
+    times = side_by_side(sides, rounds, both.ours.device.type)
+    difference = (made["ours"] - made["plain"]).abs().max().item()
+    check_same(difference, both.ours.tcan)
     faster = ratio(times, "plain", "ours")
-    what = f"a clip of {frames} frames in {steps} steps: times as fast as the plain way"
-    return [Row(what, str(faster), f"{faster.spread}; largest difference of a pixel {difference:.0e}")]
+    return Row(f"{what}: times as fast as the plain way", str(faster), f"{faster.spread}; largest difference {difference:.0e}")  # fmt: skip

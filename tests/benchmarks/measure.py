@@ -48,6 +48,8 @@ class Ratio:
 
     @property
     def spread(self) -> str:
+        if len(self.rounds) == 1:
+            return "one round"
         low, _, high = statistics.quantiles(self.rounds, n=4)
         return f"middle half of {len(self.rounds)} rounds {low:.2f} to {high:.2f}"
 
@@ -55,13 +57,14 @@ class Ratio:
 def side_by_side(sides: dict[str, Run], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of every side, round after round: all run in turn, to and fro, so that noise meets all of them.
 
-    A round before the first warms up.
+    A round before the first warms up, but where only one is wanted: that is of minutes.
     """
+    warm_up = int(rounds > 1)
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm_up):
         for name in list(sides) if number % 2 else reversed(list(sides)):
             times[name].append(seconds(sides[name], device))
-    return {name: values[1:] for name, values in times.items()}
+    return {name: values[warm_up:] for name, values in times.items()}
 
 
 def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> Ratio:

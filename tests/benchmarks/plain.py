@@ -47,8 +47,8 @@ class ExplicitTemporalAttention:
 
 
 def with_explicit_softmax(tcan: TCAN) -> TCAN:
-    """A copy whose temporal attentions compute the explicit softmax."""
-    tcan = copy.deepcopy(tcan)
+    """A copy, the weights shared, whose temporal attentions compute the explicit softmax."""
+    tcan = copy.deepcopy(tcan, {id(weight): weight for weight in tcan.parameters()})
     for network in (tcan.denoiser, tcan.controlnet):
         for layer in temporal_layers(network).values():
             for block in layer.transformer_blocks:
@@ -74,7 +74,7 @@ def unfused_attention() -> Iterator[None]:
 
 
 @torch.no_grad()
-def animate(
+def denoise(
     pipe: TCANPipeline,
     picture: np.ndarray,
     pose_pictures: np.ndarray,
@@ -84,11 +84,11 @@ def animate(
     window: int,
     overlap: int,
     seed: int,
-) -> np.ndarray:
-    """Frames `[F, H, W, 3]` in [0, 1] of pose pictures uint8 `[F, H, W, 3]`.
+) -> Tensor:
+    """Latents `[F, C, h, w]` of pose pictures uint8 `[F, H, W, 3]`.
 
     Each window at each step by itself: two full passes, each with the ControlNet and the pose pictures in full; the
-    appearance UNet for each window; frames decoded one by one. pipe: its `tcan` is `with_explicit_softmax`.
+    appearance UNet for each window. pipe: its `tcan` is `with_explicit_softmax`.
     """
     tcan, device = pipe.tcan, pipe.device
     reference = pipe.encode(picture)
@@ -118,7 +118,12 @@ def animate(
             summed[part] += guided[0].float().cpu()
             count[part] += 1
         latents = pipe.scheduler.step(summed / count.view(-1, 1, 1, 1), timestep, latents).prev_sample
-    frames = [pipe.decode(latent[None]) for latent in latents[: len(pose_pictures)]]
+    return latents[: len(pose_pictures)]
+
+
+def decode(pipe: TCANPipeline, latents: Tensor) -> np.ndarray:
+    """Frames `[F, H, W, 3]` in [0, 1], one by one."""
+    frames = [pipe.decode(latent[None]) for latent in latents]
     return np.concatenate([picture for decoded in frames for picture in decoded])
 
 

@@ -1,5 +1,6 @@
-"""SD1.5's size with random weights: arithmetic counted anywhere, everything timed where there is an NVIDIA GPU."""
+"""SD1.5's size with random weights: arithmetic counted, a step of each kind timed on a CPU, everything on an NVIDIA GPU."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,16 @@ from pipelines.preprocess.latents import encode_frames
 from tcan.model import TCAN
 from tcan.pose import OpenPose
 from tcan.weights import Bases
-from tests.benchmarks import animation
+from tests.benchmarks import animation, training
 from tests.benchmarks.measure import Row, peak_bytes, seconds, tensor_bytes
 from tests.benchmarks.training import Batch, Trainer
 
 STEPS, FRAMES, WINDOWS = 25, 28, 2  # 28 frames are two windows of 16
+CPU_SIZE = 256
 
 
-def random_bases(device: str, dtype: torch.dtype) -> Bases:
+def random_bases(device: str, dtype: torch.dtype, size: int = 512) -> Bases:
+    """For pictures of `size` x `size`: the networks' weights are the same for all."""
     with torch.device(device):
         networks: dict[str, Any] = {
             "vae": AutoencoderKL(
@@ -30,7 +33,7 @@ def random_bases(device: str, dtype: torch.dtype) -> Bases:
                 layers_per_block=2,
                 latent_channels=4,
             ),
-            "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+            "unet": UNet2DConditionModel(sample_size=size // 8, cross_attention_dim=768),
             "controlnet": ControlNetModel(cross_attention_dim=768),
             "motion_adapter": MotionAdapter(use_motion_mid_block=False),
         }
@@ -80,6 +83,16 @@ def arithmetic() -> list[Row]:
             f"counted, not timed; {ours / 1e12 / FRAMES:.0f} against {plain / 1e12 / FRAMES:.0f} TFLOP a frame",
         )
     ]
+
+
+def one_step() -> list[Row]:
+    """What a CPU can be asked for: a step of each kind at SD1.5's size, on small pictures, once."""
+    bases = random_bases("cpu", torch.bfloat16, CPU_SIZE)
+    rows = [*animation.temperature(bases, rounds=1), *animation.denoising(bases, rounds=1)]
+    for stage, frames in ((1, 1), (2, 16)):
+        rows += training.one_pass(bases, stage, 1, frames)
+    where = f"SD1.5 size on a CPU, {CPU_SIZE} x {CPU_SIZE}: "
+    return [dataclasses.replace(row, what=where + row.what) for row in rows]
 
 
 def measured(

@@ -9,7 +9,7 @@ from tcan.memory import training_memory
 from tcan.model import TCAN, diffusion_loss
 from tcan.weights import Bases
 from tests.benchmarks import plain
-from tests.benchmarks.measure import Row, peak_bytes, ratio, side_by_side, tensor_bytes
+from tests.benchmarks.measure import Row, peak_bytes, ratio, seconds, side_by_side, tensor_bytes
 
 
 class Trainer:
@@ -112,6 +112,33 @@ def against_the_plain_way(bases: Bases, stage: int, batch: int, frames: int, rou
         Row(f"{what}, gradient checkpointing: time to that without", str(price), price.spread),
         Row(f"{what}, gradient checkpointing: peak memory to that without",
             f"{total['checkpointing'] / total['ours']:.2f}", mebibytes("checkpointing")),
+    ]  # fmt: skip
+
+
+def one_pass(bases: Bases, stage: int, batch: int, frames: int) -> list[Row]:
+    """Loss and gradients of one step, each way after the other has gone: where both don't fit beside each other. The
+    optimizer, whose step is the same, is left out."""
+    data, time, total = Batch(bases, batch, frames), {}, {}
+    for name in ("plain", "ours"):
+        trainer = Trainer(bases, stage, whole_unet=name == "plain")
+
+        def run(trainer: Trainer = trainer, name: str = name) -> None:
+            if name == "ours":
+                trainer.gradients(*data.latents())
+            else:
+                with plain.unfused_attention():
+                    trainer.gradients(*data.encoded())
+
+        total[name] = peak_bytes(run, trainer.device)
+        for parameter in trainer.tcan.parameters():
+            parameter.grad = None
+        time[name] = seconds(run, trainer.device)
+        total[name] += tensor_bytes(trainer.tcan) + (name == "plain") * tensor_bytes(bases.vae)
+    what = f"stage {stage}, {batch} x {frames} frames, without the optimizer"
+    gibibytes = f"{total['ours'] / 2**30:.1f} GiB, gradients included; plain {total['plain'] / 2**30:.1f} GiB"
+    return [
+        Row(f"{what}: samples a second to the plain way's", f"{time['plain'] / time['ours']:.2f}", "one round"),
+        Row(f"{what}: peak memory to the plain way's", f"{total['ours'] / total['plain']:.2f}", gibibytes),
     ]  # fmt: skip
 
 

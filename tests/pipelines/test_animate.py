@@ -151,6 +151,7 @@ def test_bad_input(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"image": None, "out": None}, "missing: --image, --out; tcan animate --help explains"),
         ({"image": "missing.png"}, "no such picture"),
         ({"image": "renamed.png"}, "cannot be read as a picture"),
+        ({"fps": 0}, "--fps 0: must be more than 0"),
         ({"driving": None}, "needs a motion; give a video with --driving or poses with --poses"),
         ({"driving": "missing.mp4"}, "no such video"),
         ({"driving": "renamed.mp4"}, "cannot be read as a video"),

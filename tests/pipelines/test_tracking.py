@@ -51,6 +51,12 @@ def test_a_registered_model_is_found(config: Config, tmp_path: Path) -> None:
     for unknown in ("models:/tcan@other", "models:/nothing@latest", "0" * 32):
         with pytest.raises(UserError, match=f"{unknown}: not in .*--tracking.folder"):
             tracking.local_model(unknown, config.tracking)
+    with pytest.raises(UserError, match="models:/tcan: names no version"):
+        tracking.local_model("models:/tcan", config.tracking)
+    nowhere = dataclasses.replace(config.tracking, folder=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"models:/tcan@latest: there is no MLflow store in .*nowhere"):
+        tracking.local_model("models:/tcan@latest", nowhere)
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_round_trip(config: Config, tmp_path: Path) -> None:

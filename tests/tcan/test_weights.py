@@ -241,6 +241,12 @@ def test_what_cannot_be_exported(
         export_model(model_folder, tmp_path / "out")
     with pytest.raises(UserError, match="is the model's own folder"):
         export_model(model_folder, model_folder, pose=pose)
+    for taken in (tmp_path / "notes", tmp_path / "notes" / "mine.txt"):
+        (tmp_path / "notes").mkdir(exist_ok=True)
+        (tmp_path / "notes" / "mine.txt").write_text("mine")
+        with pytest.raises(UserError, match="is there already and no model folder"):
+            export_model(model_folder, taken, pose=pose)
+        assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
     unet = UNet2DConditionModel.from_pretrained(bases_folder / "unet")
     unet.conv_out.bias.data[0] += 1e-3
     unet.save_pretrained(tmp_path / "unet")
