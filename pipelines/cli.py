@@ -23,6 +23,7 @@ class Command:
     help: str
     arguments: dict[str, dict[str, Any]]  # what the parser's add_argument takes
     run: Callable[[Any, Any], None]  # (arguments, configuration)
+    sections: tuple[str, ...]  # of the configuration, that it reads
     submittable: bool = False  # --submit sends it to a cluster
 
 
@@ -67,7 +68,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     from pipelines.config import make_parser, parse
 
     command = COMMANDS[name]
-    parser = make_parser(f"tcan {name}", command.help)
+    parser = make_parser(f"tcan {name}", command.help, command.sections)
     for argument, options in command.arguments.items():
         parser.add_argument(argument, **options)
     if command.submittable:
@@ -288,6 +289,7 @@ COMMANDS = {
             },
         },
         _preprocess,
+        ("bases", "preprocess", "tracking"),
         submittable=True,
     ),
     "dataset": Command(
@@ -301,6 +303,7 @@ COMMANDS = {
             "--out": _path("The picture that preview writes.", default="preview.png"),
         },
         _dataset,
+        ("bases", "train"),
     ),
     "train": Command(
         "Train TCAN on a clip dataset: stage 1 (pictures), then stage 2 (motion).",
@@ -319,6 +322,7 @@ COMMANDS = {
             ),
         },
         _train,
+        ("bases", "train", "tracking"),
         submittable=True,
     ),
     "animate": Command(
@@ -348,6 +352,7 @@ COMMANDS = {
             },
         },
         _animate,
+        ("bases", "animate", "tracking"),
     ),
     "pose": Command(
         "Find the poses of a video or picture, and write them to a file that can be corrected by hand.",
@@ -356,6 +361,7 @@ COMMANDS = {
             "--out": _required_path("The .json to write; a preview is written beside it."),
         },
         _pose,
+        ("bases", "animate"),
     ),
     "evaluate": Command(
         "Measure a model on held-out videos: each one's first frame animated by its own motion.",
@@ -365,6 +371,7 @@ COMMANDS = {
             "--out": _required_path("Folder of the measures and the videos made."),
         },
         _evaluate,
+        ("bases", "animate", "evaluate", "tracking"),
     ),
     "export": Command(
         "Write a model and all it was trained on into one folder that needs nothing else.",
@@ -373,6 +380,7 @@ COMMANDS = {
             "--out": _required_path("The folder to write; `tcan animate --model` takes it."),
         },
         _export,
+        ("bases",),
     ),
     "weights": Command(
         "Say what files and folders of weights are, and whether they fit.",
@@ -381,11 +389,13 @@ COMMANDS = {
             "paths": {"nargs": "+", "type": str, "help": "Files or folders, also of trained models."},
         },
         _weights,
+        (),
     ),
     "demo": Command(
         "Run all of it on rendered puppets, from videos to animated videos.",
         {"--out": _path("Folder of all it makes; run again, it goes on from there.", default="demo")},
         _demo,
+        ("bases", "preprocess", "train", "animate", "evaluate", "tracking"),
     ),
     "memory": Command(
         "Say how much of a GPU's memory training takes.",
@@ -398,11 +408,13 @@ COMMANDS = {
             },
         },
         _memory,
+        ("bases", "train"),
     ),
     "ui": Command(
         "Open the page of the recorded runs (MLflow).",
         {"--port": {"type": int, "default": 5000, "help": "The port to serve it on."}},
         _ui,
+        ("tracking",),
     ),
 }
 

@@ -10,7 +10,7 @@ This file imports neither torch nor ray nor mlflow, so that `tcan --help` is qui
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -480,11 +480,15 @@ class _Parser(jsonargparse.ArgumentParser):
         return re.sub(r"\(required,(\s+)type:", r"(type:", text)  # the preset gives it
 
 
-def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
-    """A parser for one job: it knows `--config` and every key; the job's own arguments are added to it."""
+def make_parser(prog: str, description: str, sections: Collection[str] = ()) -> jsonargparse.ArgumentParser:
+    """A parser for one job: it knows `--config` and every key; the job's own arguments are added to it.
+
+    sections: whose keys the job reads; its help leaves out the others, so that one file of keys still does for all jobs.
+    """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = "%(prog)s ARGUMENTS [--config mini|sd15|FILE.yaml] [--key.path VALUE ...]"
-    parser = _Parser(prog=prog, description=description, usage=usage, exit_on_error=False)
+    epilog = "The other jobs' keys are taken too, so that one file does for all; `tcan demo --help` lists every key."
+    parser = _Parser(prog=prog, description=description, usage=usage, epilog=epilog, exit_on_error=False)
     parser.add_argument(
         "--config",
         action=_ConfigFile,
@@ -493,10 +497,10 @@ def make_parser(prog: str, description: str) -> jsonargparse.ArgumentParser:
         "Keys on the command line override both.",
     )
     parser.add_class_arguments(Config)
+    whole = {key.rpartition(".")[0] for key in _all_keys(Config)}  # a file for one section only: no use
     for action in parser._actions:
-        if action.dest in {
-            key.rpartition(".")[0] for key in _all_keys(Config)
-        }:  # a file for one section only: no use
+        section, _, key = action.dest.partition(".")
+        if action.dest in whole or (key and section not in sections):
             action.help = argparse.SUPPRESS
     return parser
 

@@ -65,9 +65,9 @@ def test_help_is_quick_and_names_every_command() -> None:
         assert f"  {command} " in done.stdout
 
 
-def test_help_of_a_job_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_the_demo_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["train", "--help"])
+        cli.main(["demo", "--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     words = text.split()
@@ -75,6 +75,15 @@ def test_help_of_a_job_explains_every_key(capsys: pytest.CaptureFixture[str]) ->
         assert f"--{key}" in words, key
         explanation = text.partition(f"--{key} ")[2].partition("(type:")[0].split(maxsplit=1)
         assert len(explanation) == 2, f"{key} is not explained"
+
+
+def test_help_of_a_job_leaves_out_what_only_others_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["animate", "--help"])
+    text = capsys.readouterr().out
+    read = {section for section in cli.COMMANDS["animate"].sections if f"--{section}." in text}
+    assert read == {"bases", "animate", "tracking"}
+    assert "--seed" in text and "--train." not in text and "--preprocess." not in text
 
 
 def test_help_shows_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
