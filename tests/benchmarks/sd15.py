@@ -19,7 +19,7 @@ from tests.benchmarks.measure import Row, peak_bytes, seconds, tensor_bytes
 from tests.benchmarks.training import Batch, Trainer
 
 STEPS, FRAMES, WINDOWS = 25, 28, 2  # 28 frames are two windows of 16
-CPU_SIZE = 256
+CPU_SIZE = 192
 
 
 def random_bases(device: str, dtype: torch.dtype, size: int = 512) -> Bases:
