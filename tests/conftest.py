@@ -1,4 +1,4 @@
-"""What all tests share: the environment, one local Ray, a folder of random bases and of a model on them."""
+"""What all tests share: the environment, one local Ray, an S3 server, a folder of random bases and of a model on them."""
 
 import os
 
@@ -29,6 +29,27 @@ def ray_cluster() -> Iterator[None]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """A bucket of a real S3 server (moto's) on this machine, reached as any is: by what the environment says, which the
+    processes started from here on inherit."""
+    import requests
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        assert requests.put(f"http://127.0.0.1:{port}/corpus", timeout=60).ok
+        yield "s3://corpus"
+    server.stop()
 
 
 @pytest.fixture(scope="session")

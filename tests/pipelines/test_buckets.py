@@ -2,13 +2,11 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import requests
 
 from pipelines import cli, storage
 from pipelines.dataset import clip_files, decode_row, read_info, rejected_files
@@ -19,25 +17,6 @@ from pipelines.train.data import ClipStore
 from tcan.errors import UserError
 from tests.pipelines.faults import write_video
 from tests.pipelines.test_preprocess import OPTIONS, make_config
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket, reached as any is: by what the environment says, which Ray's workers inherit."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        assert requests.put(f"http://127.0.0.1:{port}/corpus", timeout=60).ok
-        yield "s3://corpus"
-    server.stop()
 
 
 def put(uri: str, content: bytes) -> None:

@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from pipelines import tracking
 from pipelines.config import Config, load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
+from pipelines.storage import read_bytes
 from pipelines.train.checkpoint import FrozenFingerprint, sweep
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
@@ -36,7 +37,7 @@ from tcan.errors import UserError
 from tcan.pose import draw_poses
 from tcan.weights import fingerprint
 from tests import compare_losses
-from tests.runs import workers_of
+from tests.runs import Stage1, workers_of
 
 SIZE = 64
 ROOT = Path(__file__).parents[2]
@@ -680,45 +681,45 @@ def test_a_worker_killed_and_one_that_hangs_change_nothing(calm, tmp_path, bases
     assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
 
 
-def newest_checkpoint(folder: Path) -> int:
-    """The step of the newest that Ray Train knows of; what a worker was writing as its driver died is none."""
-    known = json.loads((folder / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]
-    return max(int(checkpoint["checkpoint_dir_name"].split("_")[1]) for checkpoint in known)
+def checkpoints(storage: str) -> list[int]:
+    """The steps of those that Ray Train knows of: whole ones."""
+    try:
+        snapshot = json.loads(read_bytes(f"{storage}/stage1/checkpoint_manager_snapshot.json"))
+    except FileNotFoundError:
+        return []
+    return [int(known["checkpoint_dir_name"].split("_")[1]) for known in snapshot["checkpoint_results"]]
 
 
 @pytest.mark.slow
-def test_a_driver_killed_and_interrupted_goes_on(calm, tmp_path, bases, clips):
+def test_a_driver_ended_in_every_way_goes_on(calm, tmp_path, bases, clips, bucket):
+    """From checkpoints in a bucket."""
     from mlflow import MlflowClient
 
-    keys = arguments(bases, tmp_path)
-    out, said = tmp_path / "out", tmp_path / "said.txt"
-
-    def start(*more: str) -> psutil.Popen:
-        command = [sys.executable, "-m", "pipelines.cli", "train", clips, "--out", out, "--stage", "1", *keys]
-        with said.open("w") as file:
-            return psutil.Popen([*map(str, command), *more], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    training = Stage1(clips, tmp_path, arguments(bases, tmp_path, f"--train.storage={bucket}/run"))
 
     def wait_for(driver: psutil.Popen, happened: Callable[[], Any]) -> None:
         while not happened():
-            assert driver.poll() is None, said.read_text()
+            assert driver.poll() is None, training.said()
             time.sleep(0.05)
 
-    driver = start()
-    wait_for(driver, (out / "stage1" / "checkpoint_manager_snapshot.json").exists)
+    at = 0
+    for count, (number, status) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130)), 1):
+        driver = training.start(2, "--train.stage1.checkpoint_every=1000")
+        wait_for(driver, lambda driver=driver: workers_of(driver))
+        driver.send_signal(number)
+        assert driver.wait() == status, training.said()
+        assert training.said().count("stopped; the same command goes on") == count
+        before, at = at, max(checkpoints(f"{bucket}/run"))
+        assert before < at < STEPS[1]  # its own: no other was due
+    driver = training.start(2)
+    wait_for(driver, lambda: max(checkpoints(f"{bucket}/run")) > at)
     driver.kill()
     driver.wait()
-    killed_at = newest_checkpoint(out / "stage1")
-    driver = start("--train.stage1.checkpoint_every=1000")
-    wait_for(driver, lambda: workers_of(driver))
-    driver.send_signal(signal.SIGINT)
-    assert driver.wait() == 130, said.read_text()
-    assert "stopped; the same command goes on" in said.read_text()
-    assert killed_at < newest_checkpoint(out / "stage1") < STEPS[1]  # its own: no other was due
-    assert start().wait() == 0, said.read_text()
+    training.finish(training.start(2))
 
-    config = load_config(*keys)
-    assert losses(config, out, 1) == losses(*calm, 1)
-    assert weights(out / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
+    config = load_config(*arguments(bases, tmp_path))
+    assert losses(config, tmp_path / "out", 1) == losses(*calm, 1)
+    assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
     client = MlflowClient(tracking.resolve_uri(config.tracking))
     assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
 
