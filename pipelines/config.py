@@ -550,7 +550,7 @@ class _ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = PRESETS.get(values) or Path(values)
         try:
-            keys = yaml.safe_load(path.read_text())
+            keys = yaml.load(path.read_text(), _UniqueKeys)
         except OSError as error:
             raise UserError(
                 f"--config {values}: {error.strerror}; give {', '.join(PRESETS)} or a YAML file"
@@ -561,6 +561,21 @@ class _ConfigFile(ActionConfigFile):
             raise UserError(f"{path}: must hold keys and values, such as `seed: 1`")
         _check_keys(keys, Config, str(path))
         super().__call__(parser, cfg, str(path), option_string)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML would take the last of two values of one key without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in first:
+                problem = f"{key.value} is given twice, first in line {first[key.value]}, again"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            first[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 def _check_keys(values: dict[str, Any], config: type, where: str, prefix: str = "") -> None:

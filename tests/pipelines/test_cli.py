@@ -123,6 +123,8 @@ def test_file_overrides_preset_and_command_line_overrides_both(tmp_path: Path) -
         ("train: 5", "train must hold keys and values"),
         ("- seed", "must hold keys and values, such as `seed: 1`"),
         ("seed: [", "not YAML: "),
+        ("seed: 1\nsize: 64\nseed: 2", "not YAML: seed is given twice, first in line 1, again in "),
+        ("train:\n  workers: 1\n  workers: 1", "not YAML: workers is given twice, first in line 2, again"),
     ],
 )
 def test_bad_configuration_file(
