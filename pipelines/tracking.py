@@ -113,13 +113,23 @@ class Run:
         registered model `name`; `alias` then means this version, until another run takes it."""
         import mlflow.pyfunc
         from mlflow.exceptions import MlflowException
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+        inputs = Schema([ColSpec("string", name) for name in ("image", "driving")])
+        # MLflow passes on no other parameters than these.
+        options = [
+            ParamSpec("num_inference_steps", "long", 25),
+            ParamSpec("guidance_scale", "double", 7.5),
+            ParamSpec("seed", "long", 0),
+        ]
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "model"
             mlflow.pyfunc.save_model(
                 str(saved),
                 loader_module="pipelines.served",
                 data_path=str(local),
+                signature=ModelSignature(inputs, params=ParamSchema(options)),
                 # Given whole, else MLflow looks for pip in this environment and warns that there is none.
                 conda_env={
                     "dependencies": [

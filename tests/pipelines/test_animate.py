@@ -1,15 +1,18 @@
 """`tcan animate` and `tcan pose`: what they write, what they hold in memory, and what they refuse, each in one line."""
 
 import json
+import shutil
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
+from pipelines import tracking
 from pipelines.animate import Animation, animate, beside, find_device, load_pipeline, read_inputs, to_uint8
 from pipelines.config import Config, load_config
 from pipelines.pose import pose
@@ -113,6 +116,38 @@ def test_the_file_of_tcan_pose_drives_as_the_video_does(
     (tmp_path / "dance.json").write_text(json.dumps(corrected))
     animate(Animation(hero, tmp_path / "c", **by_hand), model_folder, config())
     assert (pictures(tmp_path / "c") != pictures(tmp_path / "a")).any()
+
+
+def test_a_registered_model_animates_through_pyfunc(
+    model_folder: Path, puppets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pyfunc
+
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    info = json.loads((model / "tcan.json").read_text())
+    info["bases"]["pose"] = {"source": "mini"}  # as training writes it
+    (model / "tcan.json").write_text(json.dumps(info))
+    settings = config(f"--tracking.folder={tmp_path / 'runs'}")
+    with tracking.run("stage2", "stage 2", settings.tracking, {}) as run:
+        run.model(model, "tcan", alias="ours")
+
+    # Not by set_tracking_uri, which all later tests would inherit through the environment.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.resolve_uri(settings.tracking))
+    served = mlflow.pyfunc.load_model("models:/tcan@ours")
+    row = {"image": str(puppets / "hero.png"), "driving": str(puppets / "dance.mp4")}
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    first, second = served.predict(pd.DataFrame([row, row]), params={**options, "seed": 3})
+    again = served.predict([row], params={**options, "seed": 4})[0]
+    frames = TCANPipeline.from_pretrained(model)(
+        read_picture(row["image"]),
+        read_video(row["driving"])[0],
+        generator=torch.Generator().manual_seed(3),
+        **options,
+    ).frames
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, np.asarray(frames) * 255, atol=0.5001)
+    assert first.dtype == np.uint8 and first.shape == (6, 64, 64, 3)
+    assert not np.array_equal(first, again)
 
 
 def test_poses_by_hand_without_retargeting_in_a_rectangle(
