@@ -209,6 +209,15 @@ class TrainConfig:
     noise_offset: float = 0.0
     """Noise of this size added alike to a whole clip, a number a channel, 0.05 is usual: brightness is learned better."""
 
+    pose_dropout: float = 0.0
+    """Errors in stage 2's poses, for the temporal layers to learn to bridge them: share of the joints that are missing."""
+
+    pose_jitter: float = 0.0
+    """Likewise: standard deviation of a joint's distance from its place, as a share of the picture's side, such as 0.01."""
+
+    pose_outliers: float = 0.0
+    """Likewise: share of the frames whose joints have changed places, or in half of them are not found."""
+
     lora_rank: int = 16
     """Rank of APPA."""
 
@@ -295,6 +304,10 @@ class TrainConfig:
             raise UserError("train.zero_terminal_snr: needs train.prediction_type v_prediction")
         if (self.snr_gamma is not None and self.snr_gamma <= 0) or self.noise_offset < 0:
             raise UserError("train: snr_gamma must be above 0, noise_offset at least 0")
+        if not (0 <= self.pose_dropout <= 1 and 0 <= self.pose_outliers <= 1 and self.pose_jitter >= 0):
+            raise UserError(
+                "train: pose_dropout and pose_outliers must be from 0 to 1, pose_jitter at least 0"
+            )
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise UserError(
                 f"train.min_workers = {self.min_workers}: must be from 1 to train.workers ({self.workers})"

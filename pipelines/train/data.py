@@ -17,11 +17,12 @@ from torch import Tensor
 from pipelines.dataset import LATENT_STRIDE, clip_files, decode_row
 from pipelines.storage import open_parquet
 from tcan.errors import UserError
-from tcan.pose import draw_poses
+from tcan.pose import PoseErrors, draw_poses
 
-_PASS, _SAMPLE = 0, 1  # what a generator is for; first after seed and stage in its key
+_PASS, _SAMPLE, _ERRORS = 0, 1, 2  # what a generator is for; first after seed and stage in its key
 MIN_DISTANCE, MAX_DISTANCE_SHORT_OF_LENGTH = 30, 31  # frames between reference and target: U[30, L - 31]
 TIMESTEPS = 1000
+NO_ERRORS = PoseErrors()
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class Sampler:
     start, so n // videos is the pass. batch_size is the global one.
     size: side of the training picture in pixels; a larger canvas is cropped on the latents' grid.
     reference: a sample's; None: the method's, random in stage 1, first in stage 2.
+    pose_errors: of stage 2's poses; each clip's, too, come from the seed, the step and its place alone.
     noise_offset: the noise gets this times a normal number a channel, the same for all places and frames of a sample.
     Raises UserError when no video of the store is long enough.
     """
@@ -163,6 +165,7 @@ class Sampler:
         drop_reference: float,
         reference: Literal["first", "random"] | None = None,
         noise_offset: float = 0.0,
+        pose_errors: PoseErrors = NO_ERRORS,
     ):
         self.store, self.stage, self.seed, self.batch_size, self.size = store, stage, seed, batch_size, size
         self.scaling, self.stick_width = vae_scaling_factor, stick_width
@@ -170,6 +173,7 @@ class Sampler:
         self.drop_reference = drop_reference if stage == 1 else 0.0
         self.reference = reference or ("random" if stage == 1 else "first")
         self.noise_offset = noise_offset
+        self.pose_errors = pose_errors if stage == 2 else NO_ERRORS
         shortest = frames if stage == 2 else 2
         self.videos = [
             video for video in store.videos if len(video.starts(shortest) if stage == 2 else video.number[1:])
@@ -219,6 +223,8 @@ class Sampler:
         keypoints[..., :2] -= (
             np.float32(LATENT_STRIDE) * np.array([x, y], np.float32) * (keypoints[..., 2:] > 0)
         )
+        # Of a generator of its own: what else is drawn stays the same.
+        keypoints = self.pose_errors.apply(keypoints, self.size, self._rng(_ERRORS, step, index))
 
         timestep = rng.integers(TIMESTEPS)
         keep = rng.random() >= self.drop_reference

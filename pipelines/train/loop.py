@@ -24,12 +24,13 @@ from torch import Tensor
 from pipelines import tracking
 from pipelines.config import Config, StageConfig, TrackingConfig, TrainConfig
 from pipelines.train import checkpoint, guard
-from pipelines.train.data import Batch, ClipStore, Sampler
+from pipelines.train.data import NO_ERRORS, Batch, ClipStore, Sampler
 from pipelines.train.engine import averaged, make_engine
 from pipelines.train.validation import Samples, Validation, validation_sampler
 from pipelines.train.watch import Pulse
 from tcan.errors import UserError
 from tcan.model import TCAN, diffusion_loss
+from tcan.pose import PoseErrors
 from tcan.schedule import noise_schedule
 from tcan.video import write_video
 from tcan.weights import Bases, load_bases, load_model, portable_source, save_model
@@ -102,7 +103,9 @@ def _run(task: Task, rank: int, workers: int) -> None:
     def loss_of(batch: Batch, snr_gamma: float | None = None) -> Tensor:
         return _loss(engine, bases, batch, device, snr_gamma)
 
-    sampler = make("train", stage_config.batch_size)
+    # The other samplers judge the model: their poses stay as they are.
+    errors = PoseErrors(config.pose_dropout, config.pose_jitter, config.pose_outliers)
+    sampler = _sampler(task, stage_config, "train", errors)
     log = _Log(task, stage_config, rank, done)
     samples = validation = None
     if stage_config.picture_every:
@@ -239,7 +242,7 @@ def _model(task: Task, bases: Bases) -> TCAN:
     return model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32).train()
 
 
-def _sampler(task: Task, stage: StageConfig, split: Any) -> Sampler:
+def _sampler(task: Task, stage: StageConfig, split: Any, errors: PoseErrors = NO_ERRORS) -> Sampler:
     config = task.config.train
     return Sampler(
         ClipStore(task.dataset, split, config.cache_mb << 20),
@@ -253,6 +256,7 @@ def _sampler(task: Task, stage: StageConfig, split: Any) -> Sampler:
         drop_reference=config.drop_reference,
         reference=config.stage1_reference if task.stage == 1 else config.stage2_reference,
         noise_offset=config.noise_offset,
+        pose_errors=errors,
     )
 
 

@@ -4,6 +4,7 @@ Keypoints everywhere are float32 `[..., 18, 3]`: (x, y, score) in OpenPose's ord
 of the picture they belong to, score in [0, 1]. A joint not found is all 0.
 """
 
+from tcan.pose.corrupt import PoseErrors
 from tcan.pose.draw import draw_poses
 from tcan.pose.files import PoseFile, read_poses, write_poses
 from tcan.pose.follow import follow_main_person, one_body
@@ -13,6 +14,7 @@ from tcan.pose.retarget import retarget
 __all__ = [
     "OpenPose",
     "PoseDetector",
+    "PoseErrors",
     "PoseFile",
     "draw_poses",
     "find_people",

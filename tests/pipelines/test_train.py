@@ -34,7 +34,7 @@ from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
 from pipelines.train.guard import LossGuard, out_of_memory
 from pipelines.train.watch import Watch
 from tcan.errors import UserError
-from tcan.pose import draw_poses
+from tcan.pose import PoseErrors, draw_poses
 from tcan.weights import fingerprint
 from tests import compare_losses
 from tests.runs import Stage1, workers_of
@@ -223,6 +223,61 @@ def test_noise_offset_is_one_number_a_channel(dataset):
         for key in plain.keys() - {"noise"}:
             np.testing.assert_array_equal(plain[key], shifted[key])
     assert np.std(shifts) == pytest.approx(0.05, rel=0.2) and abs(np.mean(shifts)) < 0.01
+
+
+def with_errors(dataset: Path, stage: int, **errors: float) -> Sampler:
+    return Sampler(
+        ClipStore(dataset), stage, seed=0, batch_size=1, size=SIZE, vae_scaling_factor=0.5, stick_width=2, frames=16,
+        drop_reference=0.1, pose_errors=PoseErrors(**errors),
+    )  # fmt: skip
+
+
+def test_errors_in_poses_are_as_often_and_as_large_as_asked_for(dataset):
+    """The dataset's poses have two joints, neck and right shoulder, at fixed places: a circle each, and a limb."""
+
+    def drawn(**errors: float) -> tuple[np.ndarray, np.ndarray]:
+        """Of 640 frames where each joint is seen: its centre [640, 2, (y, x)], no number where it isn't."""
+        source, centres = with_errors(dataset, 2, **errors), []
+        for frame in np.concatenate([source.sample(step, 0)["pose"] for step in range(40)]):
+            seen = [np.argwhere((frame == colour).all(-1)) for colour in ((255, 85, 0), (255, 170, 0))]
+            centres.append([places.mean(0) if len(places) else (np.nan, np.nan) for places in seen])
+        return np.array(centres)
+
+    true = np.array([[SIZE / 2, SIZE / 2], [SIZE / 2 + 5, SIZE / 2 - 15]])
+    np.testing.assert_allclose(drawn(), np.broadcast_to(true, (640, 2, 2)), atol=0.5)
+
+    missing = np.isnan(drawn(dropout=0.3)).any(-1)
+    assert missing.mean(0) == pytest.approx([0.3, 0.3], abs=0.06)
+    assert (missing[:, 0] & missing[:, 1]).mean() == pytest.approx(0.09, abs=0.04)  # each joint by itself
+
+    moved = drawn(jitter=0.03) - true
+    assert np.nanstd(moved, (0, 1)) == pytest.approx([0.03 * SIZE] * 2, rel=0.1)
+    assert abs(np.corrcoef(moved[:, 0, 0], moved[:, 1, 0])[0, 1]) < 0.1
+    assert abs(np.corrcoef(moved[:-1, 0, 0], moved[1:, 0, 0])[0, 1]) < 0.1  # nor from frame to frame
+
+    places = drawn(outliers=0.4)
+    gone = np.isnan(places).all((1, 2))
+    swapped = (abs(places - true[::-1]) < 0.5).all((1, 2))
+    # In half of the others two joints change places by chance.
+    assert (gone.mean(), swapped.mean()) == pytest.approx((0.2, 0.1), abs=0.05)
+    assert (abs(places[~gone & ~swapped] - true) < 0.5).all()
+
+
+def test_errors_in_poses_come_from_seed_and_step_and_touch_nothing_else(dataset):
+    errors = {"dropout": 0.2, "jitter": 0.05, "outliers": 0.2}
+    used = with_errors(dataset, 2, **errors)
+    used.sample(4, 0)
+    again, fresh, clean = (
+        used.sample(5, 0),
+        with_errors(dataset, 2, **errors).sample(5, 0),
+        with_errors(dataset, 2).sample(5, 0),
+    )
+    np.testing.assert_array_equal(again["pose"], fresh["pose"])
+    assert not np.array_equal(again["pose"], clean["pose"])
+    for key in clean.keys() - {"pose"}:
+        np.testing.assert_array_equal(again[key], clean[key])
+    stage1, plain = with_errors(dataset, 1, **errors).sample(5, 0), with_errors(dataset, 1).sample(5, 0)
+    np.testing.assert_array_equal(stage1["pose"], plain["pose"])  # an option of stage 2
 
 
 def test_every_video_comes_once_a_pass(dataset):
