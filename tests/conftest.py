@@ -1,6 +1,7 @@
 """What all tests share: the environment, one local Ray, an S3 server, a folder of random bases and of a model on them."""
 
 import os
+import subprocess
 
 # Before torch, ray and deepspeed are imported; the processes they start inherit it.
 for name, value in {
@@ -50,6 +51,20 @@ def bucket() -> Iterator[str]:
         assert requests.put(f"http://127.0.0.1:{port}/corpus", timeout=60).ok
         yield "s3://corpus"
     server.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with little room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=500k", "none", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,20 +80,6 @@ def test_what_dies_changes_nothing(made: Path, fault: str) -> None:
 def test_a_store_that_is_too_small_changes_nothing(made: Path) -> None:
     truth = [row for row in read_clips(made / "calm") if row["source"].endswith("long.mp4")]
     assert_same_clips(made / "store", read_clips(made / "store"), truth)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with little room."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=500k", "none", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def write_dataset(out: Path) -> None:

@@ -37,6 +37,7 @@ from tcan.errors import UserError
 from tcan.pose import PoseErrors, draw_poses
 from tcan.weights import fingerprint
 from tests import compare_losses
+from tests.pipelines.test_cli import error_of
 from tests.runs import Stage1, workers_of
 
 SIZE = 64
@@ -774,6 +775,26 @@ def test_a_driver_ended_in_every_way_goes_on(calm, tmp_path, bases, clips, bucke
 
 
 @pytest.mark.slow
+def test_a_full_disk_leaves_the_last_good_checkpoint(calm, tmp_path, bases, clips, small_disk):
+    """One with room for one checkpoint and half of the next."""
+    kept = next((calm[1] / "stage1").glob("step_*"))
+    room = 3 * sum(file.stat().st_size for file in kept.glob("trained-*")) // 2
+    subprocess.run(["mount", "-o", f"remount,size={room}", small_disk], check=True)
+    keys = arguments(bases, tmp_path, f"--train.storage={small_disk}")
+    training = Stage1(clips, tmp_path, keys)
+
+    assert training.start(2, "--train.max_failures=0").wait() == 2, training.said()
+    assert training.said().splitlines()[-1].startswith("tcan: error: the disk is full"), training.said()
+    assert checkpoints(str(small_disk)) == [3]
+    assert [folder.name.split("_")[1] for folder in (small_disk / "stage1").glob("step_*")] == ["000003"]
+
+    subprocess.run(["mount", "-o", "remount,size=1g", small_disk], check=True)
+    training.finish(training.start(2))
+    assert losses(load_config(*keys), tmp_path / "out", 1) == losses(*calm, 1)
+    assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
+
+
+@pytest.mark.slow
 def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, bases, clips, ray_cluster):
     """One or two workers of two CPUs where there are two in all; checkpoints in a storage of their own."""
     from pipelines.train.job import train
@@ -800,7 +821,7 @@ def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, bases, 
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, bases, clips):
+def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, bases, clips, capsys):
     from pipelines.train.job import train
 
     config = configured(bases, tmp_path)
@@ -813,4 +834,11 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, bases, clips
         train(clips, tmp_path / "out", configured(bases, tmp_path, "--size=128"))
     with pytest.raises(UserError, match="run stage 1 first"):
         train(clips, tmp_path / "out", config, stage="2")
+    for text, words in ((None, "cannot be read"), ("{", "cannot be read"), ("[1]", "must hold")):
+        file = tmp_path / "deepspeed.json"
+        if text:
+            file.write_text(text)
+        keys = arguments(bases, tmp_path, f"--train.deepspeed={file}")
+        line = error_of(capsys, "train", str(clips), "--out", str(tmp_path / "out"), *keys)
+        assert line.startswith(f"train.deepspeed = {file}: {words}")
     assert not (tmp_path / "out").exists()
