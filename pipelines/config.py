@@ -285,6 +285,10 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of progress; each step's numbers are recorded."""
 
+    profile: int = 0
+    """Record so many steps, from the third after the start on, in a trace of the first worker for ui.perfetto.dev: the
+    run's artifact profile/; 0: none."""
+
     cache_mb: int = 1024
     """Memory of a worker for clips already read from the dataset."""
 
@@ -312,8 +316,8 @@ class TrainConfig:
             raise UserError(
                 f"train.min_workers = {self.min_workers}: must be from 1 to train.workers ({self.workers})"
             )
-        if self.hang_seconds <= 0 or self.spike < 0:
-            raise UserError("train: hang_seconds must be above 0, spike at least 0")
+        if self.hang_seconds <= 0 or self.spike < 0 or self.profile < 0:
+            raise UserError("train: hang_seconds must be above 0, spike and profile at least 0")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay = {self.ema_decay}: must be from 0 to below 1, such as 0.999")
         if self.frames < 2:

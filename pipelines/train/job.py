@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -29,6 +30,7 @@ from pipelines.cluster import connect
 from pipelines.config import Config
 from pipelines.dataset import INFO_FILE, read_info
 from pipelines.train import checkpoint
+from pipelines.train.bar import progress
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.loop import Task, bases_sources, run_worker, schedule_options, stage_of
@@ -55,6 +57,7 @@ MAY_CHANGE = {
     "spike",
     "hang_seconds",
     "log_every",
+    "profile",
     "cache_mb",
 }
 STAGE_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "picture_every", "validate_every"}
@@ -168,6 +171,7 @@ def _train_stage(
             run_id=record.id,
             deepspeed=given,
             watch=ray.remote(num_cpus=0)(Watch).remote(),
+            bar=sys.stdout.isatty() and sys.stderr.isatty(),
             model_info={
                 "mlflow_run_id": record.id,
                 "dataset": settings["dataset"],
@@ -214,7 +218,8 @@ def _fit(task: Task, out: Path) -> ray.train.Result:
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _signals() as received:
+    bar = progress(f"stage {task.stage}", stage_of(task.config, task.stage).steps)
+    with _signals() as received, bar if task.bar else nullcontext() as show:
         fitted = _in_thread(trainer.fit)  # in the main thread, Ray Train would take Ctrl-C for itself
         patience = 0.9 * config.hang_seconds  # a little before the workers end themselves
         asked, told = task.watch.late.remote(patience), False
@@ -230,6 +235,8 @@ def _fit(task: Task, out: Path) -> ray.train.Result:
                 if late := ray.get(asked):
                     print(f"stage {task.stage}: {late}; all workers are started anew", flush=True)
                 asked = task.watch.late.remote(patience)
+            if show and (progressed := ray.get(task.watch.progress.remote())):
+                show(*progressed)
     checkpoint.sweep(f"{storage}/{name}")
     verdict = ray.get(task.watch.verdict.remote())
     if verdict:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -21,21 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines import tracking
 from pipelines.config import Config, StageConfig, TrackingConfig, TrainConfig
 from pipelines.train import checkpoint, guard
 from pipelines.train.data import NO_ERRORS, Batch, ClipStore, Sampler
 from pipelines.train.engine import averaged, make_engine
+from pipelines.train.log import Log
+from pipelines.train.speed import Speed, matrix_rate, profiler
 from pipelines.train.validation import Samples, Validation, validation_sampler
 from pipelines.train.watch import Pulse
 from tcan.errors import UserError
 from tcan.model import TCAN, diffusion_loss
 from tcan.pose import PoseErrors
 from tcan.schedule import noise_schedule
-from tcan.video import write_video
 from tcan.weights import Bases, load_bases, load_model, portable_source, save_model
-
-CLIP_FPS = 8  # of the sample clips
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,8 @@ class Task:
     """The user's own DeepSpeed settings."""
     watch: Any
     """The run's `Watch`."""
+    bar: bool
+    """The driver shows a bar of the progress, so no lines are printed."""
     model_info: dict[str, Any]
     """Written into the model folder beside the rest."""
 
@@ -106,7 +104,12 @@ def _run(task: Task, rank: int, workers: int) -> None:
     # The other samplers judge the model: their poses stay as they are.
     errors = PoseErrors(config.pose_dropout, config.pose_jitter, config.pose_outliers)
     sampler = _sampler(task, stage_config, "train", errors)
-    log = _Log(task, stage_config, rank, done)
+    log = Log(task, stage_config, rank, done)
+    micro_batches = stage_config.batch_size // stage_config.micro_batch
+    speed = Speed(micro_batches, workers, matrix_rate(device, engine.module.dtype))
+    profile = None
+    if config.profile and rank == 0:
+        profile = profiler(config.profile, lambda seen: log.trace(seen, f"from_step_{done + 3:06d}"))
     samples = validation = None
     if stage_config.picture_every:
         samples = Samples(make, task.stage, bases, device, lambda batch: _on(batch, device))
@@ -130,6 +133,8 @@ def _run(task: Task, rank: int, workers: int) -> None:
     share = (rank, workers, stage_config.micro_batch)
     upcoming = ahead.submit(sampler.worker_batches, done, *share)
     pulse, left = Pulse(task.watch, rank), False
+    if profile:
+        profile.start()
     for step in range(done, stage_config.steps):
         guard.arm(config.hang_seconds)
         began = time.perf_counter()
@@ -142,8 +147,9 @@ def _run(task: Task, rank: int, workers: int) -> None:
             group["lr"] = lr
         own = torch.zeros((), device=device)
         for batch in batches:
-            part = loss_of(batch, config.snr_gamma)
-            engine.backward(part)
+            with speed.counted():
+                part = loss_of(batch, config.snr_gamma)
+                engine.backward(part)
             own += part.detach() / len(batches)
             if batch is not batches[-1]:
                 engine.step()  # counts the accumulation
@@ -167,7 +173,9 @@ def _run(task: Task, rank: int, workers: int) -> None:
                 print(f"{fault}: step left out", flush=True)
         elif not math.isfinite(norm := float(engine.get_global_grad_norm())):
             raise FloatingPointError(f"stage {task.stage}: the gradient's norm is {norm} at step {step + 1}")
-        log.step(step + 1, loss, norm, lr, time.perf_counter() - began, waited)
+        seconds = time.perf_counter() - began
+        values = {"loss": loss, "grad_norm": norm, "lr": lr, **speed.metrics(seconds)}
+        log.step(step + 1, values, seconds, waited)
 
         last = step + 1 == stage_config.steps
         if validation and (last or (step + 1) % stage_config.validate_every == 0):
@@ -182,8 +190,12 @@ def _run(task: Task, rank: int, workers: int) -> None:
         if last or stop or (leaving and not left) or (step + 1) % stage_config.checkpoint_every == 0:
             save(saved := step + 1, last)
             left |= leaving  # Ray Train takes the workers away when the machine goes, and starts others
+        if profile:
+            profile.step()
         if stop:
             break
+    if profile:
+        profile.stop()
     ahead.shutdown(cancel_futures=True)
     log.close()
 
@@ -307,97 +319,3 @@ def _model_writer(task: Task, engine: Any, bases: Bases) -> Callable[[Path], Non
                 )
 
     return write
-
-
-# --- what can be seen ------------------------------------------------------------------------------------------------
-
-
-class _Log:
-    """Numbers of every step: into the run from rank 0, by a thread so that no step waits; a line now and then.
-
-    No step is recorded twice: one that is done again after a restart was recorded the first time.
-    """
-
-    def __init__(self, task: Task, stage: StageConfig, rank: int, done: int):
-        self._task, self._stage, self._rank = task, stage, rank
-        self._rows: list[dict[str, float]] = []
-        self._writer = ThreadPoolExecutor(1, "tracking")
-        self._written = [self._writer.submit(self._attach)] if rank == 0 else []
-        self._began, self._done_before = time.perf_counter(), done
-
-    def _attach(self) -> None:
-        self._run = tracking.attach(self._task.tracking, self._task.run_id)
-        self._recorded = {
-            key: self._run.last_step(key) for key in ("loss", "validation_loss", "checkpoint_seconds")
-        }
-
-    def step(
-        self, step: int, loss: float, grad_norm: float, lr: float, seconds: float, waited: float
-    ) -> None:
-        values = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "samples_per_second": self._stage.batch_size / seconds,
-            "step_seconds": seconds,
-            "data_wait_seconds": waited,
-            "memory_gb": _memory() / 1e9,
-        }
-        self._rows.append(values)
-        self.metrics(values, step)
-        if step % self._task.config.train.log_every == 0 or step == self._stage.steps:
-            self._print(step)
-
-    def metrics(self, values: dict[str, float], step: int) -> None:
-        if self._rank == 0:
-            self._written.append(self._writer.submit(self._write, values, step))
-
-    def _write(self, values: dict[str, float], step: int) -> None:
-        if step > self._recorded[next(iter(values))]:
-            self._run.metrics(values, step)
-
-    def flush(self) -> None:
-        """Before a checkpoint: a run that goes on from it will not make these numbers again."""
-        written, self._written = self._written, []
-        for one in written:
-            one.result()
-
-    def _print(self, step: int) -> None:
-        rows, self._rows = self._rows, []
-        if self._rank != 0:
-            return
-        mean = {key: sum(values[key] for values in rows) / len(rows) for key in rows[0]}
-        left = (time.perf_counter() - self._began) / (step - self._done_before) * (self._stage.steps - step)
-        print(
-            f"stage {self._task.stage}: step {step}/{self._stage.steps}  loss {mean['loss']:.4f}  "
-            f"gradient {mean['grad_norm']:.3f}  {self._stage.batch_size / mean['step_seconds']:.1f} samples/s  "
-            f"data wait {mean['data_wait_seconds'] / mean['step_seconds']:.1%}  "
-            f"{int(left) // 60}:{int(left) % 60:02d} left",
-            flush=True,
-        )
-
-    def samples(self, picture: np.ndarray, clip: np.ndarray, step: int) -> None:
-        """The picture as one of a series, and the clip, where it moves, as a video that plays in the page."""
-
-        def write() -> None:
-            self._run.picture(picture, "samples", step)
-            if len(clip) > 1:
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / f"step_{step:06d}.mp4"
-                    write_video(iter(clip), path, CLIP_FPS)
-                    self._run.file(path, "clips")
-
-        if self._rank == 0:
-            self._written.append(self._writer.submit(write))
-
-    def close(self) -> None:
-        """Waits for what is still being written; an error of it comes out here."""
-        self._writer.shutdown()
-        self.flush()
-
-
-def _memory() -> int:
-    """Bytes that this worker has taken at most: of the GPU, without one of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

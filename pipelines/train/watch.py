@@ -17,6 +17,7 @@ class Watch:
             int, tuple[int, str]
         ] = {}  # rank -> the step it was last seen at, and where it runs
         self._last = time.monotonic()
+        self._progress: tuple[int, str] | None = None
 
     def begin(self, rank: int, workers: int) -> str | None:
         """A worker starts; returns why none should, if so."""
@@ -31,6 +32,14 @@ class Watch:
         self._beats[rank] = (step, where)
         self._last = time.monotonic()
         return self._stop
+
+    def tell(self, step: int, text: str) -> None:
+        """A worker has done this step, and how it goes."""
+        self._progress = (step, text)
+
+    def progress(self) -> tuple[int, str] | None:
+        """The last that was told, if anything."""
+        return self._progress
 
     def stop(self) -> None:
         self._stop = True

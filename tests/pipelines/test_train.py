@@ -1,16 +1,21 @@
 """Training: which sample comes when, and real runs of Ray Train workers with DeepSpeed engines."""
 
+import gzip
 import json
+import os
+import pty
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +27,25 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from pipelines import tracking
 from pipelines.config import Config, load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
 from pipelines.storage import read_bytes
+from pipelines.train.bar import progress
 from pipelines.train.checkpoint import FrozenFingerprint, sweep
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
 from pipelines.train.guard import LossGuard, out_of_memory
+from pipelines.train.speed import Speed
 from pipelines.train.watch import Watch
 from tcan.errors import UserError
+from tcan.model import TCAN, diffusion_loss
 from tcan.pose import PoseErrors, draw_poses
-from tcan.weights import fingerprint
+from tcan.saving import save_activations
+from tcan.weights import fingerprint, load_bases
 from tests import compare_losses
 from tests.pipelines.test_cli import error_of
 from tests.runs import Stage1, workers_of
@@ -361,6 +371,64 @@ def test_a_deepspeed_json_adds_and_contradictions_are_named(tmp_path):
         read_settings(config.deepspeed)
 
 
+def test_operations_of_frozen_and_trained_layers_are_counted_once():
+    """Against multiplications and additions written out: forward, gradient of the input, gradient of the weight."""
+    batch, channels, side, classes = 2, 8, 6, 4
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, channels, 1),
+        torch.nn.Conv2d(channels, channels, 3, padding=1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(channels * side * side, classes),
+    )
+    network.requires_grad_(False)
+    network[3].weight.requires_grad_(True)
+    save_activations(network)  # its convolutions have a backward pass of their own
+    x = torch.randn(batch, 3, side, side, requires_grad=True)
+
+    def products(convolution: torch.nn.Conv2d) -> int:
+        return batch * side**2 * convolution.weight.numel()
+
+    frozen = products(network[0]) + products(network[1])
+    linear = batch * network[3].weight.numel()
+    expected = 6 * 2 * (2 * frozen + 3 * linear)
+
+    speed = Speed(micro_batches=6, workers=2, rate=1e9)
+    for _ in range(2):
+        with speed.counted():
+            network(x).sum().backward()
+    found = speed.metrics(seconds=0.5)
+    assert found["tflops_per_second"] == pytest.approx(expected / 0.5 / 1e12, rel=1e-12)
+    assert found["device_share"] == pytest.approx(expected / 0.5 / 2e9, rel=1e-12)
+
+
+def test_a_bar_on_a_terminal_leaves_lines_whole():
+    """As the terminal shows it: each line is what stands in it at its end."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    with os.fdopen(theirs, "w") as terminal, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        with progress("stage 1", 12) as show:
+            show(4, "loss 0.5000")
+            print("stage 1, step 5: the loss is nan: step left out", flush=True)
+            time.sleep(0.2)
+            show(8, "loss 0.2500")
+            show(6, "loss 0.3000")  # from an older checkpoint
+            print("a worker's words", file=sys.stderr)
+            show(12, "loss 0.1250")
+        print("stage 1: finished")
+    shown = ""
+    with suppress(OSError):  # at its end
+        while True:
+            shown += os.read(ours, 1 << 16).decode(errors="ignore")
+    os.close(ours)
+    lines = [line.rstrip().split("\r")[-1].rstrip() for line in shown.split("\n")]
+    assert lines[:2] == ["stage 1, step 5: the loss is nan: step left out", "a worker's words"]
+    assert re.fullmatch(r"stage 1: 100%\|█+\| 12/12, 00:00 left, loss 0.1250", lines[2])
+    assert lines[3:] == ["stage 1: finished", ""]
+    assert re.search(r"\r *stage 1:  33%\|█+.? +\| 4/12, .* left, loss 0.5000", shown)
+
+
 def test_who_hangs_is_named(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
@@ -560,7 +628,7 @@ def calm(tmp_path_factory, bases, clips, ray_cluster) -> tuple[Config, Path]:
     from pipelines.train.job import train
 
     folder = tmp_path_factory.mktemp("calm")
-    config = configured(bases, folder)
+    config = configured(bases, folder, "--train.profile=2")
     assert train(clips, folder / "out", config) == folder / "out" / "model"
     return config, folder / "out"
 
@@ -658,6 +726,46 @@ def test_the_losses_are_those_committed(calm):
         assert found.keys() == golden.keys()
         difference, step = compare_losses.largest_difference(found, golden)
         assert difference < 1e-3, (stage, step)  # another processor's rounding moves them by far less
+
+
+@pytest.mark.slow
+def test_operations_a_second_are_recorded(calm, bases):
+    config, out = calm
+    parts = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
+    known = load_bases(**dict.fromkeys(parts, str(bases)))
+    model = TCAN(known.unet, known.controlnet, known.motion_adapter, known.empty_prompt)
+    for stage, frames in ((1, 1), (2, config.train.frames)):
+        model.set_stage(stage)
+        latents, pose = torch.randn(1, frames, 4, 8, 8), torch.zeros(1, frames, 3, SIZE, SIZE)
+        with FlopCounterMode(display=False) as counter:
+            diffusion_loss(
+                model, known.scheduler, latents, latents, torch.tensor([5]), pose, latents[:, 0]
+            ).backward()
+        rates, seconds = (losses(config, out, stage, key) for key in ("tflops_per_second", "step_seconds"))
+        of_each_step = [1e12 * rates[step][0] * seconds[step][0] for step in range(1, STEPS[stage] + 1)]
+        assert of_each_step == pytest.approx(of_each_step[:1] * STEPS[stage], rel=1e-9)
+        # A sample of stage 1 whose reference is dropped takes a little less.
+        assert of_each_step[0] == pytest.approx(4 * counter.get_total_flops(), rel=0.02)
+        assert not losses(config, out, stage, "device_share")  # of a CPU there is no telling
+
+
+@pytest.mark.slow
+def test_a_trace_shows_the_steps_asked_for(calm, tmp_path):
+    from mlflow import MlflowClient
+
+    config, out = calm
+    client = MlflowClient(tracking.resolve_uri(config.tracking))
+    for stage in (1, 2):
+        run_id = json.loads((out / f"stage{stage}" / "run.json").read_text())["mlflow_run_id"]
+        (trace,) = client.list_artifacts(run_id, "profile")
+        assert trace.path == "profile/from_step_000003.json.gz"
+        with gzip.open(client.download_artifacts(run_id, trace.path, str(tmp_path))) as file:
+            names = Counter(event["name"] for event in json.load(file)["traceEvents"])
+        assert [name for name in names if name.startswith("ProfilerStep")] == [
+            "ProfilerStep#2",
+            "ProfilerStep#3",
+        ]
+        assert names["aten::convolution_backward"] > 0
 
 
 @pytest.mark.slow
