@@ -65,6 +65,15 @@ class BasesConfig:
 class PreprocessConfig:
     """Videos -> clip dataset."""
 
+    canvas: int | None = None
+    """Height and width of the clips in pixels, a multiple of 8; unset: `size`. Of a larger canvas, each training sample
+    takes a square of `size`, at random."""
+
+    crop: Literal["person", "centre"] = "person"
+    """The square of a video that becomes its clips, one for all of them: around the main person, so that someone at the
+    side of a wide picture is whole in it; or the centre. With person, the models see the whole pictures: of 16:9, 1.8
+    times the work of their squares; of square videos nothing changes."""
+
     clip_frames: int = 64
     """Frames of a clip, at most: a row of the dataset, and what is held in memory at a time."""
 
@@ -109,6 +118,8 @@ class PreprocessConfig:
     """Finished videos wait no longer than about this for their file: what a job that dies has to do again."""
 
     def __post_init__(self) -> None:
+        if self.canvas is not None and (self.canvas <= 0 or self.canvas % 8):
+            raise UserError(f"preprocess.canvas = {self.canvas}: must be a multiple of 8, such as 576")
         if not 1 <= self.min_clip_frames <= self.clip_frames:
             raise UserError(
                 f"preprocess.min_clip_frames = {self.min_clip_frames}: must be from 1 to clip_frames ({self.clip_frames})"
@@ -464,7 +475,8 @@ class Config:
     """Every job"""
 
     size: int
-    """Height and width of the canvas in pixels; a multiple of 64."""
+    """Height and width of the pictures in pixels, a multiple of 64: in training, and in the dataset unless
+    `preprocess.canvas` is larger."""
 
     bases: BasesConfig
 
@@ -481,8 +493,17 @@ class Config:
     def __post_init__(self) -> None:
         if self.size <= 0 or self.size % 64:
             raise UserError(f"size = {self.size}: must be a multiple of 64, such as 128 or 512")
+        if self.canvas < self.size:
+            raise UserError(
+                f"preprocess.canvas = {self.canvas}: must be at least size = {self.size}, which training takes of it"
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed = {self.seed}: must be from 0 to 2^63 - 1")
+
+    @property
+    def canvas(self) -> int:
+        """Height and width of a dataset's clips in pixels."""
+        return self.preprocess.canvas or self.size
 
 
 # --- from the command line -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Stage 2, decode: a source -> its clips at canvas size, each a row, in a process that can be killed."""
+"""Stage 2, decode: a source -> its clips in the canvas's scale, each a row, in a process that can be killed."""
 
 import itertools
 import json
@@ -28,8 +28,10 @@ DECODED_SCHEMA = pa.schema(
         ("start", pa.int32()),
         ("num_frames", pa.int32()),
         ("fps", pa.float32()),
-        ("crop", pa.list_(pa.float32())),
-        ("frames", pa.large_binary()),  # uint8 RGB [num_frames, size, size, 3]
+        ("height", pa.int32()),  # of the frames, pixels
+        ("width", pa.int32()),
+        ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 in source pixels: what became the frames
+        ("frames", pa.large_binary()),  # uint8 RGB [num_frames, height, width, 3]
         ("stage", pa.string()),
         ("reason", pa.string()),
     ]
@@ -44,8 +46,9 @@ class DecodeError(Exception):
     """This video cannot be decoded; the message is the reason."""
 
 
-def decode_clips(path: str, *, size: int, timeout: float, **settings: Any) -> Iterator[dict[str, Any]]:
-    """Clips in order: start, num_frames, fps, crop and frames (bytes of uint8 `[F, size, size, 3]`); then num_clips.
+def decode_clips(path: str, *, timeout: float, **settings: Any) -> Iterator[dict[str, Any]]:
+    """Clips in order: start, num_frames, fps, height, width, crop and frames (bytes of uint8 `[F, H, W, 3]`); then
+    num_clips.
 
     settings: the other keyword arguments of `decoder.decode`. timeout: seconds that opening the video, and then each
     clip, may take.
@@ -53,7 +56,7 @@ def decode_clips(path: str, *, size: int, timeout: float, **settings: Any) -> It
     Raises:
         DecodeError: at any clip; those before it are not to be used.
     """
-    request = settings | {"path": path, "size": size, "timeout": timeout}
+    request = settings | {"path": path, "timeout": timeout}
     # -P: the script's folder must not become a place to import from.
     command = [sys.executable, "-P", str(DECODER), json.dumps(request)]
     with subprocess.Popen(
@@ -71,7 +74,7 @@ def decode_clips(path: str, *, size: int, timeout: float, **settings: Any) -> It
                 if "num_clips" in message:
                     yield message
                     return
-                if len(frames) == message["num_frames"] * size * size * 3:
+                if len(frames) == message["num_frames"] * message["height"] * message["width"] * 3:
                     yield message | {"frames": frames}
         finally:
             child.kill()

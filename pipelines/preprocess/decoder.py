@@ -25,6 +25,8 @@ from PIL import Image
 
 RAW_BYTES = 16 * 2**20  # of source pictures taken from decord at once
 AHEAD_BYTES = 512 * 2**20  # of a video's pictures that decord may hold
+GRID = 8  # pixels: the sides of what is sent are multiples, as the VAE takes them
+WIDEST = 3  # times as long as wide: what is more of a whole picture is left out, so that memory stays bounded
 CUT_SIZE = (64, 64)  # enough to see a cut
 MAX_REPAIRED = 0.01  # share of frames that decord may fill with their neighbours before it gives up
 
@@ -55,25 +57,35 @@ def is_cut(before: np.ndarray, after: np.ndarray, threshold: float) -> bool:
     return float(change.mean()) > threshold
 
 
-def centre_crop(height: int, width: int) -> tuple[float, float, float, float]:
-    """The largest centred square: (x0, y0, x1, y1) in pixels."""
-    side = min(height, width)
-    x0, y0 = (width - side) / 2, (height - side) / 2
-    return x0, y0, x0 + side, y0 + side
+def sent_size(height: int, width: int, canvas: int, whole: bool) -> tuple[int, int]:
+    """Height and width of what is sent of a picture: its centred square at the canvas's side, or, whole, all of it with
+    the canvas's side as its shorter one."""
+    if not whole:
+        return canvas, canvas
+    longer = min(canvas * max(height, width) // min(height, width), canvas * WIDEST) // GRID * GRID
+    return (canvas, longer) if width > height else (longer, canvas)
+
+
+def centred_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest centred box of a picture with the proportions of `size` (height, width): (x0, y0, x1, y1) in pixels."""
+    scale = min(height / size[0], width / size[1])
+    x0, y0 = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
+    return x0, y0, x0 + size[1] * scale, y0 + size[0] * scale
 
 
 def decode(
     path: str,
-    size: int,
+    canvas: int,
     timeout: float,
     clip_frames: int,
     min_clip_frames: int,
+    whole: bool = False,
     fps: float | None = None,
     cut_threshold: float = 0.0,
     min_seconds: float = 0.0,
     max_seconds: float | None = None,
 ) -> Iterator[tuple[dict, np.ndarray]]:
-    """A header and uint8 RGB frames [F, size, size, 3] for each clip, in order.
+    """A header and uint8 RGB frames [F, H, W, 3] for each clip, in order; H and W as `sent_size` says, the same in all.
 
     fps: resample to this; None: every frame as it comes. cut_threshold: clips end where the scene is cut (`is_cut`); 0: cuts are not looked for.
     min_seconds, max_seconds: of the whole video.
@@ -94,7 +106,10 @@ def decode(
     clip: list[np.ndarray] = []
     start = clips = 0
     for i, picture in enumerate(_pictures(video, path, numbers)):
-        crop = centre_crop(*picture.shape[:2])
+        height, width = picture.shape[:2]
+        if i == 0:
+            size = sent_size(height, width, canvas, whole)
+        crop = centred_box(height, width, size)
         frame = _resize(picture, crop, size)
         if len(clip) == clip_frames or (clip and cut_threshold and is_cut(clip[-1], frame, cut_threshold)):
             if len(clip) >= min_clip_frames:
@@ -116,7 +131,10 @@ def decode(
 def _header(
     start: int, clip: list[np.ndarray], fps: float, crop: tuple[float, float, float, float]
 ) -> dict[str, Any]:
-    return {"start": start, "num_frames": len(clip), "fps": fps, "crop": crop}
+    height, width = clip[0].shape[:2]
+    return {
+        "start": start, "num_frames": len(clip), "fps": fps, "height": height, "width": width, "crop": crop
+    }  # fmt: skip
 
 
 # --- readers ---------------------------------------------------------------------------------------------------------
@@ -215,10 +233,12 @@ def _pictures(video: _Decord | _PyAV, path: str, numbers: list[int]) -> Iterator
         yield from _PyAV(path).pictures(numbers[done:])
 
 
-def _resize(picture: np.ndarray, crop: tuple[float, float, float, float], size: int) -> np.ndarray:
-    if picture.shape == (size, size, 3):
+def _resize(
+    picture: np.ndarray, crop: tuple[float, float, float, float], size: tuple[int, int]
+) -> np.ndarray:
+    if picture.shape[:2] == size:
         return picture
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS, box=crop))
+    return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS, box=crop))
 
 
 def _reason(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """`tcan preprocess VIDEOS OUT`: videos -> a clip dataset, on Ray Data.
 
     sources -> [decode: tasks] -> [pose and latents: actors] -> whole videos -> Parquet shards
-    sources.py  decode.py          models.py, pose.py, latents.py  shards.py
+    sources.py  decode.py          models.py, pose.py, latents.py  crop.py, shards.py
 
 Clips stream through, so memory holds a few of them, not videos; latents wait on disk until their video is whole. Every
 source ends as a video in `clips/` or as a row in `rejected/`; run again, the job does what is missing.
@@ -41,7 +41,7 @@ from tcan.errors import UserError
 from tcan.weights import fingerprint
 
 # Ray Data moves blocks. Small ones let the models begin while a video is still being decoded and keep what is in
-# flight small; a clip of 64 frames is 3 MiB at 128 px and 48 MiB (a block of its own) at 512.
+# flight small; a square clip of 64 frames is 3 MiB at 128 px and 48 MiB (a block of its own) at 512.
 BLOCK_BYTES = 16 * 2**20
 MAX_BLOCKS = 10_000  # a video a task, as long as that is not too much for Ray's bookkeeping
 LINE_SECONDS = 10  # between two lines of progress in a log
@@ -125,7 +125,8 @@ def dataset_identity(config: Config, vae_fingerprint: str, pose_fingerprint: str
     settings = config.preprocess
     return {
         "schema_version": SCHEMA_VERSION,
-        "size": config.size,
+        "canvas": config.canvas,
+        "crop": settings.crop,
         "clip_frames": settings.clip_frames,
         "min_clip_frames": settings.min_clip_frames,
         "fps": settings.fps,
@@ -170,7 +171,6 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
     assembler = VideoAssembler(
         writer,
         pending,
-        size=config.size,
         min_person_share=settings.min_person_share,
         min_person_height=settings.min_person_height,
         validation_share=settings.validation_share,
@@ -214,7 +214,8 @@ def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, A
             .map_batches(
                 functools.partial(
                     decode,
-                    size=config.size,
+                    canvas=config.canvas,
+                    whole=settings.crop == "person",
                     timeout=settings.decode_timeout,
                     clip_frames=settings.clip_frames,
                     min_clip_frames=settings.min_clip_frames,
@@ -232,7 +233,6 @@ def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, A
                 PoseAndLatents,
                 fn_constructor_kwargs={
                     "bases": config.bases,
-                    "size": config.size,
                     "batch_frames": settings.batch_frames,
                     "device": "cuda" if num_gpus else "cpu",
                 },
@@ -325,8 +325,8 @@ def _info(
         "counts": contents.counts,
         "files": contents.files,
         "identity": identity,
-        "height": config.size,
-        "width": config.size,
+        "height": config.canvas,
+        "width": config.canvas,
         "clip_frames": config.preprocess.clip_frames,
         "fps": config.preprocess.fps,
         "vae_fingerprint": identity["vae_fingerprint"],

@@ -26,6 +26,8 @@ ENCODED_SCHEMA = pa.schema(
         ("start", pa.int32()),
         ("num_frames", pa.int32()),
         ("fps", pa.float32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
         ("crop", pa.list_(pa.float32())),
         ("people_per_frame", pa.list_(pa.int32())),
         ("people", pa.large_binary()),  # float32 [sum, 18, 3]
@@ -50,10 +52,9 @@ def load_models(bases: BasesConfig, device: str) -> tuple[PoseDetector, Autoenco
 class PoseAndLatents:
     """The actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA; ends of videos pass through."""
 
-    def __init__(self, bases: BasesConfig, size: int, batch_frames: int, device: str) -> None:
+    def __init__(self, bases: BasesConfig, batch_frames: int, device: str) -> None:
         torch.set_num_threads(1)  # the CPU that Ray reserved; torch would take all of the machine's
         self.detector, self.vae = load_models(bases, device)
-        self.size = size
         self.batch_frames = batch_frames
 
     def __call__(self, clips: pa.Table) -> pa.Table:
@@ -63,14 +64,19 @@ class PoseAndLatents:
             if frames[i].is_valid:
                 # as_buffer: a view of the object store, no copy.
                 pictures = np.frombuffer(frames[i].as_buffer(), np.uint8)
-                row.update(self._encode(pictures.reshape(-1, self.size, self.size, 3)))
+                row.update(self._encode(pictures.reshape(-1, row["height"], row["width"], 3)))
         return pa.Table.from_pylist(rows, ENCODED_SCHEMA)
 
     def _encode(self, frames: np.ndarray) -> dict[str, Any]:
-        mean, logvar = encode_frames(self.vae, frames, self.batch_frames)
+        height, width = frames.shape[1:3]
+        # `batch_frames` of a square fill the device's memory; wide ones are fewer.
+        batch = max(1, self.batch_frames * min(height, width) // max(height, width))
+        mean, logvar = encode_frames(self.vae, frames, batch)
         if not (np.isfinite(mean).all() and np.isfinite(logvar).all()):
             return {"stage": "latents", "reason": "the VAE's latents are not finite in float16"}
-        people_per_frame, people = pack_people(self.detector.detect(frames, self.batch_frames))
+        # Detectors fit a picture's height to their network: people of a tall one would be smaller than in its square.
+        zoom = height / min(height, width)
+        people_per_frame, people = pack_people(self.detector.detect(frames, batch, zoom))
         return {
             "people_per_frame": people_per_frame,
             "people": people,

@@ -19,10 +19,10 @@ def unpack_people(counts: list[int], packed: bytes) -> People:
     return np.split(keypoints, np.cumsum(counts)[:-1])
 
 
-def main_person(people: People, size: int) -> tuple[np.ndarray, list[int]]:
+def main_person(people: People, height: int, width: int) -> tuple[np.ndarray, list[int]]:
     """The main person over a whole video: their keypoints `[F, 18, 3]`, and which of each frame's people they are, -1
     where they are not seen."""
-    keypoints = np.asarray(follow_main_person(people, size, size), np.float32)
+    keypoints = np.asarray(follow_main_person(people, height, width), np.float32)
     which = [
         next((i for i, body in enumerate(bodies) if np.array_equal(body, main) and main.any()), -1)
         for bodies, main in zip(people, keypoints, strict=True)
@@ -30,7 +30,7 @@ def main_person(people: People, size: int) -> tuple[np.ndarray, list[int]]:
     return keypoints, which
 
 
-def person_height(keypoints: np.ndarray, size: int) -> float:
-    """Median over the frames that have them of a person's height, as a share of the canvas; `[F, 18, 3]`, 0 if none."""
+def person_height(keypoints: np.ndarray) -> float:
+    """Median over the frames that have them of a person's height in pixels; `[F, 18, 3]`, 0 if none."""
     heights = [np.ptp(body[body[:, 2] > 0, 1]) for body in keypoints if (body[:, 2] > 0).any()]
-    return float(np.median(heights)) / size if heights else 0.0
+    return float(np.median(heights)) if heights else 0.0

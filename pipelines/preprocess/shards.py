@@ -36,6 +36,7 @@ from pipelines.dataset import (
     file_name,
     rejected_files,
 )
+from pipelines.preprocess.crop import Square, square_around
 from pipelines.preprocess.pose import main_person, person_height, unpack_people
 from pipelines.preprocess.sources import Source
 from tcan.errors import UserError
@@ -317,14 +318,12 @@ class VideoAssembler:
         writer: ShardWriter,
         sources: list[Source],
         *,
-        size: int,
         min_person_share: float,
         min_person_height: float,
         validation_share: float,
     ) -> None:
         self.writer = writer
         self.sources = {source.video_id: source for source in sources}
-        self.size = size
         self.min_person_share = min_person_share
         self.min_person_height = min_person_height
         self.validation_share = validation_share
@@ -354,44 +353,51 @@ class VideoAssembler:
         people = [
             frame for clip in in_order for frame in unpack_people(clip["people_per_frame"], clip["people"])
         ]
-        keypoints, which = main_person(people, self.size)
-        if reason := self._too_little(keypoints, which):
+        height, width = in_order[0]["height"], in_order[0]["width"]
+        keypoints, which = main_person(people, height, width)
+        square = square_around(keypoints, height, width)
+        if reason := self._too_little(keypoints, square):
             return self._reject(video_id, "pose", reason)
-        self.writer.add_video(self._rows(in_order, keypoints, which))
+        self.writer.add_video(self._rows(in_order, keypoints, which, square))
         self._finish(video_id)
         return "kept"
 
-    def _too_little(self, keypoints: np.ndarray, which: list[int]) -> str | None:
-        share = float(np.mean(np.array(which) >= 0))
+    def _too_little(self, keypoints: np.ndarray, square: Square) -> str | None:
+        share = float(np.mean(square.shows(keypoints)))
         if share < self.min_person_share:
             return f"no person: in {share:.0%} of the frames only, fewer than {self.min_person_share:.0%}"
-        height = person_height(keypoints, self.size)
+        height = person_height(keypoints) / square.side
         if height < self.min_person_height:
             return f"person too small: {height:.0%} of the canvas's height, less than {self.min_person_height:.0%}"
         return None
 
     def _rows(
-        self, clips: list[dict[str, Any]], keypoints: np.ndarray, which: list[int]
+        self, clips: list[dict[str, Any]], keypoints: np.ndarray, which: list[int], square: Square
     ) -> Iterator[dict[str, Any]]:
         first, video_id = clips[0], clips[0]["video_id"]
+        height, width = first["height"], first["width"]
+        keypoints = square.of_keypoints(keypoints)
         latents = self._latents[video_id]
-        mean, _ = latents.get(first["start"])
+        mean = square.of_latents(latents.get(first["start"])[0], height, width)
         shared = {
             "source_version": self.sources[video_id].version,
             "split": split_of(video_id, self.validation_share),
-            "height": self.size,
-            "width": self.size,
+            "height": square.side,
+            "width": square.side,
             "reference_latent_mean": mean[: len(mean) // first["num_frames"]],
             "reference_keypoints": keypoints[0].tobytes(),
         }
         at = 0
         for clip in clips:
             span = slice(at, at := at + clip["num_frames"])
-            mean, logvar = latents.get(clip["start"])
+            mean, logvar = (square.of_latents(both, height, width) for both in latents.get(clip["start"]))
+            people = np.frombuffer(clip["people"], "<f4").reshape(-1, 18, 3)
             made = {
                 "clip_id": f"{video_id}-{clip['start']:06d}",
+                "crop": square.of_box(clip["crop"], width),
                 "latent_mean": mean,
                 "latent_logvar": logvar,
+                "people": square.of_keypoints(people).tobytes(),
                 "keypoints": keypoints[span].tobytes(),
                 "main_person": which[span],
             }

@@ -45,8 +45,13 @@ class PoseDetector(Protocol):
         """16 hex digits: other weights or settings, another fingerprint."""
         ...
 
-    def detect(self, frames: NDArray[np.uint8], batch_size: int = 16) -> list[NDArray[np.float32]]:
-        """frames [F, H, W, 3] RGB -> for each frame its people's keypoints [P, 18, 3] in pixels; P may be 0."""
+    def detect(
+        self, frames: NDArray[np.uint8], batch_size: int = 16, zoom: float = 1.0
+    ) -> list[NDArray[np.float32]]:
+        """frames [F, H, W, 3] RGB -> for each frame its people's keypoints [P, 18, 3] in pixels; P may be 0.
+
+        zoom: how many times as large as usual the network sees them: for people who are small in their pictures.
+        """
         ...
 
 
@@ -136,23 +141,26 @@ class OpenPose:
         return fingerprint(weights | {name: torch.tensor(value) for name, value in settings.items()})
 
     @torch.inference_mode()
-    def detect(self, frames: NDArray[np.uint8], batch_size: int = 16) -> list[NDArray[np.float32]]:
+    def detect(
+        self, frames: NDArray[np.uint8], batch_size: int = 16, zoom: float = 1.0
+    ) -> list[NDArray[np.float32]]:
         """frames [F, H, W, 3] RGB -> for each frame its people's keypoints [P, 18, 3] in pixels; P may be 0.
 
+        zoom: see `PoseDetector`; it multiplies `input_height`.
         A joint not found is all 0; the score of one found is its heatmap's height there, at most 1.
         """
         people: list[NDArray[np.float32]] = []
         for start in range(0, len(frames), batch_size):
             batch = frames[start : start + batch_size]
-            pictures, size = self._inputs(batch)
+            pictures, size = self._inputs(batch, zoom)
             paf, heatmap = self.network(pictures)
             people += self.decode(paf, heatmap, size, batch.shape[1:3])
         return people
 
-    def _inputs(self, frames: NDArray[np.uint8]) -> tuple[Tensor, tuple[int, int]]:
+    def _inputs(self, frames: NDArray[np.uint8], zoom: float) -> tuple[Tensor, tuple[int, int]]:
         """The network's pictures [B, 3, h, w] and their height and width before padding to multiples of 8."""
         height, width = frames.shape[1:3]
-        scale = self.input_height / height
+        scale = self.input_height * zoom / height
         # Products rather than the known height: rounded down as `Body` does it, a pixel may be lost.
         h, w = int(height * scale), int(width * scale)
         if min(h, w) < 1:

@@ -165,6 +165,14 @@ def test_bad_configuration_file(
             "nothing: no model folder (no readable tcan.json in it); give what tcan train wrote",
         ),
         ("ui --size 100", "size = 100: must be a multiple of 64, such as 128 or 512"),
+        (
+            "preprocess v o --preprocess.canvas 100",
+            "preprocess.canvas = 100: must be a multiple of 8, such as 576",
+        ),
+        (
+            "preprocess v o --preprocess.canvas 120",
+            "preprocess.canvas = 120: must be at least size = 128, which training takes of it",
+        ),
         ("ui --seed -1", "seed = -1: must be from 0 to 2^63 - 1"),
         (
             "ui --animate.steps 5000",

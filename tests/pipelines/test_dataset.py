@@ -40,7 +40,7 @@ def write_dataset(folder: Path, vae_fingerprint: str = "") -> Path:
         writer = ShardWriter(str(folder), IDENTITY, 2**30, 1e9)
         sources = [Source(f"/{video}", video, "1-1") for video in IDS]
         assembler = VideoAssembler(
-            writer, sources, size=64, min_person_share=0, min_person_height=0, validation_share=0.1
+            writer, sources, min_person_share=0, min_person_height=0, validation_share=0.1
         )
         for video in IDS[:2]:
             for start in (0, 3, 6):

@@ -89,7 +89,7 @@ def write_dataset(out: Path) -> None:
         done = read_contents(str(out), {}).kept
         writer = ShardWriter(str(out), {}, 2**30, 0)
         assembler = VideoAssembler(
-            writer, sources, size=64, min_person_share=0, min_person_height=0, validation_share=0.1
+            writer, sources, min_person_share=0, min_person_height=0, validation_share=0.1
         )
         for i, source in enumerate(sources):
             if source.video_id in done:

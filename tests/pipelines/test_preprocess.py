@@ -24,20 +24,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 
+from pipelines import cli
 from pipelines.config import Config, load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, read_info
 from pipelines.preprocess import decoder
+from pipelines.preprocess.crop import Square, square_around
 from pipelines.preprocess.decode import DecodeError, decode_clips
 from pipelines.preprocess.job import plan, preprocess
 from pipelines.preprocess.models import ENCODED_SCHEMA
 from pipelines.preprocess.pose import pack_people, unpack_people
 from pipelines.preprocess.shards import Contents, ShardWriter, VideoAssembler, read_contents, writing
 from pipelines.preprocess.sources import Source, identify, list_sources
-from pipelines.puppets.world import sample_clip, write_clip
+from pipelines.puppets.world import Clip, sample_clip, write_clip
 from tcan.errors import UserError
 from tcan.video import fit_picture
 from tcan.video import write_video as write_frames
+from tcan.weights import load_part
 from tests.pipelines.faults import KEPT, SIZE, disc_frames, rotate, trim, write_corpus, write_video
 
 OPTIONS = (
@@ -158,7 +162,7 @@ def test_what_is_done_depends_on_path_and_content() -> None:
 
 # --- decode ----------------------------------------------------------------------------------------------------------
 
-DECODE = {"size": SIZE, "fps": None, "clip_frames": 16, "min_clip_frames": 8, "timeout": 120.0}
+DECODE = {"canvas": SIZE, "fps": None, "clip_frames": 16, "min_clip_frames": 8, "timeout": 120.0}
 
 
 def test_clips_are_the_video_cut_up(tmp_path: Path) -> None:
@@ -188,6 +192,25 @@ def test_the_crop_is_the_centre_square_scaled(tmp_path: Path) -> None:
         decord.VideoReader(str(path))[0].asnumpy()[:, 96:224].reshape(SIZE, 2, SIZE, 2, 3).mean(axis=(1, 3))
     )
     assert np.abs(frame - truth).mean() < 2
+
+
+def test_whole_pictures_keep_their_shape_up_to_a_limit(tmp_path: Path) -> None:
+    for name, height, width, sent in (
+        ("wide", 64, 150, (64, 144, [3, 0, 147, 64])),  # 150 is no multiple of 8
+        ("tall", 160, 80, (128, 64, [0, 0, 80, 160])),
+        ("very wide", 64, 320, (64, 192, [64, 0, 256, 64])),
+        ("square", 96, 96, (64, 64, [0, 0, 96, 96])),
+    ):
+        path = write_video(tmp_path / f"{name}.mp4", 16, height=height, width=width)
+        clip, _ = decode_clips(str(path), **DECODE | {"whole": True})
+        assert (clip["height"], clip["width"], np.round(clip["crop"], 3).tolist()) == sent
+        x0, y0, x1, y1 = sent[2]
+        frame = Image.fromarray(decord.VideoReader(str(path))[0].asnumpy()[y0:y1, x0:x1])
+        truth = np.asarray(frame.resize(sent[1::-1], Image.Resampling.LANCZOS), int)
+        assert (
+            np.abs(np.frombuffer(clip["frames"], np.uint8)[: truth.size].reshape(truth.shape) - truth).max()
+            <= 1
+        )
 
 
 def test_resampling_takes_the_frame_of_that_time(tmp_path: Path) -> None:
@@ -285,7 +308,7 @@ def test_a_decoder_that_takes_too_long_is_killed(tmp_path: Path) -> None:
 
 def test_a_reader_that_takes_its_time_is_not(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 200, height=256, width=256)
-    clips = decode_clips(str(path), **DECODE | {"size": 256, "timeout": 5.0})
+    clips = decode_clips(str(path), **DECODE | {"canvas": 256, "timeout": 5.0})
     next(clips)
     time.sleep(6)
     assert len(list(clips)) == 12 + 1  # the rest of 13, and how many they are
@@ -321,8 +344,8 @@ def encoded_row(video: str, start: int, people: list[np.ndarray]) -> dict:
     latent = np.full((len(people), 4, 8, 8), start, "<f2").tobytes()
     return {
         "video_id": video, "source": f"/{video}", "num_clips": None, "start": start, "num_frames": len(people),
-        "fps": 25.0, "crop": [0, 0, 64, 64], "people_per_frame": counts, "people": packed, "latent_mean": latent,
-        "latent_logvar": latent, "stage": None, "reason": None,
+        "fps": 25.0, "height": 64, "width": 64, "crop": [0, 0, 64, 64], "people_per_frame": counts, "people": packed,
+        "latent_mean": latent, "latent_logvar": latent, "stage": None, "reason": None,
     }  # fmt: skip
 
 
@@ -352,7 +375,7 @@ def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Pat
     with writing(str(tmp_path)):
         writer = ShardWriter(str(tmp_path), {"size": SIZE}, 2**30, 1e9)
         assembler = VideoAssembler(
-            writer, [Source(f"/{video}", video, "1-1") for video in ids], size=SIZE, min_person_share=0.5,
+            writer, [Source(f"/{video}", video, "1-1") for video in ids], min_person_share=0.5,
             min_person_height=0.4, validation_share=0.1,
         )  # fmt: skip
         rows = [
@@ -394,6 +417,33 @@ def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Pat
     ).all()
 
 
+def test_the_square_holds_most_of_the_person() -> None:
+    """In pictures of 128 x 64 and 64 x 128; bodies are lines, so that what is in the square can be counted on them."""
+
+    def corner(places: list[float], tall: bool = False) -> int:
+        bodies = np.stack([person(x, 40) for x in places])
+        if tall:
+            bodies[..., :2] = bodies[..., 1::-1]
+        square = square_around(bodies, *((128, 64) if tall else (64, 128)))
+        assert (square.side, square.x if tall else square.y) == (64, 0)
+        return square.y if tall else square.x
+
+    for tall in (False, True):
+        assert corner([20.0] * 10, tall) == 0  # at an edge
+        assert corner([70.0] * 10, tall) == 40  # in its middle, as near as the latents' grid allows
+        assert corner([20.0] * 4 + [110.0] * 6, tall) == 64  # there and away: where they are longer
+        assert corner([40.0] * 199 + [120.0], tall) == 8  # one frame mistaken
+    nobody = np.zeros((4, 18, 3), np.float32)
+    assert square_around(nobody, 64, 128) == Square(32, 0, 64)
+
+    # Seen is who is in the square, not who is beside it in the same picture.
+    assert Square(0, 0, 64).shows(np.stack([person(20, 40), person(70, 40), nobody[0]])).tolist() == [
+        True,
+        False,
+        False,
+    ]
+
+
 def test_a_long_video_is_not_held_in_memory(tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
     pool = pa.proxy_memory_pool(pa.default_memory_pool())  # its peak counts from now on
@@ -404,7 +454,7 @@ def test_a_long_video_is_not_held_in_memory(tmp_path: Path) -> None:
         with writing(str(tmp_path)):
             writer = ShardWriter(str(tmp_path), {}, 2**30, 1e9)
             assembler = VideoAssembler(
-                writer, [Source("/a", "0" * 16, "1-1")], size=64, min_person_share=0, min_person_height=0,
+                writer, [Source("/a", "0" * 16, "1-1")], min_person_share=0, min_person_height=0,
                 validation_share=0.1,
             )  # fmt: skip
             for clip in range(32):
@@ -580,6 +630,76 @@ def test_the_person_is_where_the_puppet_is(ray_cluster: None, tmp_path: Path) ->
     assert close[visible].mean() > 0.9
     mirrored = np.linalg.norm((128 - found[..., 0] - clip.keypoints[..., 0])[..., None], axis=-1) < 0.05 * 128
     assert mirrored[visible].mean() < 0.7
+
+
+def write_aside(folder: Path) -> dict[str, np.ndarray]:
+    """A puppet in the right half of a wide video and in the upper half of a tall one; their true keypoints by name."""
+    clip = sample_clip("dance", seed=5, num_frames=20, size=256)
+    folder.mkdir()
+    truth = {}
+    for name, padding, shift in (("wide", (0, 256), (256, 0)), ("tall", (256, 0), (0, 0))):
+        below, left = padding
+        frames = np.pad(clip.frames, ((0, 0), (0, below), (left, 0), (0, 0)), mode="edge")
+        truth[name] = clip.keypoints + np.array([*shift, 0], np.float32)
+        write_clip(Clip(frames, truth[name], clip.mask), folder / name)
+    return truth
+
+
+def inside(keypoints: np.ndarray, crop: list[float]) -> np.ndarray:
+    return ((keypoints[..., :2] >= crop[:2]) & (keypoints[..., :2] < crop[2:])).all(-1)
+
+
+def test_who_is_at_the_side_is_whole_in_the_canvas(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Source pixels are 1.6 times the canvas's, which is larger than what training takes of it."""
+    truth = write_aside(tmp_path / "videos")
+    options = ["--preprocess.canvas=160", f"--tracking.folder={tmp_path / 'mlflow'}"]
+    config = load_config(*options)
+    out = tmp_path / "person"
+    preprocess(str(tmp_path / "videos"), str(out), config)
+    vae = load_part("vae", config.bases.vae).eval()
+    rows = {Path(row["source"]).stem: row for row in read_clips(out)}
+    assert rows.keys() == truth.keys()
+    for name, row in rows.items():
+        clip, crop = decode_row(row), np.array(row["crop"])
+        assert inside(truth[name], row["crop"]).all()
+        assert (row["height"], row["width"], *np.round(crop[2:] - crop[:2], 3)) == (160, 160, 256, 256)
+        found = clip["keypoints"][..., :2] * 1.6 + crop[:2]
+        close = np.linalg.norm(found - truth[name][..., :2], axis=-1) < 0.05 * 256
+        assert close[truth[name][..., 2] > 0].mean() > 0.9
+        video = decord.VideoReader(row["source"])
+        for i, latent in ((0, clip["reference_latent_mean"]), (10, clip["latent_mean"][10])):
+            with torch.no_grad():
+                decoded = vae.decode(torch.from_numpy(latent[None].astype(np.float32))).sample[0]
+            picture = (decoded.movedim(0, -1).numpy() + 1) * 127.5
+            square = Image.fromarray(video[i].asnumpy()).resize((160, 160), box=tuple(crop))
+            differences = [  # in its place, and a latent beside it
+                np.abs(np.roll(square, shift, axis=(0, 1)).astype(int) - picture)[16:-16, 16:-16].mean()
+                for shift in ((0, 0), (0, 8), (0, -8), (8, 0), (-8, 0))
+            ]
+            assert differences[0] < 0.7 * min(differences[1:]), differences
+
+    preprocess(
+        str(tmp_path / "videos"), str(tmp_path / "centre"), load_config(*options, "--preprocess.crop=centre")
+    )
+    for row in read_clips(tmp_path / "centre"):
+        assert row["crop"] == ([128, 0, 384, 256] if "wide" in row["source"] else [0, 128, 256, 384])
+        assert not inside(truth[Path(row["source"]).stem], row["crop"]).all()
+
+    for command in (
+        ["verify", str(out)],
+        ["info", str(out)],
+        ["preview", str(out), f"--out={tmp_path}/a.png"],
+    ):
+        assert cli.main(["dataset", *command]) == 0
+    assert Image.open(tmp_path / "a.png").size == (8 * 160, 2 * 160)
+    with pytest.raises(UserError, match="made with crop person, not centre"):
+        preprocess(str(tmp_path / "videos"), str(out), load_config(*options, "--preprocess.crop=centre"))
+    capsys.readouterr()
+    assert cli.main(["train", str(out), f"--out={tmp_path}/model", "--size=192"]) == 2
+    error = capsys.readouterr().err
+    assert "its canvas of 160 x 160 pixels is below the training size 192" in error and error.count("\n") == 1
 
 
 @pytest.fixture
