@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 
 from pipelines import cli, storage
@@ -70,6 +72,25 @@ def test_a_file_appears_when_it_is_whole(bucket: str) -> None:
     assert storage.list_files(f"{bucket}/whole") == []
     with pytest.raises(UserError, match=r"s3://no-such-bucket/x: cannot be written: .*bucket"):
         storage.write("s3://no-such-bucket/x", pa.py_buffer(b"1"))
+
+
+def test_nothing_but_whole_files_is_ever_seen(bucket: str) -> None:
+    """Of 40 MB in several parts, by somebody who looks all the while."""
+    seen, over = set(), threading.Event()
+    filesystem, path = storage.locate(f"{bucket}/seen")
+
+    def look() -> None:
+        while not over.is_set():
+            found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+            seen.add(tuple((item.path, item.size) for item in found))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    storage.write(f"{bucket}/seen/x", bytes(40 * 10**6))
+    over.set()
+    looking.join()
+    assert filesystem.get_file_info(f"{path}/x").size == 40 * 10**6
+    assert () in seen and seen <= {(), ((f"{path}/x", 40 * 10**6),)}
 
 
 def read_rows(dataset: str) -> dict[str, dict]:
