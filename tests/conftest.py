@@ -59,7 +59,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=500k", "none", str(disk)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=250k", "none", str(disk)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("needs the right to mount a file system")

@@ -12,7 +12,8 @@ import functools
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,9 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
     )
     progress = _Progress(len(pending), run)
     try:
-        for row in encoded_clips(pending, config):
-            progress.add(row["num_frames"] or 0, assembler.add(row))
+        with closing(encoded_clips(pending, config)) as rows:  # so that a failed job's actors end with it
+            for row in rows:
+                progress.add(row["num_frames"] or 0, assembler.add(row))
     finally:
         progress.close()
     lost = [source.path for source in pending if source.video_id not in assembler.finished]
@@ -186,7 +188,7 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
         raise RuntimeError(f"{len(lost)} videos went in and did not come out, such as {lost[:3]}")
 
 
-def encoded_clips(pending: list[Source], config: Config) -> Iterator[dict[str, Any]]:
+def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, Any], None, None]:
     """The Ray Data pipeline: rows of ENCODED_SCHEMA, in no order, as they are ready."""
     connect()
     settings = config.preprocess

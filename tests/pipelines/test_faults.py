@@ -2,22 +2,25 @@
 too small: nothing is lost, nothing comes twice, and what is made is what a calm job makes."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import cli
 from pipelines.dataset import decode_row, read_info
 from pipelines.preprocess.inspect import verify
-from pipelines.preprocess.shards import ShardWriter, VideoAssembler, read_contents, writing
-from pipelines.preprocess.sources import Source, list_sources
-from tcan.errors import UserError
+from pipelines.preprocess.sources import list_sources
 from tests.pipelines.faults import write_video
-from tests.pipelines.test_preprocess import OPTIONS, encoded_row, ending, person, read_clips
+from tests.pipelines.test_preprocess import OPTIONS, read_clips
 
 ROOT = Path(__file__).parents[2]
 CLIPS = {"0.mp4": 5, "1.mp4": 5, "2.mp4": 5, "long.mp4": 12}
@@ -82,36 +85,43 @@ def test_a_store_that_is_too_small_changes_nothing(made: Path) -> None:
     assert_same_clips(made / "store", read_clips(made / "store"), truth)
 
 
-def write_dataset(out: Path) -> None:
-    """What is missing of four videos of 150 kB each, every one committed at once."""
-    sources = [Source(f"/{i}", str(i) * 16, "1-1") for i in range(4)]
-    with writing(str(out)):
-        done = read_contents(str(out), {}).kept
-        writer = ShardWriter(str(out), {}, 2**30, 0)
-        assembler = VideoAssembler(
-            writer, sources, min_person_share=0, min_person_height=0, validation_share=0.1
-        )
-        for i, source in enumerate(sources):
-            if source.video_id in done:
-                continue
-            noise = np.random.default_rng(i)
-            for start in range(0, 72, 24):
-                latents = {name: noise.bytes(24 * 1024) for name in ("latent_mean", "latent_logvar")}
-                assembler.add(encoded_row(source.video_id, start, [person(32, 40)[None]] * 24) | latents)
-            assert assembler.add(ending(source.video_id, 3)) == "kept"
+def workers() -> list[str]:
+    """Processes of this one's Ray in which a job's actors live."""
+    names = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            names += [name for name in process.cmdline() if re.match("ray::MapWorker", name)]
+    return names
 
 
-def test_a_disk_that_fills_up_in_a_shard_loses_that_shard_alone(small_disk: Path, tmp_path: Path) -> None:
-    out = small_disk / "out"
-    with pytest.raises(UserError, match="cannot be written: no space left on device; make room") as error:
-        write_dataset(out)
-    assert "\n" not in str(error.value)
+@pytest.mark.slow
+def test_a_job_whose_disk_is_full_ends_and_goes_on_when_there_is_room(
+    small_disk: Path,
+    tmp_path: Path,
+    bases_folder: Path,
+    ray_cluster: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    videos, out = write_videos(tmp_path / "videos"), small_disk / "out"
+    options = [f"--bases.vae={bases_folder}", f"--bases.pose={bases_folder / 'pose'}", *OPTIONS]
+    options += [f"--tracking.folder={tmp_path / 'mlflow'}", "--preprocess.commit_seconds=0"]
+    job = ["preprocess", str(videos), str(out), *options]
+    assert cli.main(job) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"tcan: error: .*/clips.*: cannot be written: no space left on device; make room .*\n", error
+    )
+    for _ in range(300):
+        if not workers():
+            break
+        time.sleep(0.1)
+    assert not workers()
     survived = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert 0 < len(survived) < 4 and all(path.suffix == ".parquet" for path in survived)
+    assert survived and all(path.suffix == ".parquet" for path in survived)
+    assert 0 < len(read_clips(out)) < sum(CLIPS.values())
 
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
-    write_dataset(out)
-    write_dataset(tmp_path / "calm")
-    assert {path: path.read_bytes() for path in survived} == survived
-    assert not list(out.rglob(".*"))
-    assert read_clips(out) == read_clips(tmp_path / "calm") and len(read_clips(out)) == 12
+    assert cli.main(job) == 0
+    assert cli.main(["preprocess", str(videos), str(tmp_path / "calm"), *options]) == 0
+    assert survived.items() <= {path: path.read_bytes() for path in out.rglob("*.parquet")}.items()
+    assert_same(out, tmp_path / "calm", videos)
