@@ -189,7 +189,14 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
 
 
 def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, Any], None, None]:
-    """The Ray Data pipeline: rows of ENCODED_SCHEMA, in no order, as they are ready."""
+    """The Ray Data pipeline: rows of ENCODED_SCHEMA, in no order, as they are ready.
+
+    A process or machine that dies is replaced and what it worked on is done again, by Ray, without a limit: a video at
+    which the models' process dies every time (no decoder's death is meant, which is its video's rejection) is tried without
+    end, and the job does not finish until it is taken out of the sources. Ray Data's limits are no help: its operators can
+    be fused only with the same options, and a task has none for an actor's retries; a block beyond its retries is dropped
+    without a word of which videos were in it.
+    """
     connect()
     settings = config.preprocess
     resources = ray.cluster_resources()
