@@ -225,6 +225,7 @@ def sampling(config: Config) -> dict[str, Any]:
         "ptm_strength": animate.ptm_strength,
         "ptm_limit": animate.ptm_limit,
         "controlnet_scale": animate.controlnet_scale,
+        "start_from_reference": animate.start_from_reference,
     }
 
 

@@ -382,6 +382,10 @@ class AnimateConfig:
     """It acts only in layers whose grid has at most so many cells on its longer side (64, 32, 16, 8 at 512 pixels);
     unset: in all of them."""
 
+    start_from_reference: bool = False
+    """Begin with the picture under noise rather than with noise alone (the paper's): brightness that flickers, as that of
+    small pictures does, is steady."""
+
     retarget: bool = True
     """Fit the poses to the character's proportions and place."""
 

@@ -120,6 +120,7 @@ class TCANPipeline(DiffusionPipeline):
         ptm_strength: float = 1.0,
         ptm_limit: int | None = None,
         controlnet_scale: float = 1.0,
+        start_from_reference: bool = False,
         generator: torch.Generator | None = None,
         decode_batch: int = 8,
         output_type: str = "np",
@@ -144,6 +145,8 @@ class TCANPipeline(DiffusionPipeline):
             ptm_strength: how steeply it rises with the distance from the skeleton (`temperature_map`); 1 is the paper's.
             ptm_limit: it acts in layers whose grid has at most so many cells on its longer side; None: in all.
             controlnet_scale: of the poses' residuals.
+            start_from_reference: begin with the picture under the first timestep's noise, rather than with noise alone
+                (`first_latents`).
             generator: fixes the noise; on the CPU it gives the same noise whatever the device.
             decode_batch: frames that the VAE decodes at once.
             output_type: "np", "pil" or "latent".
@@ -169,6 +172,7 @@ class TCANPipeline(DiffusionPipeline):
             ptm_strength=ptm_strength,
             ptm_limit=ptm_limit,
             controlnet_scale=controlnet_scale,
+            start_from_reference=start_from_reference,
             generator=generator,
             callback_on_step_end=callback_on_step_end,
         )
@@ -193,6 +197,7 @@ class TCANPipeline(DiffusionPipeline):
         ptm_strength: float = 1.0,
         ptm_limit: int | None = None,
         controlnet_scale: float = 1.0,
+        start_from_reference: bool = False,
         generator: torch.Generator | None = None,
         callback_on_step_end: Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any] | None = None,
     ) -> Tensor:
@@ -236,7 +241,8 @@ class TCANPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         noise = randn_tensor((window, *reference.shape[1:]), generator=generator, device=torch.device("cpu"))
         # one window's noise repeated along time, so that all windows start from the same
-        latents = noise[torch.arange(len(padded)) % window] * self.scheduler.init_noise_sigma
+        noise = noise[torch.arange(len(padded)) % window]
+        latents = self.first_latents(noise, reference.float().cpu() if start_from_reference else None)
         # Samplers that draw noise at every step draw it here.
         draws = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if draws else {}
@@ -263,6 +269,21 @@ class TCANPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 callback_on_step_end(self, step, int(timestep), {"latents": latents[: windows.num_frames]})
         return latents[: windows.num_frames]
+
+    def first_latents(self, noise: Tensor, reference: Tensor | None) -> Tensor:
+        """What the scheduler's first step begins with, `[F, C, h, w]` of noise `[F, C, h, w]`.
+
+        Without a reference the noise alone. With one, `[1, C, h, w]`, that picture under the noise, of which each frame's
+        and channel's mean is taken out. For at the last timestep of SD1.5's schedule something of the picture is left, so
+        the network takes what the latents' mean is for the picture's brightness; a frame's noise has a mean of its own,
+        about 1 / sqrt(h w), and the smaller the latents, the more the frames' brightness differs.
+        """
+        if reference is None:
+            return noise * self.scheduler.init_noise_sigma
+        noise = noise - noise.mean((-2, -1), keepdim=True)
+        return self.scheduler.add_noise(
+            reference.expand_as(noise), noise, self.scheduler.timesteps[:1].expand(len(noise))
+        )
 
     def predict_noise(
         self,

@@ -55,6 +55,7 @@ def plain_way(
     length: int,
     overlap: int,
     seed: int,
+    start_from_reference: bool = False,
 ) -> Tensor:
     """Every window by two separate full passes, appearance and ControlNet included; averaging and DDIM by hand."""
     height, width = image.shape[:2]
@@ -71,7 +72,14 @@ def plain_way(
     x = torch.stack([noise[i % length] for i in range(total)])
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)
-    for t in [1 + (1000 // steps) * i for i in reversed(range(steps))]:
+    timesteps = [1 + (1000 // steps) * i for i in reversed(range(steps))]
+    if start_from_reference:
+        for channels in x:
+            for channel in channels:
+                channel -= channel.sum() / channel.numel()
+        signal = float(alphas[timesteps[0]])
+        x = signal**0.5 * reference + (1 - signal) ** 0.5 * x
+    for t in timesteps:
         time = torch.tensor([t])
         collected: list[list[Tensor]] = [[] for _ in range(total)]
         for start in starts:
@@ -99,16 +107,21 @@ def plain_way(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("num_frames", "height", "width"), [(7, 64, 64), (5, 64, 128), (1, 128, 64)])
+@pytest.mark.parametrize(
+    ("num_frames", "height", "width", "start"),
+    [(7, 64, 64, False), (5, 64, 128, False), (1, 128, 64, False), (7, 64, 64, True)],
+)
 def test_equals_two_full_passes_a_window(
-    pipe: TCANPipeline, num_frames: int, height: int, width: int
+    pipe: TCANPipeline, num_frames: int, height: int, width: int, start: bool
 ) -> None:
-    """Temperature map included, in squares and rectangles, for clips and a single frame."""
+    """Temperature map included, in squares and rectangles, for clips and a single frame, from noise or the reference."""
     image, poses = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8), dance(num_frames)
     options = dict(num_inference_steps=2, guidance_scale=3.0, window=4, overlap=2, height=height, width=width)
-    seed = torch.Generator().manual_seed(5)
-    latents = pipe(image, poses, retarget=False, generator=seed, output_type="latent", **options).frames
-    expected = plain_way(pipe, image, poses, steps=2, scale=3.0, length=4, overlap=2, seed=5)
+    options |= dict(start_from_reference=start, generator=torch.Generator().manual_seed(5))
+    latents = pipe(image, poses, retarget=False, output_type="latent", **options).frames
+    expected = plain_way(
+        pipe, image, poses, steps=2, scale=3.0, length=4, overlap=2, seed=5, start_from_reference=start
+    )
     assert latents.shape == expected.shape == (num_frames, 4, height // 8, width // 8)
     torch.testing.assert_close(latents, expected, atol=2e-4, rtol=2e-4)
 
