@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if message := _mendable(error):
+            if "pipelines.cluster" in sys.modules:  # then Ray is there already
+                from pipelines.cluster import disconnect
+
+                disconnect()  # so that no worker has the last word
             print(f"tcan: error: {message}", file=sys.stderr)
             return 2
         raise

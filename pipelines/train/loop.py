@@ -1,6 +1,7 @@
 """What each worker of Ray Train does: build TCAN, wrap it in a DeepSpeed engine, take steps, report checkpoints."""
 
 import dataclasses
+import logging
 import math
 import os
 import shutil
@@ -62,6 +63,7 @@ def run_worker(settings: dict[str, Task]) -> None:
     Raises UserError when memory is exhausted, FloatingPointError when the gradient is no number, RuntimeError when a
     frozen parameter has changed. What the driver is to say instead of a failure it finds in `Task.watch`.
     """
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report otherwise
     task = settings["task"]
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
