@@ -28,7 +28,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m tests.benchmarks
+	KINETO_LOG_LEVEL=99 $(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks.preprocess
+	$(BIN)/python -m tests.benchmarks.trainer
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -1,19 +1,24 @@
-"""`python -m tests.benchmarks.preprocess [VIDEOS]`: preprocessing against its named alternatives, side by side.
+"""Preprocessing against its named alternatives, side by side; written to PREPROCESS.md beside this file.
+
+python -m tests.benchmarks.preprocess [VIDEOS]
 
 - OpenPose after its network, against controlnet_aux's own code on the same maps;
 - the whole job's frames/s over those of its models alone, fed from memory by as many processes as it has actors;
 - the whole job against the script a person would write: decord, controlnet_aux per frame, VAE per frame;
-- a second run on the finished dataset over the first run's time.
+- a second run on the finished dataset over the first run's time;
+- the whole job's peak of memory with a tenth of the videos, with all, and with an hour of 4K among the tenth.
 
-VIDEOS: how many, of 128 frames each; 200 unless given. Each is drawn in memory: a disc on a plain ground, which nobody's
+VIDEOS: how many, of 128 frames each; 500 unless given. Each is drawn in memory: a disc on a plain ground, which nobody's
 pose is found in, so that limbs and people are measured by the first figure alone.
 """
 
 import importlib
 import os
+import platform
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +28,7 @@ from typing import Any
 
 import decord
 import numpy as np
+import psutil
 import pyarrow as pa
 import ray
 import torch
@@ -39,6 +45,8 @@ from tests.tcan.pose.test_openpose import Maps, maps_of
 
 ROUNDS = 5
 SIZE, FRAMES, CLIP = 128, 128, 64
+MODEL_CLIPS = 100  # that the models alone are timed on
+HOUR_FPS = 1  # of the hour of 4K: 3,600 frames
 Row = tuple[str, float, str]
 
 
@@ -46,6 +54,35 @@ def seconds(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def memory() -> int:
+    """Bytes of main memory that this process and all below it hold, what they share counted once."""
+    held = 0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        try:
+            held += process.memory_full_info().pss
+        except psutil.Error:  # it has just ended
+            continue
+    return held
+
+
+def peak_memory(work: Callable[[], Any]) -> int:
+    """The most that `memory` says while work runs, looked at every second."""
+    ended, held = threading.Event(), []
+
+    def look() -> None:
+        while not ended.wait(1):
+            held.append(memory())
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        work()
+    finally:
+        ended.set()
+        looker.join()
+    return max(held)
 
 
 def controlnet_aux_body(network: torch.nn.Module) -> Any:
@@ -104,19 +141,30 @@ def script(videos: list[str], bases: BasesConfig) -> None:
 def job(num_videos: int) -> list[Row]:
     cpus = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
+        few, videos, hour = (f"{folder}/{name}" for name in ("few", "videos", "hour"))
         for i in range(num_videos):
-            write_video(Path(folder) / "videos" / f"{i}.mp4", FRAMES, SIZE, SIZE, seed=i)
-        videos, out = f"{folder}/videos", f"{folder}/out"
+            file = write_video(Path(videos) / f"{i}.mp4", FRAMES, SIZE, SIZE, seed=i)
+            for other in (few, hour)[: 2 * (i < num_videos // 10)]:
+                os.makedirs(other, exist_ok=True)
+                os.link(file, f"{other}/{i}.mp4")
+        write_video(
+            Path(hour) / "hour.mp4", 3600 * HOUR_FPS, 72, 128, fps=HOUR_FPS, enlarged=30, preset="ultrafast"
+        )
         config = load_config("--preprocess.min_person_share=0", f"--tracking.folder={folder}/mlflow")
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
-        first = seconds(lambda: preprocess(videos, out, config))
-        second = seconds(lambda: preprocess(videos, out, config))
-        ray.shutdown()
-        rate = num_videos * FRAMES / first
+        times, peaks = {}, {}
+        for source in (few, videos, hour):
+            ray.init(address="local", num_cpus=cpus, num_gpus=0, include_dashboard=False, log_to_driver=False)
+            began = time.perf_counter()
+            peaks[source] = peak_memory(lambda: preprocess(source, f"{source}-out", config))  # noqa: B023
+            times[source] = time.perf_counter() - began
+            if source == videos:
+                again = seconds(lambda: preprocess(videos, f"{videos}-out", config))
+            ray.shutdown()
+        rate = num_videos * FRAMES / times[videos]
         with ProcessPoolExecutor(cpus) as pool:
-            alone = sum(pool.map(models_alone, [config.bases] * cpus, [max(4, num_videos // cpus)] * cpus))
-        few = list_sources(videos)[: max(1, num_videos // 50)]
-        by_hand = len(few) * FRAMES / seconds(lambda: script(few, config.bases))
+            alone = sum(pool.map(models_alone, [config.bases] * cpus, [MODEL_CLIPS] * cpus))
+        some = list_sources(videos)[: max(1, num_videos // 50)]
+        by_hand = len(some) * FRAMES / seconds(lambda: script(some, config.bases))
     return [
         (
             "the job's frames/s over those of its models alone",
@@ -128,16 +176,35 @@ def job(num_videos: int) -> list[Row]:
             rate / by_hand,
             "times as fast",
         ),
-        ("a second run on the finished dataset over the first", second / first, "time / time"),
+        ("a second run on the finished dataset over the first", again / times[videos], "time / time"),
+        (
+            f"peak memory with {num_videos} videos over that with {num_videos // 10}",
+            peaks[videos] / peaks[few],
+            f"{peaks[few] / 2**30:.2f} GiB in all processes with {num_videos // 10}",
+        ),
+        (
+            f"peak memory with an hour of 4K among {num_videos // 10} videos over that without",
+            peaks[hour] / peaks[few],
+            f"{3600 * HOUR_FPS} frames",
+        ),
     ]
 
 
 def main() -> None:
     torch.set_num_threads(1)
     rows = [openpose(1), openpose(3)]
-    rows += job(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
-    for what, value, unit in rows:
-        print(f"| {what} | {value:.2f} | {unit} |")
+    rows += job(int(sys.argv[1]) if len(sys.argv) > 1 else 500)
+    text = "\n".join(
+        [
+            f"# Preprocessing\n\n{platform.node()}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+            "no GPU used. `mini`.\n",
+            "| what | | |",
+            "|---|---|---|",
+            *(f"| {what} | {value:.3g} | {unit} |" for what, value, unit in rows),
+        ]
+    )
+    (Path(__file__).parent / "PREPROCESS.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Training's speed beside named alternatives, measured in one run; written to TRAINER.md beside this file.
 
-python -m tests.benchmarks.trainer DATASET [KEYS OF tcan train ...]
+python -m tests.benchmarks.trainer [DATASET] [KEYS OF tcan train ...]
 
-DATASET: of `tcan preprocess`, at the size of the keys (mini unless they say otherwise). Wants two cores with nothing else
+DATASET: of `tcan preprocess`, at the size of the keys (mini unless they say otherwise); of rendered puppets without it. Wants two cores with nothing else
 on them, and takes some minutes.
 """
 
@@ -21,6 +21,7 @@ import torch
 
 from pipelines.config import load_config
 from pipelines.dataset import read_info
+from pipelines.demo import render
 from pipelines.train import loop
 from pipelines.train.data import ClipStore, Sampler
 from tcan.model import TCAN
@@ -110,11 +111,26 @@ def trainer(dataset: Path, keys: list[str], workers: int, kill: bool = False) ->
     return result
 
 
+def puppets(folder: Path) -> Path:
+    """A dataset of a few dances, made in a process of its own: this one shall not hold a Ray while others are timed."""
+    render(folder / "videos", "dance", 0, 12, 32, load_config().size)
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "preprocess",
+        str(folder / "videos"),
+        str(folder / "dataset"),
+    ]
+    subprocess.run([*command, f"--tracking.folder={folder}/mlflow"], check=True)
+    return folder / "dataset"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset", type=Path)
+    parser.add_argument("dataset", type=Path, nargs="?")
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     given, keys = parser.parse_known_args()
     if given.bare:
@@ -124,16 +140,21 @@ def main() -> None:
         f"--train.stage1.steps={STEPS}", f"--train.stage1.checkpoint_every={CHECKPOINT_EVERY}",
         "--train.stage1.picture_every=0", "--train.stage1.validate_every=0",
     ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        measure(given.dataset or puppets(Path(folder)), keys)
+
+
+def measure(dataset: Path, keys: list[str]) -> None:
     # Each in a process of its own, in turn, so that the machine's noise meets all.
     plain, one, two = [], [], []
     for _ in range(ROUNDS):
-        command = [sys.executable, "-m", "tests.benchmarks.trainer", str(given.dataset), "--bare"]
+        command = [sys.executable, "-m", "tests.benchmarks.trainer", str(dataset), "--bare"]
         command += [*keys, "--train.workers=1"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         plain.append(float(said.split()[-1]))
-        one.append(trainer(given.dataset, keys, 1))
-        two.append(trainer(given.dataset, keys, 2))
-    killed = trainer(given.dataset, keys, 2, kill=True)
+        one.append(trainer(dataset, keys, 1))
+        two.append(trainer(dataset, keys, 2))
+    killed = trainer(dataset, keys, 2, kill=True)
 
     def median(runs: list[dict[str, float]], key: str) -> float:
         return statistics.median(run[key] for run in runs)
@@ -160,7 +181,7 @@ def main() -> None:
         ("seconds from a worker's kill to the next new step", killed["kill_seconds"], ""),
     ]
     lines = [
-        f"# Training\n\n{platform.node()}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, no GPU. "
+        f"# Training\n\n{platform.node()}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, no GPU used. "
         f"Stage 1, `{' '.join(keys)}`; median of {ROUNDS} runs of each, in turn.\n",
         "| what | | |",
         "|---|---|---|",
