@@ -29,7 +29,7 @@ PROMPT_WIDTH = 64
 STICK_WIDTH = 2
 REFERENCE_SHARE = 0.75
 
-STEPS = {"unet": 3600, "controlnet": 1000, "motion": 400}
+STEPS = {"unet": 8300, "controlnet": 2150, "motion": 1560}
 LEARNING_RATE = {"unet": 2e-3, "controlnet": 2e-3, "motion": 1.5e-3}
 PICTURES = 32
 """Pictures a step, for UNet and ControlNet."""

@@ -8,7 +8,7 @@ python -m tests.benchmarks.preprocess [VIDEOS]
 - a second run on the finished dataset over the first run's time;
 - the whole job's peak of memory with a tenth of the videos, with all, and with an hour of 4K among the tenth.
 
-VIDEOS: how many, of 128 frames each; 500 unless given. Each is drawn in memory: a disc on a plain ground, which nobody's
+VIDEOS: how many, of 64 frames each; 500 unless given. Each is drawn in memory: a disc on a plain ground, which nobody's
 pose is found in, so that limbs and people are measured by the first figure alone.
 """
 
@@ -44,7 +44,7 @@ from tests.tcan.pose.bodies import body
 from tests.tcan.pose.test_openpose import Maps, maps_of
 
 ROUNDS = 5
-SIZE, FRAMES, CLIP = 128, 128, 64
+SIZE, FRAMES, CLIP = 128, 64, 64
 MODEL_CLIPS = 100  # that the models alone are timed on
 HOUR_FPS = 1  # of the hour of 4K: 3,600 frames
 Row = tuple[str, float, str]
