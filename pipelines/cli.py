@@ -31,6 +31,10 @@ SUBMIT_HELP = (
     "Run it as a job of the Ray cluster with this dashboard, and follow its log. The code travels; paths and URIs "
     "must mean the same there."
 )
+ENVIRONMENT_HELP = (
+    "With --submit: a file of requirements, such as requirements.lock, that uv installs for the job on the cluster; "
+    "without it the packages of the cluster's python are used."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,9 +81,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
         parser.add_argument(argument, **options)
     if command.submittable:
         parser.add_argument("--submit", metavar="http://HOST:8265", help=SUBMIT_HELP)
+        parser.add_argument("--environment", metavar="requirements.lock", help=ENVIRONMENT_HELP)
     config, values = parse(parser, rest)
     if command.submittable and values.submit:
-        return _submit(command, name, rest, values.submit, config)
+        return _submit(command, name, rest, values, config)
+    if command.submittable and values.environment:
+        raise UserError("--environment goes with --submit: here, the packages of this python are used")
     command.run(values, config)
     return 0
 
@@ -87,17 +94,23 @@ def _dispatch(arguments: Sequence[str]) -> int:
 PATH_KEYS = ("--tracking.folder", "--train.deepspeed", "--train.storage")
 
 
-def _submit(command: Command, name: str, rest: Sequence[str], address: str, config: Any) -> int:
-    """The same command without `--submit`, its paths made absolute, on the cluster."""
+def _submit(command: Command, name: str, rest: Sequence[str], values: Any, config: Any) -> int:
+    """The same command without `--submit` and `--environment`, its paths made absolute, on the cluster."""
     from pipelines.submit import absolute_paths, submit
 
-    at = next(i for i, token in enumerate(rest) if token.partition("=")[0] == "--submit")
-    argv = [name, *rest[:at], *rest[at + (1 if "=" in rest[at] else 2) :]]
+    argv, tokens = [name], iter(rest)
+    for token in tokens:
+        option, equals, _ = token.partition("=")
+        if option not in ("--submit", "--environment"):
+            argv.append(token)
+        elif not equals:
+            next(tokens)
     flags = [key for key, options in command.arguments.items() if options.get("action") == "store_true"]
     paths = [key for key, options in command.arguments.items() if options.get("type") is str]
     if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         argv.append(f"--tracking.folder={config.tracking.folder}")
-    return submit(address, absolute_paths(argv, [*paths, *PATH_KEYS], flags))
+    argv = absolute_paths(argv, [*paths, *PATH_KEYS], flags)
+    return submit(values.submit, argv, values.environment)
 
 
 def _help() -> str:

@@ -108,6 +108,13 @@ class PreprocessConfig:
     gpus_per_actor: float = 1.0
     """GPUs, or the share of one, that an actor (pose network and VAE) reserves; only where the cluster has GPUs."""
 
+    hands: bool = False
+    """Find the hands too (21 points each) of everybody, with OpenPose's hand_pose_model.pth from beside its body network:
+    not with mini's. For other uses of the dataset: TCAN itself draws and trains on bodies alone."""
+
+    face: bool = False
+    """The same of the faces (70 points), with OpenPose's facenet.pth."""
+
     decode_timeout: float = 120.0
     """Seconds that opening a video, and then each of its clips, may take before the video is rejected."""
 

@@ -10,7 +10,7 @@ dataset's identity; it is written once and never changed. Its row groups hold ab
 what a training sample reads.
 
 Schema versions: 1, the first; 2, everybody's keypoints and which of them is the main person, the sources' versions,
-digests in the files' names, the files listed in dataset.json.
+digests in the files' names, the files listed in dataset.json. OPTIONAL_COLUMNS came later and changed nothing else.
 """
 
 import hashlib
@@ -63,6 +63,15 @@ CLIP_SCHEMA = pa.schema(
     ]
 )
 
+# Of everybody in `people`: x, y in canvas pixels, score, in OpenPose's order; a point not found is all 0. Clips have the
+# column if the dataset's identity has the key.
+OPTIONAL_COLUMNS = {
+    # float32 [sum of people_per_frame, 2, 21, 3]: left hand, right hand
+    "hand_fingerprint": pa.field("hands", pa.binary()),
+    # float32 [sum of people_per_frame, 70, 3]
+    "face_fingerprint": pa.field("faces", pa.binary()),
+}
+
 REJECTED_SCHEMA = pa.schema(
     [
         ("source", pa.string()),
@@ -108,6 +117,11 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     return info
 
 
+def clip_schema(identity: Mapping[str, Any]) -> pa.Schema:
+    """CLIP_SCHEMA, and the optional columns that clips of this identity have."""
+    return pa.schema([*CLIP_SCHEMA, *(field for key, field in OPTIONAL_COLUMNS.items() if key in identity)])
+
+
 def clip_files(folder: str | Path) -> list[str]:
     """The Parquet files of clips, in a fixed order."""
     return _parquet_files(folder, CLIPS_FOLDER)
@@ -132,8 +146,8 @@ def decode_row(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of a clip's row (a dict of Python values, as `table.to_pylist()` gives); read-only views.
 
     Returns latent_mean, latent_logvar (float16 `[F, C, h, w]`, C the VAE's channels), keypoints (float32 `[F, 18, 3]`),
-    people (float32 `[sum of people_per_frame, 18, 3]`), reference_latent_mean (float16 `[C, h, w]`) and
-    reference_keypoints (float32 `[18, 3]`), of those in the row.
+    people (float32 `[sum of people_per_frame, 18, 3]`), hands (`[..., 2, 21, 3]`), faces (`[..., 70, 3]`),
+    reference_latent_mean (float16 `[C, h, w]`) and reference_keypoints (float32 `[18, 3]`), of those in the row.
 
     Raises:
         ValueError: the bytes are not of that shape.
@@ -144,6 +158,8 @@ def decode_row(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
         "latent_logvar": ("<f2", (row["num_frames"], *latent)),
         "keypoints": ("<f4", (row["num_frames"], NUM_JOINTS, 3)),
         "people": ("<f4", (-1, NUM_JOINTS, 3)),
+        "hands": ("<f4", (-1, 2, 21, 3)),
+        "faces": ("<f4", (-1, 70, 3)),
         "reference_latent_mean": ("<f2", latent),
         "reference_keypoints": ("<f4", (NUM_JOINTS, 3)),
     }

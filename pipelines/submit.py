@@ -1,8 +1,12 @@
 """`tcan COMMAND ... --submit http://HEAD:8265`: the same command as a job of a Ray cluster, through Ray's job client.
 
 The code travels: both packages and the YAML files that `--config` names are copied to the cluster as the job's working
-directory. What does not: Python and its packages (the cluster's `python` must have those of requirements.lock), and
-videos, datasets, models and records, whose paths are made absolute and must mean the same there.
+directory. The environment travels with `--environment requirements.lock`: Ray's runtime environment has uv install what
+the file names, its hashes checked, on every node that runs a part of the job, into a virtual environment of the job's own
+(the cluster's `python` with what is in it; Ray copies it, where it is a virtual environment itself). A node has 10 minutes
+for it by Ray's default. Without the option the cluster's `python` must have those packages. What does not travel: Python
+and Ray, which must be of the same versions there, and videos, datasets, models and records, whose paths are made absolute
+and must mean the same there.
 """
 
 import asyncio
@@ -17,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tcan.errors import UserError
 
@@ -26,24 +30,38 @@ if TYPE_CHECKING:
 
 PACKAGES = ("tcan", "pipelines")
 # Of this machine's environment, what the job's meaning depends on; never its secrets.
-ENVIRONMENT = ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE")
+VARIABLES = ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE")
+
+REQUIREMENTS = "requirements.txt"  # in the job's working directory
 
 START_SECONDS = 60
 
 
-def submit(address: str, argv: Sequence[str]) -> int:
+def submit(address: str, argv: Sequence[str], environment: str | None = None) -> int:
     """Runs `tcan ARGV...` as a job, prints its log as it comes, and returns its exit status.
 
     address: the cluster's dashboard, such as http://head:8265. argv: without `--submit`, paths absolute or URIs; see
-    `absolute_paths`. Ctrl-C asks whether to stop the job (130) or to leave it running (0).
+    `absolute_paths`. environment: a file of requirements for uv (a lock of `make lock`, say), whose own relative paths mean
+    nothing there. Ctrl-C asks whether to stop the job (130) or to leave it running (0).
 
     Raises:
-        UserError: no Ray cluster answers at the address, or it takes no job.
+        UserError: no such file of requirements; no Ray cluster answers at the address, or it takes no job.
     """
+    if environment is not None and not Path(environment).is_file():
+        raise UserError(
+            f"--environment {environment}: no such file; give requirements.lock or one of its kind"
+        )
     client = _connect(address)
     with tempfile.TemporaryDirectory() as folder:
         argv = _pack(Path(folder), argv)
-        job = _start(client, address, folder, argv)
+        runtime = {
+            "working_dir": folder,
+            "env_vars": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        }
+        if environment is not None:
+            shutil.copy(environment, Path(folder) / REQUIREMENTS)
+            runtime["uv"] = _uv()
+        job = _start(client, address, argv, runtime)
     print(f"job {job} on {address}", flush=True)
     try:
         return _follow(client, job)
@@ -110,17 +128,27 @@ def _pack(folder: Path, argv: Sequence[str]) -> list[str]:
     return packed
 
 
-def _start(client: "JobSubmissionClient", address: str, folder: str, argv: Sequence[str]) -> str:
+def _uv() -> dict[str, Any]:
+    """The `uv` field of Ray's runtime environment.
+
+    It names the file in the working directory rather than its lines: Ray hands the field to the job in an environment
+    variable, and with its hashes a lock is longer than one may be. No options: Ray's default one, `--no-cache`, would
+    have every change of the code fetch all packages again, because the environment is made anew with the directory.
+    """
+    return {
+        "packages": [f"-r ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{REQUIREMENTS}"],
+        "uv_pip_install_options": [],
+    }
+
+
+def _start(client: "JobSubmissionClient", address: str, argv: Sequence[str], runtime: dict[str, Any]) -> str:
     """Submits the job and returns its id. A cluster that has just come up takes none for a few seconds."""
     began = time.monotonic()
     while True:
         try:
             return client.submit_job(
                 entrypoint=shlex.join(["python", "-m", "pipelines.cli", *argv]),
-                runtime_env={
-                    "working_dir": folder,
-                    "env_vars": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-                },
+                runtime_env=runtime,
             )
         except RuntimeError as error:
             if time.monotonic() - began > START_SECONDS:

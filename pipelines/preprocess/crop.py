@@ -31,7 +31,7 @@ class Square:
         return inside.sum(axis=1) > found.sum(axis=1) / 2
 
     def of_keypoints(self, keypoints: np.ndarray) -> np.ndarray:
-        """float32 `[..., 18, 3]` in the pictures' pixels -> in the square's; a joint not found stays 0."""
+        """float32 `[..., 3]` in the pictures' pixels -> in the square's; a joint not found stays 0."""
         corner = np.array([self.x, self.y, 0], np.float32)
         return np.where(keypoints[..., 2:] > 0, keypoints - corner, 0).astype("<f4")
 

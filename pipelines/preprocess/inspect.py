@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 from pipelines import storage
 from pipelines.config import Config
 from pipelines.dataset import (
-    CLIP_SCHEMA,
     CLIPS_FOLDER,
     IDENTITY_KEY,
     REJECTED_SCHEMA,
     clip_files,
+    clip_schema,
     decode_row,
     file_name,
     read_info,
@@ -133,7 +133,7 @@ def _file_problems(
     file: pq.ParquetFile, name: str, info: dict[str, Any], videos: dict[str, list[tuple[int, int, str]]]
 ) -> Iterator[str]:
     part = name.partition("/")[0]
-    schema = CLIP_SCHEMA if part == CLIPS_FOLDER else REJECTED_SCHEMA
+    schema = clip_schema(info["identity"]) if part == CLIPS_FOLDER else REJECTED_SCHEMA
     if not file.schema_arrow.remove_metadata().equals(schema):
         yield "another schema"
         return
@@ -168,6 +168,8 @@ def _row_problems(row: dict[str, Any], info: dict[str, Any]) -> Iterator[str]:
     if len(counts) != row["num_frames"] or sum(counts) != len(arrays["people"]):
         yield "people that are not those of its frames"
         return
+    if any(len(arrays[name]) != len(arrays["people"]) for name in ("hands", "faces") if name in arrays):
+        yield "hands or faces that are not its people's"
     ends = np.cumsum(counts)
     for frame, (which, keypoints) in enumerate(zip(row["main_person"], arrays["keypoints"], strict=True)):
         expected = arrays["people"][ends[frame] - counts[frame] + which] if which >= 0 else np.zeros((18, 3))

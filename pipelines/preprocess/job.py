@@ -26,7 +26,7 @@ from pipelines.cluster import connect
 from pipelines.config import Config
 from pipelines.dataset import DUPLICATE, INFO_FILE, SCHEMA_VERSION, read_info
 from pipelines.preprocess.decode import decode
-from pipelines.preprocess.models import PoseAndLatents, load_models
+from pipelines.preprocess.models import PoseAndLatents, load_models, load_part_detectors
 from pipelines.preprocess.preview import contact_sheet
 from pipelines.preprocess.shards import (
     Contents,
@@ -71,7 +71,10 @@ def preprocess(
     paths = list_sources(videos)
     paths = paths[:limit] if limit else paths
     detector, vae = load_models(config.bases, "cpu")
+    parts = load_part_detectors(config.bases.pose, config.preprocess.hands, config.preprocess.face, "cpu")
     identity = dataset_identity(config, fingerprint(vae), detector.fingerprint)
+    # Datasets without them have the identity that they had before there were any.
+    identity |= {f"{name.removesuffix('s')}_fingerprint": part.fingerprint for name, part in parts.items()}
 
     with writing(folder):
         if retry_rejected and (retried := forget_rejected(folder, identity, set(paths))):
@@ -244,6 +247,8 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
                     "bases": config.bases,
                     "batch_frames": settings.batch_frames,
                     "device": "cuda" if num_gpus else "cpu",
+                    "hands": settings.hands,
+                    "face": settings.face,
                 },
                 batch_size=1,  # a clip; the models take it in batches of frames
                 batch_format="pyarrow",

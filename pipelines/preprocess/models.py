@@ -15,6 +15,7 @@ from pipelines.config import BasesConfig
 from pipelines.preprocess.latents import encode_frames
 from pipelines.preprocess.pose import pack_people
 from tcan.pose import PoseDetector
+from tcan.pose.hands import FaceDetector, HandDetector
 from tcan.weights import load_part, load_pose_detector
 
 # What flows from the models to the shards: DECODED_SCHEMA with the frames replaced by what was made of them.
@@ -31,6 +32,8 @@ ENCODED_SCHEMA = pa.schema(
         ("crop", pa.list_(pa.float32())),
         ("people_per_frame", pa.list_(pa.int32())),
         ("people", pa.large_binary()),  # float32 [sum, 18, 3]
+        ("hands", pa.large_binary()),  # float32 [sum, 2, 21, 3]; null where they are not asked for
+        ("faces", pa.large_binary()),  # float32 [sum, 70, 3]
         ("latent_mean", pa.large_binary()),  # float16 [F, 4, h, w]
         ("latent_logvar", pa.large_binary()),
         ("stage", pa.string()),
@@ -49,12 +52,31 @@ def load_models(bases: BasesConfig, device: str) -> tuple[PoseDetector, Autoenco
     return load_pose_detector(bases.pose, device), vae
 
 
+def load_part_detectors(
+    pose: str, hands: bool, face: bool, device: str
+) -> dict[str, HandDetector | FaceDetector]:
+    """What finds "hands" and "faces", of those asked for.
+
+    Raises:
+        UserError: as `HandDetector.from_pretrained`.
+    """
+    detectors: dict[str, HandDetector | FaceDetector] = {}
+    if hands:
+        detectors["hands"] = HandDetector.from_pretrained(pose, device)
+    if face:
+        detectors["faces"] = FaceDetector.from_pretrained(pose, device)
+    return detectors
+
+
 class PoseAndLatents:
     """The actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA; ends of videos pass through."""
 
-    def __init__(self, bases: BasesConfig, batch_frames: int, device: str) -> None:
+    def __init__(
+        self, bases: BasesConfig, batch_frames: int, device: str, hands: bool = False, face: bool = False
+    ) -> None:
         torch.set_num_threads(1)  # the CPU that Ray reserved; torch would take all of the machine's
         self.detector, self.vae = load_models(bases, device)
+        self.parts = load_part_detectors(bases.pose, hands, face, device)
         self.batch_frames = batch_frames
 
     def __call__(self, clips: pa.Table) -> pa.Table:
@@ -76,8 +98,12 @@ class PoseAndLatents:
             return {"stage": "latents", "reason": "the VAE's latents are not finite in float16"}
         # Detectors fit a picture's height to their network: people of a tall one would be smaller than in its square.
         zoom = height / min(height, width)
-        people_per_frame, people = pack_people(self.detector.detect(frames, batch, zoom))
-        return {
+        found = self.detector.detect(frames, batch, zoom)
+        people_per_frame, people = pack_people(found)
+        parts = {
+            name: pack_people(detector.detect(frames, found))[1] for name, detector in self.parts.items()
+        }
+        return parts | {
             "people_per_frame": people_per_frame,
             "people": people,
             "latent_mean": mean.tobytes(),

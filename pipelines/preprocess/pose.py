@@ -9,7 +9,7 @@ People = list[np.ndarray]
 
 
 def pack_people(people: People) -> tuple[list[int], bytes]:
-    """How many people each frame has, and all of them as the bytes of float32 `[sum, 18, 3]`."""
+    """How many people each frame has, and all of them as the bytes of float32 `[sum, 18, 3]`; so too their hands or faces."""
     return [len(frame) for frame in people], b"".join(np.asarray(frame, "<f4").tobytes() for frame in people)
 
 

@@ -17,7 +17,7 @@ def contact_sheet(
 ) -> np.ndarray:
     """uint8 RGB `[clips * H, frames * W, 3]`: a line a clip, of clips drawn at random and frames evenly spread.
 
-    The main person's pose is in colour, everybody else's in grey.
+    The main person's pose is in colour, everybody else's in grey; hands and faces, if the dataset has them, are white dots.
     """
     lines = [_line(row, vae, stick_width, num_frames) for row in _random_clips(folder, num_clips, seed)]
     return np.concatenate(lines)
@@ -57,4 +57,16 @@ def _line(row: dict[str, Any], vae: AutoencoderKL, stick_width: int, num_frames:
             frame[drawn] = frame[drawn] // 2 + 64
     poses = draw_poses(clip["keypoints"][at], *size)
     drawn = poses.any(axis=-1, keepdims=True)
-    return np.concatenate(list(np.where(drawn, poses // 2 + frames // 2, frames)), axis=1)
+    frames = np.where(drawn, poses // 2 + frames // 2, frames)
+    ends = np.cumsum(row["people_per_frame"])
+    for points in (clip[name] for name in ("hands", "faces") if name in clip):
+        for frame, i in zip(frames, at, strict=True):
+            _draw_points(frame, points[ends[i] - row["people_per_frame"][i] : ends[i]])
+    return np.concatenate(list(frames), axis=1)
+
+
+def _draw_points(frame: np.ndarray, points: np.ndarray) -> None:
+    """White dots on `[H, W, 3]` at the points found of `[..., 3]`."""
+    x, y = points[points[..., 2] > 0][:, :2].astype(int).T
+    inside = (x >= 0) & (x < frame.shape[1]) & (y >= 0) & (y < frame.shape[0])
+    frame[y[inside], x[inside]] = 255

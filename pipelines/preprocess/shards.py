@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 
 from pipelines import storage
 from pipelines.dataset import (
-    CLIP_SCHEMA,
     CLIPS_FOLDER,
     DUPLICATE,
     IDENTITY_KEY,
@@ -33,6 +32,7 @@ from pipelines.dataset import (
     REJECTED_FOLDER,
     REJECTED_SCHEMA,
     clip_files,
+    clip_schema,
     file_name,
     rejected_files,
 )
@@ -205,6 +205,7 @@ class ShardWriter:
     def __init__(self, folder: str, identity: Mapping[str, Any], shard_bytes: int, seconds: float) -> None:
         self.folder = folder
         self.metadata = {IDENTITY_KEY: json.dumps(identity).encode()}
+        self.schema = clip_schema(identity)
         self.shard_bytes = shard_bytes
         self.seconds = seconds
         self._shard: _Shard | None = None
@@ -212,13 +213,13 @@ class ShardWriter:
         self._last_commit = time.monotonic()
 
     def add_video(self, clips: Iterable[Mapping[str, Any]]) -> None:
-        """All clips of one video, rows of CLIP_SCHEMA, taken one at a time.
+        """All clips of one video, rows of `schema`, taken one at a time.
 
         Raises:
             UserError: they cannot be written; nothing of their file is there then.
         """
         with storage.mendable(f"{self.folder}/{CLIPS_FOLDER}"):
-            self._shard = self._shard or _Shard(self.folder, self.metadata)
+            self._shard = self._shard or _Shard(self.folder, self.schema.with_metadata(self.metadata))
             for clip in clips:
                 self._shard.add(clip)
         self._commit_when_due()
@@ -276,9 +277,9 @@ class ShardWriter:
 class _Shard:
     """A Parquet file of clips, of which all but the last row group is on disk."""
 
-    def __init__(self, folder: str, metadata: Mapping[bytes, bytes]) -> None:
+    def __init__(self, folder: str, schema: pa.Schema) -> None:
         self.file = storage.open_partial(f"{folder}/{CLIPS_FOLDER}")
-        self.writer = pq.ParquetWriter(self.file, CLIP_SCHEMA.with_metadata(metadata), compression="zstd")
+        self.writer = pq.ParquetWriter(self.file, schema, compression="zstd")
         self.bytes = 0  # of the rows, written or waiting
         self._group: list[Mapping[str, Any]] = []
         self._group_bytes = 0
@@ -391,18 +392,21 @@ class VideoAssembler:
         for clip in clips:
             span = slice(at, at := at + clip["num_frames"])
             mean, logvar = (square.of_latents(both, height, width) for both in latents.get(clip["start"]))
-            people = np.frombuffer(clip["people"], "<f4").reshape(-1, 18, 3)
+            points = {
+                name: square.of_keypoints(np.frombuffer(clip[name], "<f4").reshape(-1, 3)).tobytes()
+                for name in ("people", "hands", "faces")
+                if clip.get(name) is not None
+            }
             made = {
                 "clip_id": f"{video_id}-{clip['start']:06d}",
                 "crop": square.of_box(clip["crop"], width),
                 "latent_mean": mean,
                 "latent_logvar": logvar,
-                "people": square.of_keypoints(people).tobytes(),
                 "keypoints": keypoints[span].tobytes(),
                 "main_person": which[span],
             }
-            row = clip | shared | made
-            yield {name: row[name] for name in CLIP_SCHEMA.names}
+            row = clip | shared | points | made
+            yield {name: row[name] for name in self.writer.schema.names}
 
     def _reject(self, video_id: str, stage: str, reason: str) -> str:
         self.writer.add_rejected(self.sources[video_id], stage, reason)

@@ -7,11 +7,14 @@ it is two small matrices around the network's own small map. Only heatmaps are e
 scores and part affinity fields are computed at the few places where they are read.
 """
 
+import importlib
 import importlib.util
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import cv2
@@ -101,15 +104,10 @@ class OpenPose:
         path = Path(source)
         if (path / "config.json").is_file():
             return cls._from_folder(path, device)
-        if path.is_dir():
-            path = path / OPENPOSE_FILE
-            if not path.is_file():
-                raise UserError(
-                    f"pose network {source}: the folder has neither config.json nor {OPENPOSE_FILE}"
-                )
-        elif not path.is_file():
-            path = _download(str(source))
-        return cls(_load_openpose(path), device=device)
+        if not path.is_file():
+            path = find_openpose_file(source, OPENPOSE_FILE)
+        network = open_pose_module("model").bodypose_model()
+        return cls(load_openpose_network(network, path, OPENPOSE_FILE, in_blocks=True), device=device)
 
     @classmethod
     def _from_folder(cls, path: Path, device: torch.device | str) -> "OpenPose":
@@ -232,42 +230,63 @@ class OpenPose:
 # --- the network of OpenPose -----------------------------------------------------------------------------------------
 
 
-def _load_openpose(path: Path) -> nn.Module:
-    """controlnet_aux's `bodypose_model` with the weights of a `body_pose_model.pth`, whose keys lack the block names."""
+def load_openpose_network(network: nn.Module, path: Path, name: str, *, in_blocks: bool) -> nn.Module:
+    """One of controlnet_aux's networks with the weights of OpenPose's file.
+
+    name: of that file, as OpenPose names it. in_blocks: the network's layers lie in blocks, whose names the file's keys lack.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of bytes that are no pickle, the reader may raise anything
         raise UserError(f"pose network {path} is not a file of weights: {_first_line(error)}") from error
-    network = _openpose_class()()
-    names = {name.split(".", 1)[1]: name for name in network.state_dict()}
+    names = {key.split(".", 1)[1] if in_blocks else key: key for key in network.state_dict()}
     keys = weights.keys() if isinstance(weights, dict) else set()
     if keys != names.keys():
         missing, unexpected = sorted(names.keys() - keys), sorted(map(str, keys - names.keys()))
         raise UserError(
-            f"pose network {path} is not OpenPose's {OPENPOSE_FILE}: "
+            f"pose network {path} is not OpenPose's {name}: "
             f"{len(missing)} keys missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
         )
     try:
-        network.load_state_dict({names[name]: value for name, value in weights.items()})
+        network.load_state_dict({names[key]: value for key, value in weights.items()})
     except RuntimeError as error:
         raise UserError(f"pose network {path} does not fit: {str(error).splitlines()[-1].strip()}") from error
     return network
 
 
-def _openpose_class() -> Any:
-    """controlnet_aux's network class, from its own file: importing the package takes 10 s and warns a page."""
-    package = importlib.util.find_spec("controlnet_aux")
-    if package is None or package.submodule_search_locations is None:
-        raise UserError("OpenPose's own network needs the package controlnet-aux: pip install controlnet-aux")
-    path = Path(package.submodule_search_locations[0]) / "open_pose" / "model.py"
-    spec = importlib.util.spec_from_file_location("controlnet_aux_open_pose_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.bodypose_model
+def open_pose_module(name: str) -> Any:
+    """`controlnet_aux.open_pose.{name}`, apart from its packages: to import these takes 10 s and warns a page."""
+    package = "controlnet_aux_open_pose"
+    if package not in sys.modules:
+        parent = importlib.util.find_spec("controlnet_aux")
+        if parent is None or parent.submodule_search_locations is None:
+            raise UserError(
+                "OpenPose's own networks need the package controlnet-aux: pip install controlnet-aux"
+            )
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [str(Path(parent.submodule_search_locations[0]) / "open_pose")]
+    return importlib.import_module(f"{package}.{name}")
 
 
-def _download(source: str) -> Path:
+def find_openpose_file(source: str | Path, name: str) -> Path:
+    """One of OpenPose's files in a folder or in a repository of the Hugging Face hub (`...[@revision]`).
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not Path(source).is_dir():
+        return _download(str(source), name)
+    path = Path(source) / name
+    if not path.is_file():
+        other = "neither config.json nor" if name == OPENPOSE_FILE else "no"
+        raise UserError(f"pose network {source}: the folder has {other} {name}")
+    return path
+
+
+def _download(source: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -277,7 +296,7 @@ def _download(source: str) -> Path:
 
     try:
         repository, _, revision = source.partition("@")
-        return Path(hf_hub_download(repository, OPENPOSE_FILE, revision=revision or None))
+        return Path(hf_hub_download(repository, name, revision=revision or None))
     except (
         HfHubHTTPError,
         HFValidationError,

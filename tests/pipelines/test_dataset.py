@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines import cli
 from pipelines.config import load_config
-from pipelines.dataset import CLIP_SCHEMA, file_name, read_info
+from pipelines.dataset import CLIP_SCHEMA, decode_row, file_name, read_info
 from pipelines.preprocess.inspect import preview
 from pipelines.preprocess.shards import (
     ShardWriter,
@@ -33,24 +33,26 @@ IDS = ["0" * 16, "8" * 16, "f" * 16]
 IDENTITY = {"schema_version": 2, "validation_share": 0.1}
 
 
-def write_dataset(folder: Path, vae_fingerprint: str = "") -> Path:
-    """Two videos of three clips, and a rejected one, with two people in each frame."""
+def write_dataset(
+    folder: Path, vae_fingerprint: str = "", identity: dict = IDENTITY, parts: dict | None = None
+) -> Path:
+    """Two videos of three clips, and a rejected one, with two people in each frame. parts: more of each clip."""
     people = [np.stack([person(40, 20), person(10, 40)])] * 3
     with writing(str(folder)):
-        writer = ShardWriter(str(folder), IDENTITY, 2**30, 1e9)
+        writer = ShardWriter(str(folder), identity, 2**30, 1e9)
         sources = [Source(f"/{video}", video, "1-1") for video in IDS]
         assembler = VideoAssembler(
             writer, sources, min_person_share=0, min_person_height=0, validation_share=0.1
         )
         for video in IDS[:2]:
             for start in (0, 3, 6):
-                assembler.add(encoded_row(video, start, people))
+                assembler.add(encoded_row(video, start, people) | (parts or {}))
             assembler.add(ending(video, 3))
         assembler.add(ending(IDS[2], stage="decode"))
         writer.commit()
-        contents = read_contents(str(folder), IDENTITY)
+        contents = read_contents(str(folder), identity)
         info = {
-            "schema_version": 2, "counts": contents.counts, "files": contents.files, "identity": IDENTITY,
+            "schema_version": 2, "counts": contents.counts, "files": contents.files, "identity": identity,
             "height": 64, "width": 64, "vae_fingerprint": vae_fingerprint, "mlflow_run_id": None,
         }  # fmt: skip
         write_info(str(folder), info)
@@ -201,6 +203,42 @@ def test_a_preview_shows_latents_and_poses(tmp_path: Path, bases_folder: Path) -
 
     with pytest.raises(UserError, match="of another VAE"):
         preview(str(write_dataset(tmp_path / "other", "feed")), str(out), load_config())
+
+
+def test_hands_and_faces_are_columns_where_they_were_asked_for(
+    tmp_path: Path, bases_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of wide pictures, whose square begins elsewhere: a face lies on its body's joint, and on the preview."""
+    identity = IDENTITY | {"hand_fingerprint": "feed", "face_fingerprint": "beef"}
+    people = np.tile(np.stack([person(100, 40), person(90, 10)]), (3, 1, 1))
+    latent = np.zeros((3, 4, 8, 16), "<f2").tobytes()
+    parts = {"width": 128, "latent_mean": latent, "latent_logvar": latent, "people": people.tobytes()}
+    hands, faces = np.zeros((6, 2, 21, 3), "<f4"), np.zeros((6, 70, 3), "<f4")
+    hands[:, 1] = people[:, :1]
+    faces[:, 7] = people[:, 0]
+    parts |= {"hands": hands.tobytes(), "faces": faces.tobytes()}
+    vae = fingerprint(load_part("vae", str(bases_folder)))
+    write_dataset(tmp_path / "data", vae, identity, parts)
+    table = pq.read_table(the_file(tmp_path / "data"))
+    assert table.schema.names == [*CLIP_SCHEMA.names, "hands", "faces"]
+    clip = decode_row(table.to_pylist()[0])
+    assert clip["people"][0, 0, 0] < 64
+    assert np.array_equal(clip["faces"][:, 7], clip["people"][:, 0])
+    assert np.array_equal(clip["hands"][:, 1, 5], clip["people"][:, 0])
+    assert not clip["hands"][:, 0].any() and not clip["faces"][:, :7].any()
+    assert cli.main(["dataset", "verify", str(tmp_path / "data")]) == 0
+
+    out = tmp_path / "preview.png"
+    preview_of = ["dataset", "preview", str(tmp_path / "data"), f"--out={out}", f"--bases.vae={bases_folder}"]
+    assert cli.main(preview_of) == 0
+    x, y = clip["people"][0, 0, :2].astype(int)
+    assert (np.asarray(Image.open(out))[y, x] == 255).all()
+
+    write_dataset(tmp_path / "plain", vae)
+    assert pq.read_schema(the_file(tmp_path / "plain")).remove_metadata().equals(CLIP_SCHEMA)
+    write_dataset(tmp_path / "fewer", vae, identity, parts | {"hands": hands[1:].tobytes()})
+    assert cli.main(["dataset", "verify", str(tmp_path / "fewer")]) == 2
+    assert "hands or faces that are not its people's" in capsys.readouterr().out
 
 
 def test_an_unfinished_or_missing_dataset_is_one_line(tmp_path: Path) -> None:

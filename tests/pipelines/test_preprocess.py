@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import av
+import cv2
 import decord
 import numpy as np
 import psutil
@@ -31,14 +32,16 @@ from pipelines.config import Config, load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, read_info
 from pipelines.preprocess import decoder
 from pipelines.preprocess.crop import Square, square_around
-from pipelines.preprocess.decode import DecodeError, decode_clips
+from pipelines.preprocess.decode import DECODED_SCHEMA, DecodeError, decode_clips
 from pipelines.preprocess.job import plan, preprocess
-from pipelines.preprocess.models import ENCODED_SCHEMA
+from pipelines.preprocess.models import ENCODED_SCHEMA, PoseAndLatents
 from pipelines.preprocess.pose import pack_people, unpack_people
 from pipelines.preprocess.shards import Contents, ShardWriter, VideoAssembler, read_contents, writing
 from pipelines.preprocess.sources import Source, identify, list_sources
 from pipelines.puppets.world import Clip, sample_clip, write_clip
 from tcan.errors import UserError
+from tcan.pose.hands import FaceDetector
+from tcan.pose.openpose import open_pose_module
 from tcan.video import fit_picture
 from tcan.video import write_video as write_frames
 from tcan.weights import load_part
@@ -354,6 +357,58 @@ def person(x: float, height: float) -> np.ndarray:
     return np.stack(
         [np.full(18, x), np.linspace(32 - height / 2, 32 + height / 2, 18), np.ones(18)], axis=1
     ).astype("<f4")
+
+
+def test_hands_and_faces_are_found_for_everybody_of_a_clip(tmp_path: Path, bases_folder: Path) -> None:
+    """Networks of OpenPose's layout with random weights, which find bodies of a kind in noise."""
+    networks = {
+        "body_pose_model.pth": open_pose_module("model").bodypose_model(),
+        "hand_pose_model.pth": open_pose_module("model").handpose_model(),
+        "facenet.pth": open_pose_module("face").FaceNet(),
+    }
+    for name, network in networks.items():
+        torch.manual_seed(2)
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight)
+                torch.nn.init.zeros_(layer.bias)
+        keys = {key: key if name == "facenet.pth" else key.split(".", 1)[1] for key in network.state_dict()}
+        torch.save({keys[key]: value for key, value in network.state_dict().items()}, tmp_path / name)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    blurred = [cv2.GaussianBlur(frame, (0, 0), 4) for frame in noise]
+    frames = np.stack([cv2.normalize(frame, None, 0, 255, cv2.NORM_MINMAX) for frame in blurred])
+    bases = dataclasses.replace(load_config().bases, vae=str(bases_folder), pose=str(tmp_path))
+    decoded = pa.Table.from_pylist(
+        [
+            {
+                "video_id": "0" * 16,
+                "start": 0,
+                "num_frames": 2,
+                "height": 96,
+                "width": 96,
+                "frames": frames.tobytes(),
+            }
+        ],
+        DECODED_SCHEMA,
+    )
+    (row,) = PoseAndLatents(bases, 16, "cpu", hands=True, face=True)(decoded).to_pylist()
+    clip = decode_row(row)
+    people = np.split(clip["people"], np.cumsum(row["people_per_frame"])[:-1])
+    assert len(clip["hands"]) == len(clip["faces"]) == len(clip["people"]) == sum(row["people_per_frame"])
+    faces = FaceDetector.from_pretrained(tmp_path).detect(frames, people)
+    assert np.array_equal(clip["faces"], np.concatenate(faces)) and clip["faces"].any()
+
+    (row,) = PoseAndLatents(bases, 16, "cpu")(decoded).to_pylist()
+    assert row["hands"] is None and row["faces"] is None
+
+
+def test_hands_that_the_pose_network_cannot_find_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_video(tmp_path / "a.mp4", 4)
+    assert cli.main(["preprocess", str(tmp_path), str(tmp_path / "out"), "--preprocess.hands", "true"]) == 2
+    assert "pose network mini: finds bodies alone" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_people_survive_packing() -> None:

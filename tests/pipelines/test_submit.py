@@ -1,5 +1,6 @@
 """`--submit`, on a real cluster with its dashboard: the log is followed, the exit status passed on, Ctrl-C asks."""
 
+import hashlib
 import os
 import pty
 import signal
@@ -7,16 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+import venv
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipelines.cli import main
 from pipelines.dataset import read_info
 from pipelines.submit import absolute_paths
 from tests.pipelines.test_preprocess import write_video
 
 ROOT = Path(__file__).parents[2]
+UV = list(Path(sys.prefix).glob("uv/lib/python*/site-packages"))  # where the Makefile keeps it
 
 
 def test_relative_paths_become_absolute_and_nothing_else(
@@ -56,6 +61,16 @@ def test_no_cluster_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_an_environment_that_cannot_travel_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = f"{tmp_path}/requirements.lock"
+    assert main(["preprocess", "a", "b", "--submit=http://head:8265", "--environment", missing]) == 2
+    assert capsys.readouterr().err.startswith(f"tcan: error: --environment {missing}: no such file;")
+    assert main(["preprocess", "a", "b", "--environment", missing]) == 2
+    assert "--environment goes with --submit" in capsys.readouterr().err
+
+
 HEAD = """
 import socket, sys
 from ray.cluster_utils import Cluster
@@ -72,12 +87,20 @@ cluster.shutdown()
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard's address of a Ray of its own, whose workers do not know where this checkout is."""
+    """The dashboard's address of a Ray of its own, whose workers do not know where this checkout is.
+
+    Its python is a small virtual environment that sees this one's packages: Ray copies it for a job with an environment.
+    """
+    folder = tmp_path_factory.mktemp("head")
+    venv.create(folder / "python", symlinks=True)
+    ours = [path for path in sys.path if path.endswith("site-packages")] + [str(path) for path in UV]
+    (here,) = (folder / "python").glob("lib/python*/site-packages")
+    (here / "ours.pth").write_text("\n".join(ours))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["RAY_AUTH_MODE"] = "disabled"
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # the job's `python`
+    environment["PATH"] = f"{folder}/python/bin:{environment['PATH']}"  # the job's `python`
     process = subprocess.Popen(
-        [sys.executable, "-c", HEAD], cwd=tmp_path_factory.mktemp("head"), env=environment, text=True,
+        [folder / "python" / "bin" / "python", "-c", HEAD], cwd=folder, env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -109,6 +132,53 @@ def test_a_job_is_followed_and_its_exit_status_passed_on(
     assert "1 videos in 1 clips (20 frames)" in good.stdout
     assert read_info(tmp_path / "out")["counts"]["videos"] == 1
     assert (tmp_path / "tcan-mlflow").is_dir()
+
+
+def make_wheel(folder: Path) -> str:
+    """Writes a wheel of a package that nobody has; returns its digest. Every Python that has it says so when it starts."""
+    says = (
+        "import sys, tiny_canary; print('canary', tiny_canary.VERSION, 'in', sys.prefix, file=sys.stderr)\n"
+    )
+    files = {
+        "tiny_canary.py": "VERSION = '1.2.3'\n",
+        "tiny_canary.pth": says,
+        "tiny_canary-1.2.3.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny-canary\nVersion: 1.2.3\n",
+        "tiny_canary-1.2.3.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "tiny_canary-1.2.3.dist-info/RECORD"
+    files[record] = "".join(f"{name},,\n" for name in [*files, record])
+    wheel = folder / "tiny_canary-1.2.3-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not UV, reason="no uv beside this python: Ray would fetch it from the package index")
+def test_the_environment_travels(cluster: str, tmp_path: Path) -> None:
+    """A lock that is as long as a real one: what it names is there for the job, and its digests are checked."""
+    digest = make_wheel(tmp_path)
+
+    def tcan(digest: str) -> subprocess.CompletedProcess[str]:
+        others = "".join(f" \\\n    --hash=sha256:{i:064x}" for i in range(3000))
+        (tmp_path / "some.lock").write_text(
+            f"--no-index\n--find-links {tmp_path}\ntiny-canary==1.2.3{others} \\\n    --hash=sha256:{digest}\n"
+        )
+        command = [sys.executable, "-m", "pipelines.cli", "preprocess", "nowhere", "out"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+        return subprocess.run(
+            [*command, "--submit", cluster, "--environment", "some.lock"],
+            capture_output=True, text=True, cwd=tmp_path, env=environment,
+        )  # fmt: skip
+
+    good = tcan(digest)
+    assert "canary 1.2.3 in /" in good.stdout, good.stdout + good.stderr
+    assert f"tcan: error: {tmp_path}/nowhere: no such file or folder" in good.stdout
+    assert good.returncode == 2
+    bad = tcan("f" * 64)
+    assert bad.returncode == 1
+    assert digest in bad.stderr.partition("Computed:")[2], bad.stderr  # uv names both
 
 
 @pytest.mark.slow

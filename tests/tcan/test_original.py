@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.pose import OpenPose
-from tcan.pose.openpose import _openpose_class
+from tcan.pose.openpose import open_pose_module
 from tcan.weights import load_bases, load_part
 from tcan.weights.check import describe
 from tests.tcan import original_files as files
@@ -269,7 +269,7 @@ def test_openpose_weights_as_pickled_by_old_torch(tmp_path: Path) -> None:
 
 
 def test_what_files_are(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    network = _openpose_class()()
+    network = open_pose_module("model").bodypose_model()
     shapes = {name.split(".", 1)[1]: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for path, text in (
         (checkpoint[0], "SD1.5 UNet (859.5 M), SD1.5 VAE (83.7 M), SD1.5 text encoder (123.1 M)"),
