@@ -124,7 +124,8 @@ def _help() -> str:
 def _mendable(error: BaseException) -> str | None:
     """The one line for an error that the user can mend, None for a bug.
 
-    An error of a worker arrives wrapped: Ray keeps the original in `cause`, Ray Train in `worker_failures`.
+    An error of a worker arrives wrapped: Ray keeps the original in `cause`, Ray Train in `worker_failures` or
+    `controller_failure`.
     """
     pending, seen = [error], set()
     while pending:
@@ -134,6 +135,7 @@ def _mendable(error: BaseException) -> str | None:
         seen.add(id(error))
         inner = [
             getattr(error, "cause", None),
+            getattr(error, "controller_failure", None),
             error.__cause__,
             *getattr(error, "worker_failures", {}).values(),
         ]
@@ -143,6 +145,11 @@ def _mendable(error: BaseException) -> str | None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             where = f" while writing {error.filename}" if error.filename else ""
             return f"the disk is full{where}; free some space and run the same command again"
+        if type(error).__module__ == "ray.exceptions" and type(error).__name__ == "OutOfMemoryError":
+            return (
+                "a machine's main memory is full, and Ray has ended workers; end what else needs it there, or take fewer "
+                "workers or smaller batches, and run the same command again"
+            )
         pending += inner
     return None
 

@@ -216,6 +216,16 @@ def test_what_ray_wraps_is_found(ray_cluster: None) -> None:
             assert cli._mendable(error) == message
 
 
+def test_workers_ended_for_their_memory_are_one_line() -> None:
+    from ray.exceptions import OutOfMemoryError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    ended = OutOfMemoryError("5 worker(s) were killed due to the node running low on memory.")
+    for error in (ended, ControllerError(ended), WorkerGroupError("failed", {0: ended})):
+        message = cli._mendable(error)
+        assert message is not None and message.startswith("a machine's main memory is full")
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     assert cli._mendable(ValueError("a bug")) is None
     assert cli._mendable(OSError(errno.ENOENT, "a bug")) is None
