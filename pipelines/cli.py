@@ -83,9 +83,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
         parser.add_argument("--submit", metavar="http://HOST:8265", help=SUBMIT_HELP)
         parser.add_argument("--environment", metavar="requirements.lock", help=ENVIRONMENT_HELP)
     config, values = parse(parser, rest)
-    if command.submittable and values.submit:
+    for argument in command.arguments:  # an empty path would mean this folder
+        if getattr(values, argument.removeprefix("--"), None) == "":
+            raise UserError(f"{argument}: is empty; is a variable of the shell not set?")
+    if command.submittable and values.submit is not None:
         return _submit(command, name, rest, values, config)
-    if command.submittable and values.environment:
+    if command.submittable and values.environment is not None:
         raise UserError("--environment goes with --submit: here, the packages of this python are used")
     command.run(values, config)
     return 0

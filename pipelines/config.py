@@ -126,7 +126,9 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         if self.canvas is not None and (self.canvas <= 0 or self.canvas % 8):
-            raise UserError(f"preprocess.canvas = {self.canvas}: must be a multiple of 8, such as 576")
+            raise UserError(
+                f"preprocess.canvas = {self.canvas}: must be above 0 and a multiple of 8, such as 576"
+            )
         if not 1 <= self.min_clip_frames <= self.clip_frames:
             raise UserError(
                 f"preprocess.min_clip_frames = {self.min_clip_frames}: must be from 1 to clip_frames ({self.clip_frames})"
@@ -142,7 +144,7 @@ class PreprocessConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"preprocess.{name} = {value}: must be more than 0")
-        for name in ("cut_threshold", "min_seconds"):
+        for name in ("cut_threshold", "min_seconds", "commit_seconds"):
             if getattr(self, name) < 0:
                 raise UserError(f"preprocess.{name} = {getattr(self, name)}: must not be below 0")
         for name in ("min_person_share", "min_person_height", "validation_share"):
@@ -326,10 +328,9 @@ class TrainConfig:
             raise UserError("train.zero_terminal_snr: needs train.prediction_type v_prediction")
         if (self.snr_gamma is not None and self.snr_gamma <= 0) or self.noise_offset < 0:
             raise UserError("train: snr_gamma must be above 0, noise_offset at least 0")
-        if not (0 <= self.pose_dropout <= 1 and 0 <= self.pose_outliers <= 1 and self.pose_jitter >= 0):
-            raise UserError(
-                "train: pose_dropout and pose_outliers must be from 0 to 1, pose_jitter at least 0"
-            )
+        for name in ("pose_dropout", "pose_outliers", "pose_jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"train.{name} = {getattr(self, name)}: must be from 0 to 1")
         if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
             raise UserError(
                 f"train.min_workers = {self.min_workers}: must be from 1 to train.workers ({self.workers})"
@@ -425,13 +426,17 @@ class AnimateConfig:
             raise UserError(
                 f"animate.steps = {self.steps}: must be from 1 to 1000, the levels of noise there are"
             )
+        if self.guidance_scale < 0:
+            raise UserError(f"animate.guidance_scale = {self.guidance_scale}: must not be below 0")
         if self.decode_batch < 1:
             raise UserError(f"animate.decode_batch = {self.decode_batch}: must be at least 1")
         if self.smooth and (self.smooth < 5 or self.smooth % 2 == 0):
             raise UserError(f"animate.smooth = {self.smooth}: must be odd and at least 5, or 0")
         for name in ("height", "width"):
             if (value := getattr(self, name)) is not None and (value <= 0 or value % 64):
-                raise UserError(f"animate.{name} = {value}: must be a multiple of 64, such as 512 or 768")
+                raise UserError(
+                    f"animate.{name} = {value}: must be above 0 and a multiple of 64, such as 512 or 768"
+                )
         if self.workers < 0:
             raise UserError(f"animate.workers = {self.workers}: must be at least 0")
         if not 0 <= self.overlap < self.window:
@@ -503,7 +508,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.size <= 0 or self.size % 64:
-            raise UserError(f"size = {self.size}: must be a multiple of 64, such as 128 or 512")
+            raise UserError(f"size = {self.size}: must be above 0 and a multiple of 64, such as 128 or 512")
         if self.canvas < self.size:
             raise UserError(
                 f"preprocess.canvas = {self.canvas}: must be at least size = {self.size}, which training takes of it"

@@ -22,7 +22,8 @@ class ServedModel:
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any]) -> list[np.ndarray]:
         """Per row with the paths `image` (a picture) and `driving` (a video) the frames, uint8 RGB `[F, H, W, 3]`.
 
-        params: seed, and those of `TCANPipeline.__call__` that `tracking.Run.model` declares.
+        params: seed, and those of `TCANPipeline.__call__` that the model was registered with: num_inference_steps,
+        guidance_scale, start_from_reference, by default as `tcan animate` would have had them at its training.
         """
         options = dict(params)
         seed = options.pop("seed")

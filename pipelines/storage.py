@@ -23,6 +23,7 @@ from tcan.errors import UserError
 SCHEMES = ("s3://", "gs://")
 # What the person who started the job can mend: the disk is full, over quota, read-only or not theirs.
 MENDABLE = {
+    errno.ENOENT,  # of a path in a place like /proc, where nothing can be made
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,

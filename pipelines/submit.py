@@ -48,9 +48,7 @@ def submit(address: str, argv: Sequence[str], environment: str | None = None) ->
         UserError: no such file of requirements; no Ray cluster answers at the address, or it takes no job.
     """
     if environment is not None and not Path(environment).is_file():
-        raise UserError(
-            f"--environment {environment}: no such file; give requirements.lock or one of its kind"
-        )
+        raise UserError(f"--environment {environment}: is no file; give requirements.lock or one of its kind")
     client = _connect(address)
     with tempfile.TemporaryDirectory() as folder:
         argv = _pack(Path(folder), argv)

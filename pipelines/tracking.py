@@ -108,28 +108,30 @@ class Run:
         """A copy of what lies in a folder into the artifact folder `folder`."""
         self._client.log_artifacts(self.id, str(local), folder or None)
 
-    def model(self, local: str | Path, name: str, alias: str) -> None:
+    def model(
+        self, local: str | Path, name: str, alias: str, options: Mapping[str, bool | int | float]
+    ) -> None:
         """A finished model folder as the artifact `model`, which mlflow.pyfunc loads, and as the newest version of the
-        registered model `name`; `alias` then means this version, until another run takes it."""
+        registered model `name`; `alias` then means this version, until another run takes it.
+
+        options: of a call of `TCANPipeline`, that `predict` takes as params, with their values unless others are given.
+        """
         import mlflow.pyfunc
         from mlflow.exceptions import MlflowException
         from mlflow.models import ModelSignature
         from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
         inputs = Schema([ColSpec("string", name) for name in ("image", "driving")])
-        # MLflow passes on no other parameters than these.
-        options = [
-            ParamSpec("num_inference_steps", "long", 25),
-            ParamSpec("guidance_scale", "double", 7.5),
-            ParamSpec("seed", "long", 0),
-        ]
+        types = {bool: "boolean", int: "long", float: "double"}
+        declared = [ParamSpec(key, types[type(value)], value) for key, value in options.items()]
+        params = ParamSchema([*declared, ParamSpec("seed", "long", 0)])  # MLflow passes on no others
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "model"
             mlflow.pyfunc.save_model(
                 str(saved),
                 loader_module="pipelines.served",
                 data_path=str(local),
-                signature=ModelSignature(inputs, params=ParamSchema(options)),
+                signature=ModelSignature(inputs, params=params),
                 # Given whole, else MLflow looks for pip in this environment and warns that there is none.
                 conda_env={
                     "dependencies": [

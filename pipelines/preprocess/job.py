@@ -68,6 +68,10 @@ def preprocess(
     folder = storage.absolute(out)
     if not storage.is_remote(folder) and Path(folder).is_file():
         raise UserError(f"{out}: is a file; give a folder for the dataset")
+    if folder == storage.absolute(videos):
+        raise UserError(f"{out}: is the folder of the videos; give another one for the dataset")
+    if limit < 0:
+        raise UserError(f"--limit {limit}: must be at least 0, which takes all")
     paths = list_sources(videos)
     paths = paths[:limit] if limit else paths
     detector, vae = load_models(config.bases, "cpu")

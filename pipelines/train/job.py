@@ -181,7 +181,12 @@ def _train_stage(
         )
         result = _fit(task, out)
         checkpoint.publish(result.checkpoint, model)
-        record.model(model, REGISTERED[stage], alias=out.name)
+        options = {
+            "num_inference_steps": config.animate.steps,
+            "guidance_scale": float(config.animate.guidance_scale),
+            "start_from_reference": config.animate.start_from_reference,
+        }
+        record.model(model, REGISTERED[stage], out.name, options)
         _write_run(folder, {**run, "finished_steps": stage_config.steps})
     print(f"stage {stage}: finished, model in {model}", flush=True)
 

@@ -213,7 +213,8 @@ def check_base(
     if "fingerprint" in given and trained_on.get("fingerprint") != given["fingerprint"]:
         raise UserError(
             f"{folder}: was trained on another {part}: {trained_on['source']} ({trained_on.get('fingerprint')}), "
-            f"not {given['source']} ({given['fingerprint']}); give that one, or train on this one"
+            f"not {given['source']} ({given['fingerprint']}); give that one (of the mini "
+            "weights: the version of this package that had it), or train on this one"
         )
 
 

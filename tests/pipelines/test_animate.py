@@ -130,20 +130,26 @@ def test_a_registered_model_animates_through_pyfunc(
     (model / "tcan.json").write_text(json.dumps(info))
     settings = config(f"--tracking.folder={tmp_path / 'runs'}")
     with tracking.run("stage2", "stage 2", settings.tracking, {}) as run:
-        run.model(model, "tcan", alias="ours")
+        run.model(
+            model,
+            "tcan",
+            "ours",
+            {"num_inference_steps": 2, "guidance_scale": 2.0, "start_from_reference": True},
+        )
 
     # Not by set_tracking_uri, which all later tests would inherit through the environment.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.resolve_uri(settings.tracking))
     served = mlflow.pyfunc.load_model("models:/tcan@ours")
     row = {"image": str(puppets / "hero.png"), "driving": str(puppets / "dance.mp4")}
-    options = {"num_inference_steps": 2, "guidance_scale": 2.0}
-    first, second = served.predict(pd.DataFrame([row, row]), params={**options, "seed": 3})
-    again = served.predict([row], params={**options, "seed": 4})[0]
+    first, second = served.predict(pd.DataFrame([row, row]), params={"seed": 3})
+    again = served.predict([row], params={"guidance_scale": 1.0, "seed": 3})[0]
     frames = TCANPipeline.from_pretrained(model)(
         read_picture(row["image"]),
         read_video(row["driving"])[0],
         generator=torch.Generator().manual_seed(3),
-        **options,
+        num_inference_steps=2,
+        guidance_scale=2,
+        start_from_reference=True,
     ).frames
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, np.asarray(frames) * 255, atol=0.5001)
@@ -209,7 +215,7 @@ def test_bad_input(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"character": "faceless.json"}, "faceless.json: no person found with neck and nose"),
         ({"character": "one.json", "animate.retarget": "false"}, "--character is for fitting"),
         ({"animate.smooth": 4}, "animate.smooth = 4: must be odd"),
-        ({"animate.width": 100}, "animate.width = 100: must be a multiple of 64"),
+        ({"animate.width": 100}, "animate.width = 100: must be above 0 and a multiple of 64"),
         ({"animate.overlap": 16}, "animate: overlap = 16"),
         ({"pairs": "pairs.csv"}, "leave out --image, --driving, --out"),
     ):

@@ -13,6 +13,7 @@ import yaml
 from pipelines import cli
 from pipelines.config import PRESETS, Config, load_config
 from tcan.errors import UserError
+from tests.pipelines.faults import write_video
 
 
 def tcan(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -164,15 +165,22 @@ def test_bad_configuration_file(
             "export --model nothing --out x",
             "nothing: no model folder (no readable tcan.json in it); give what tcan train wrote",
         ),
-        ("ui --size 100", "size = 100: must be a multiple of 64, such as 128 or 512"),
+        ("ui --size 100", "size = 100: must be above 0 and a multiple of 64, such as 128 or 512"),
         (
             "preprocess v o --preprocess.canvas 100",
-            "preprocess.canvas = 100: must be a multiple of 8, such as 576",
+            "preprocess.canvas = 100: must be above 0 and a multiple of 8, such as 576",
         ),
         (
             "preprocess v o --preprocess.canvas 120",
             "preprocess.canvas = 120: must be at least size = 128, which training takes of it",
         ),
+        ("ui --animate.guidance_scale -1", "animate.guidance_scale = -1.0: must not be below 0"),
+        (
+            "preprocess v o --preprocess.commit_seconds -1",
+            "preprocess.commit_seconds = -1.0: must not be below 0",
+        ),
+        ("train d --out o --train.pose_jitter 50", "train.pose_jitter = 50.0: must be from 0 to 1"),
+        ("preprocess v ./v/", "./v/: is the folder of the videos; give another one for the dataset"),
         ("ui --seed -1", "seed = -1: must be from 0 to 2^63 - 1"),
         (
             "ui --animate.steps 5000",
@@ -182,6 +190,26 @@ def test_bad_configuration_file(
 )
 def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert error_of(capsys, *arguments.split()) == message
+
+
+def test_an_empty_path_is_no_path(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the shell makes of a variable that is not set."""
+    empty = "is empty; is a variable of the shell not set?"
+    assert error_of(capsys, "preprocess", "videos", "") == f"out: {empty}"
+    assert error_of(capsys, "train", "dataset", "--out", "") == f"--out: {empty}"
+    assert error_of(capsys, "export", "--model=", "--out=x") == f"--model: {empty}"
+    assert error_of(capsys, "preprocess", "a", "b", "--submit", "").startswith("--submit : no Ray cluster")
+
+
+def test_a_place_where_nothing_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video = str(write_video(tmp_path / "a.mp4", 20))
+    assert error_of(capsys, "preprocess", video, "/proc/dataset").startswith(
+        "/proc/dataset: cannot be written: no such file or directory"
+    )
+    out = str(tmp_path / "out")
+    assert error_of(capsys, "preprocess", video, out, "--limit=-1").startswith(
+        "--limit -1: must be at least 0"
+    )
 
 
 def test_exit_status_and_streams_of_the_real_command(tmp_path: Path) -> None:

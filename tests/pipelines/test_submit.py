@@ -66,7 +66,7 @@ def test_an_environment_that_cannot_travel_is_one_line(
 ) -> None:
     missing = f"{tmp_path}/requirements.lock"
     assert main(["preprocess", "a", "b", "--submit=http://head:8265", "--environment", missing]) == 2
-    assert capsys.readouterr().err.startswith(f"tcan: error: --environment {missing}: no such file;")
+    assert capsys.readouterr().err.startswith(f"tcan: error: --environment {missing}: is no file;")
     assert main(["preprocess", "a", "b", "--environment", missing]) == 2
     assert "--environment goes with --submit" in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ def test_a_registered_model_is_found(config: Config, tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "tcan.json").write_text(str(number))
         with tracking.run("stage2", "stage 2", config.tracking, {}) as run:
-            run.model(folder, "tcan", alias=f"out.{number}")
+            run.model(folder, "tcan", f"out.{number}", {})
         contents |= {f"models:/tcan@out-{number}": number, f"models:/tcan/{number}": number, run.id: number}
     contents["models:/tcan@latest"] = 2
     for reference, number in contents.items():
