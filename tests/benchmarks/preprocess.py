@@ -68,11 +68,11 @@ def memory() -> int:
 
 
 def peak_memory(work: Callable[[], Any]) -> int:
-    """The most that `memory` says while work runs, looked at every second."""
+    """The most that `memory` says while work runs, looked at every five seconds: to look costs more than a little of what is timed."""
     ended, held = threading.Event(), []
 
     def look() -> None:
-        while not ended.wait(1):
+        while not ended.wait(5):
             held.append(memory())
 
     looker = threading.Thread(target=look)
