@@ -68,7 +68,7 @@ def memory() -> int:
 
 
 def peak_memory(work: Callable[[], Any]) -> int:
-    """The most that `memory` says while work runs, looked at every five seconds: to look costs more than a little of what is timed."""
+    """The most that `memory` says while work runs, looked at every five seconds: to look takes time from what is timed."""
     ended, held = threading.Event(), []
 
     def look() -> None:
