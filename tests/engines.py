@@ -39,7 +39,7 @@ RESUMED_AS = {name: [name] for name in ENGINES} | {"zero3-fp32": ["zero3-fp32", 
 def names_in(checkpoint_folder: Path) -> set[str]:
     """Of the parameters, by reading the files."""
     return {
-        key.rpartition(":")[0] for path in checkpoint_folder.glob("*.safetensors") for key in load_file(path)
+        key.rsplit(":", 2)[0] for path in checkpoint_folder.glob("*.safetensors") for key in load_file(path)
     }
 
 

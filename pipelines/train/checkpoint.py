@@ -1,7 +1,8 @@
 """A checkpoint: what training needs to go on exactly, reported to Ray Train by all workers together.
 
     state.json                  step, steps of the optimizer, what the guard of the loss knows
-    trained-*.safetensors       of each trained parameter, in fp32: weight, moments, average; each worker wrote a share
+    trained-*.safetensors       of each trained parameter, in fp32: weight, moments, average; each worker's pieces, flat,
+                                as NAME:KEY:START, the place in the parameter at which the piece begins
     model/                      only in a stage's last checkpoint: the model folder
 
 Nothing in it depends on the number of workers, the ZeRO stage or the precision that wrote it. Ray Train registers a
@@ -15,8 +16,10 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipelines.train.engine import (
-    get_state,
     optimizer_steps,
+    own_piece,
     refresh,
     set_optimizer_steps,
     set_state,
@@ -85,11 +88,11 @@ def write(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     """Called by all workers at once; each writes its share into a folder, which may be the same or not."""
     rank, workers = dist.get_rank(), dist.get_world_size()
     share: dict[str, Tensor] = {}
-    for number, (name, parameter) in enumerate(trained(engine)):
+    for name, parameter in trained(engine):
         for key in state_keys(engine):
-            value = get_state(engine, parameter, key)  # by all
-            if number % workers == rank:
-                share[f"{name}:{key}"] = value.cpu().clone().contiguous()
+            start, piece = own_piece(engine, parameter, key)
+            if piece.numel():
+                share[f"{name}:{key}:{start}"] = piece.cpu().clone()
     path = folder / f"trained-{rank:05d}-of-{workers:05d}.safetensors"
     try:
         save_file(share, path)
@@ -105,18 +108,23 @@ def write(engine: Any, folder: Path, state: dict[str, Any]) -> None:
 def read(engine: Any, folder: Path) -> dict[str, Any]:
     """Called by all workers, of any number. Raises RuntimeError unless the names are exactly what the stage trains."""
     with ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for path in sorted(folder.glob("trained-*.safetensors")):
+        pieces: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+        for path in folder.glob("trained-*.safetensors"):
             file = stack.enter_context(safe_open(path, "pt"))
-            where |= dict.fromkeys(file.keys(), file)
+            for piece in file.keys():
+                whole, start = piece.rsplit(":", 1)
+                pieces[whole].append((int(start), file))
         wanted = {f"{name}:{key}" for name, _ in trained(engine) for key in state_keys(engine)}
-        if differing := where.keys() ^ wanted:
+        if differing := pieces.keys() ^ wanted:
             raise RuntimeError(
                 f"checkpoint and model differ in {len(differing)} names, such as {min(differing)}"
             )
         for name, parameter in trained(engine):
             for key in state_keys(engine):
-                set_state(engine, parameter, key, where[f"{name}:{key}"].get_tensor(f"{name}:{key}"))
+                whole = f"{name}:{key}"
+                found = sorted(pieces[whole], key=itemgetter(0))
+                value = torch.cat([file.get_tensor(f"{whole}:{start}") for start, file in found])
+                set_state(engine, parameter, key, value)
     state = json.loads((folder / STATE).read_text())
     set_optimizer_steps(engine, state["optimizer_steps"])
     refresh(engine)

@@ -1,8 +1,8 @@
-"""The DeepSpeed engine around TCAN, and what it trains as whole fp32 tensors, whatever ZeRO stage shards them.
+"""The DeepSpeed engine around TCAN, and what it trains in fp32, by parameter, whatever ZeRO stage shards it.
 
 DeepSpeed's universal checkpoint is for ZeRO 1 to 3 only, is made from a checkpoint in a pass of its own, and leaves some
-files for every parameter: thousands of small ones. What TCAN trains is a part of the model, so we gather it parameter by
-parameter through DeepSpeed's own accessors instead: one layout that any number of workers and any ZeRO stage reads.
+files for every parameter: thousands of small ones. Ours is made of the pieces that each worker holds anyway, with where
+in its parameter each belongs: no worker waits for another, and any number of workers and any ZeRO stage can read it.
 """
 
 import json
@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params: Any, ema_decay: float, **options: Any):
-        super().__init__(params, **options)
+        super().__init__(params, fused=True, **options)
         self.ema_decay = ema_decay
         self.leave_out = False
         """While True, `step` changes nothing."""
@@ -43,7 +43,7 @@ class AdamW(torch.optim.AdamW):
     def start(self, weights: list[Tensor]) -> None:
         """Makes the state of all weights at once: else each comes with its first step, and nothing can be loaded before."""
         for weight in weights:
-            self.state[weight] = {"step": torch.tensor(0.0)} | {
+            self.state[weight] = {"step": torch.zeros((), device=weight.device)} | {
                 key: weight.detach().clone() if key == AVERAGE else torch.zeros_like(weight)
                 for key in self.keys
             }
@@ -57,9 +57,9 @@ class AdamW(torch.optim.AdamW):
             for group in self.param_groups:
                 for weight in group["params"]:
                     state = self.state[weight]
-                    steps = float(state["step"])
+                    steps = state["step"]  # on the device: no step waits for it
                     # Short at first, so that the start's weights don't stay in it.
-                    decay = min(self.ema_decay, (1 + steps) / (10 + steps))
+                    decay = ((1 + steps) / (10 + steps)).clamp(max=self.ema_decay)
                     state[AVERAGE].lerp_(weight, 1 - decay)
 
 
@@ -147,6 +147,9 @@ def deepspeed_settings(
             f"train.deepspeed = {config.deepspeed} contradicts the configuration: {'; '.join(conflicts)}; "
             "change that, or leave these keys out of the JSON"
         )
+    if not config.gpus_per_worker:  # a buffer against fragmented GPU memory, through which all gradients are copied
+        zero = merged["zero_optimization"]
+        merged["zero_optimization"] = {"contiguous_gradients": zero["stage"] == 3} | zero
     quiet = {
         "steps_per_print": 1 << 30,
         "zero_allow_untested_optimizer": True,
@@ -175,7 +178,7 @@ def _merge(
     return merged
 
 
-# --- what is trained, as whole fp32 tensors --------------------------------------------------------------------------
+# --- what is trained, in fp32 ----------------------------------------------------------------------------------------
 
 
 def trained(engine: Any) -> list[tuple[str, nn.Parameter]]:
@@ -186,6 +189,31 @@ def trained(engine: Any) -> list[tuple[str, nn.Parameter]]:
 def state_keys(engine: Any) -> tuple[str, ...]:
     """What is kept of each trained parameter: the weight, the optimizer's moments, the average if there is one."""
     return (WEIGHT, *engine.basic_optimizer.keys)
+
+
+def own_piece(engine: Any, parameter: nn.Parameter, key: str) -> tuple[int, Tensor]:
+    """What this worker holds of the fp32 weight, or of a state of the optimizer, and writes into a checkpoint: the place
+    in the flat parameter at which it begins, and it, flat. The workers' pieces together are the parameter, once."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: equal pieces, of which the last are padded
+        start = min(rank * parameter.ds_tensor.numel(), parameter.ds_numel)
+        piece = (
+            safe_get_local_fp32_param(parameter)
+            if key == WEIGHT
+            else safe_get_local_optimizer_state(parameter, key)
+        )
+        return start, piece.detach().flatten()[: parameter.ds_numel - start]
+    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: cut somewhere, or with one worker alone
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return 0, torch.empty(0)
+        piece = mapping.get_hp_fragment(None if key == WEIGHT else key)
+        return mapping.lp_fragment_address.start, piece.detach()
+    whole = get_state(engine, parameter, key).flatten()  # ZeRO-0: all have all
+    start, end = (whole.numel() * part // workers for part in (rank, rank + 1))
+    return start, whole[start:end]
 
 
 def get_state(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
@@ -204,7 +232,7 @@ def get_state(engine: Any, parameter: nn.Parameter, key: str) -> Tensor:
 
 
 def set_state(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """The other way; the module's own weights follow with `refresh`."""
+    """The other way, from a tensor of any shape; the module's own weights follow with `refresh`."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -227,7 +255,7 @@ def set_state(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> 
         else:
             safe_set_full_optimizer_state(parameter, value, key)
     else:
-        get_state(engine, parameter, key).copy_(value)
+        get_state(engine, parameter, key).copy_(value.view_as(parameter))
 
 
 def optimizer_steps(engine: Any) -> int:

@@ -200,6 +200,7 @@ def _run(task: Task, rank: int, workers: int) -> None:
         profile.stop()
     ahead.shutdown(cancel_futures=True)
     log.close()
+    dist.barrier()  # still on the guard: else who is done would wait without end for one that hangs from here
 
 
 def _agree(loss: Tensor, *wishes: bool) -> Any:

@@ -49,7 +49,7 @@ def bare(dataset: Path, keys: list[str]) -> float:
     model.set_stage(1)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, stage.lr, weight_decay=train.weight_decay)
+    optimizer = torch.optim.AdamW(trained, stage.lr, weight_decay=train.weight_decay, fused=True)
     sampler = Sampler(
         ClipStore(dataset), 1, seed=config.seed, batch_size=stage.batch_size, size=config.size,
         vae_scaling_factor=read_info(dataset)["vae_scaling_factor"], stick_width=train.stick_width, frames=train.frames,
@@ -86,11 +86,16 @@ def encoding(keys: list[str]) -> float:
     return statistics.median(seconds[1:]) * config.train.stage1.batch_size / config.train.stage1.micro_batch
 
 
-def trainer(dataset: Path, keys: list[str], workers: int, kill: bool = False) -> dict[str, float]:
-    """Medians of what a run of stage 1 recorded; kill: a worker is killed after the first checkpoint."""
+def trainer(
+    dataset: Path, keys: list[str], workers: int, kill: bool = False, cores: list[int] | None = None
+) -> dict[str, float]:
+    """Medians of what a run of stage 1 recorded; kill: a worker is killed after the first checkpoint; cores: those that
+    the run, with Ray's own processes, is held to."""
     with tempfile.TemporaryDirectory() as folder:
         training = Stage1(dataset, Path(folder), keys)
         driver = training.start(workers)
+        if cores:
+            driver.cpu_affinity(cores)  # and all that it will start
         while kill and driver.poll() is None:
             if (training.stage / "checkpoint_manager_snapshot.json").exists():
                 killed = time.time()
@@ -146,13 +151,14 @@ def main() -> None:
 
 def measure(dataset: Path, keys: list[str]) -> None:
     # Each in a process of its own, in turn, so that the machine's noise meets all.
-    plain, one, two = [], [], []
+    plain, one, one_core, two = [], [], [], []
     for _ in range(ROUNDS):
         command = [sys.executable, "-m", "tests.benchmarks.trainer", str(dataset), "--bare"]
         command += [*keys, "--train.workers=1"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         plain.append(float(said.split()[-1]))
         one.append(trainer(dataset, keys, 1))
+        one_core.append(trainer(dataset, keys, 1, cores=[0]))
         two.append(trainer(dataset, keys, 2))
     killed = trainer(dataset, keys, 2, kill=True)
 
@@ -163,7 +169,12 @@ def measure(dataset: Path, keys: list[str]) -> None:
     rows = [
         ("samples/s with one worker, over a bare PyTorch loop", statistics.median(plain) / step, ""),
         (
-            "samples/s of two workers on a core each, over one on one core",
+            "samples/s of a run with two workers on two cores, over one with one worker on one core",
+            median(one_core, "step_seconds") / median(two, "step_seconds"),
+            "Ray's own processes are on these cores too",
+        ),
+        (
+            "the same, over one with one worker that has the second core for Ray's own processes",
             step / median(two, "step_seconds"),
             "",
         ),

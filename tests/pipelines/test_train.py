@@ -346,14 +346,15 @@ def test_a_spike_is_told_from_the_mean_before_it_also_after_a_restart():
 
 
 def test_a_deepspeed_json_adds_and_contradictions_are_named(tmp_path):
-    config = load_config("--train.workers=2", f"--train.deepspeed={tmp_path / 'ds.json'}").train
+    keys = "--train.workers=2", "--train.zero_stage=2", f"--train.deepspeed={tmp_path / 'ds.json'}"
+    config = load_config(*keys).train
     given = {
         "train_batch_size": "auto", "gradient_clipping": 1.0, "communication_data_type": "fp32",
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
     }  # fmt: skip
     (tmp_path / "ds.json").write_text(json.dumps(given))
     merged = deepspeed_settings(config, config.stage1, 2, read_settings(config.deepspeed))
-    assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert merged["zero_optimization"].items() >= {"stage": 2, "reduce_bucket_size": 1000}.items()
     assert merged["train_batch_size"] == 16 and merged["communication_data_type"] == "fp32"
     given = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}, "fp16": {"enabled": True}}
     with pytest.raises(UserError) as error:
@@ -824,7 +825,9 @@ def test_again_leaves_what_is_finished_alone(calm, clips, capsys):
 def test_a_worker_killed_and_one_that_hangs_change_nothing(calm, tmp_path, bases, clips, ray_cluster, capfd):
     from pipelines.train.job import train
 
-    config, over = configured(bases, tmp_path, "--train.hang_seconds=30"), threading.Event()
+    # Pictures of every step take the time in which Ray Train comes to know of a checkpoint: else the end comes first.
+    slower = "--train.hang_seconds=30", "--train.stage1.picture_every=1"
+    config, over = configured(bases, tmp_path, *slower), threading.Event()
     blows = [signal.SIGKILL, signal.SIGSTOP]
     watcher = threading.Thread(target=strike, args=(tmp_path / "out" / "stage1", blows, over))
     watcher.start()
