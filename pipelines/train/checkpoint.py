@@ -12,6 +12,7 @@ checkpoint when every worker has uploaded its share: before that it isn't there,
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -28,10 +29,15 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+    _CheckpointManagerState,
+    _TrainingResultState,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipelines.storage import is_remote
 from pipelines.train.engine import (
     optimizer_steps,
     own_piece,
@@ -43,6 +49,7 @@ from pipelines.train.engine import (
 )
 
 STATE, MODEL = "state.json", "model"
+LIST = "checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints that it knows
 PREFIX = "step_"  # of a checkpoint's folder
 
 
@@ -111,7 +118,8 @@ def read(engine: Any, folder: Path) -> dict[str, Any]:
         pieces: dict[str, list[tuple[int, Any]]] = defaultdict(list)
         for path in folder.glob("trained-*.safetensors"):
             file = stack.enter_context(safe_open(path, "pt"))
-            for piece in file.keys():
+            names = file.keys()  # it is no mapping
+            for piece in names:
                 whole, start = piece.rsplit(":", 1)
                 pieces[whole].append((int(start), file))
         wanted = {f"{name}:{key}" for name, _ in trained(engine) for key in state_keys(engine)}
@@ -137,6 +145,8 @@ def sweep(run: str) -> None:
     run: path or URI of the run's folder in Ray Train's storage, where nobody is training now.
     """
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells at length that it found the run
+    if not is_remote(run):
+        _mend_list(Path(run))
     try:
         known = ray.train.Result.from_path(run)
     except RuntimeError:  # there is nothing yet
@@ -148,6 +158,53 @@ def sweep(run: str) -> None:
     for found in filesystem.get_file_info(pafs.FileSelector(folder)):
         if found.base_name.startswith(PREFIX) and found.base_name not in whole:
             filesystem.delete_dir(found.path)
+
+
+def _mend_list(run: Path) -> None:
+    """Ray Train writes its list of checkpoints in place, so that a full disk leaves it empty, and could never start
+    again. Then the list is made anew from the checkpoints that are whole, and the others are deleted."""
+    path = run / LIST
+    try:
+        json.loads(path.read_text())
+        return
+    except (FileNotFoundError, ValueError):
+        checkpoints = sorted(run.glob(f"{PREFIX}*"))
+    whole = [folder for folder in checkpoints if _is_whole(folder)]
+    for folder in set(checkpoints) - set(whole):
+        shutil.rmtree(folder)
+    path.unlink(missing_ok=True)
+    if not whole:
+        return
+    results = [
+        # What it was judged is not in it; the worst, if the best are kept.
+        _TrainingResultState(checkpoint_dir_name=folder.name, metrics={"validation_loss": math.inf})
+        for folder in whole
+    ]
+    state = _CheckpointManagerState(
+        checkpoint_results=results,
+        checkpoint_report_indices=list(range(len(results))),
+        latest_checkpoint_result=results[-1],
+        current_report_index=len(results),
+        pending_training_results=[],
+        pending_validation_specs=[],
+        validated_checkpoint_dir_names=[],
+        timed_out_validation_checkpoint_dir_names=[],
+        failed_validation_checkpoint_dir_names=[],
+    )
+    path.write_text(state.json())
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all workers' files are there to their ends; a stage's last, with the model, is rather made again."""
+    shares = list(folder.glob("trained-*.safetensors"))
+    try:
+        for path in shares:
+            with safe_open(path, "pt"):  # compares the file's length with its header
+                pass
+        last = json.loads((folder / STATE).read_text()).get("model")
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return not last and bool(shares) and len(shares) == int(shares[0].stem.rpartition("-")[2])
 
 
 class FrozenFingerprint:

@@ -147,7 +147,8 @@ def deepspeed_settings(
             f"train.deepspeed = {config.deepspeed} contradicts the configuration: {'; '.join(conflicts)}; "
             "change that, or leave these keys out of the JSON"
         )
-    if not config.gpus_per_worker:  # a buffer against fragmented GPU memory, through which all gradients are copied
+    if not config.gpus_per_worker:
+        # A buffer against the fragmentation of a GPU's memory, through which all gradients are copied.
         zero = merged["zero_optimization"]
         merged["zero_optimization"] = {"contiguous_gradients": zero["stage"] == 3} | zero
     quiet = {

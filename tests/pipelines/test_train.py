@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -488,11 +488,33 @@ def test_what_never_became_a_checkpoint_is_swept_away(tmp_path):
     for name in (*names, half, *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
-    sweep(str(tmp_path))  # which are whole isn't known: nothing is touched
-    assert {path.name for path in tmp_path.iterdir()} == {*names, half, *others}
     (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
     sweep(str(tmp_path))
     assert {path.name for path in tmp_path.glob("*/")} == {*names, *others}
+
+
+@pytest.mark.parametrize("left", [None, "", '{"ray_version": "2'])
+def test_a_list_of_checkpoints_that_a_full_disk_cut_off_is_made_anew(tmp_path, left):
+    import ray.train
+
+    def share(folder: str, rank: int, cut: int | None = None) -> None:
+        path = tmp_path / folder / f"trained-{rank:05d}-of-00002.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({"weight": torch.zeros(99)}, path)
+        os.truncate(path, cut or path.stat().st_size)
+        (path.parent / "state.json").write_text(json.dumps({"step": 3}))
+
+    for folder in ("step_000003_aa", "step_000006_bb", "step_000009_cc", "step_000012_dd"):
+        share(folder, 0)
+    for folder in ("step_000003_aa", "step_000006_bb"):
+        share(folder, 1)
+    share("step_000009_cc", 1, cut=200)
+    if left is not None:
+        (tmp_path / "checkpoint_manager_snapshot.json").write_text(left)
+    sweep(str(tmp_path))
+    assert {path.name for path in tmp_path.glob("*/")} == {"step_000003_aa", "step_000006_bb"}
+    known = ray.train.Result.from_path(str(tmp_path))
+    assert known.checkpoint.path.endswith("step_000006_bb") and len(known.best_checkpoints) == 2
 
 
 def test_the_average_is_that_of_the_weights():
