@@ -1,41 +1,26 @@
-"""Stage 2, decode: a source -> its clips in the canvas's scale, each a row, in a process that can be killed."""
+"""Stage 2, decode: a source -> its clips in the canvas's scale, each a row, in processes that can be killed."""
 
+import functools
 import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from pipelines import storage
+from pipelines.preprocess.rows import DECODED_SCHEMA
 
-# What flows from decode to the models: a clip, or, without frames, the end of a video: how many clips it has (it is
-# complete when so many have arrived), or the stage and the reason of its rejection.
-DECODED_SCHEMA = pa.schema(
-    [
-        ("video_id", pa.string()),
-        ("source", pa.string()),
-        ("num_clips", pa.int32()),
-        ("start", pa.int32()),
-        ("num_frames", pa.int32()),
-        ("fps", pa.float32()),
-        ("height", pa.int32()),  # of the frames, pixels
-        ("width", pa.int32()),
-        ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 in source pixels: what became the frames
-        ("frames", pa.large_binary()),  # uint8 RGB [num_frames, height, width, 3]
-        ("stage", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
 DECODER = Path(__file__).with_name("decoder.py")
 
 
@@ -44,6 +29,49 @@ DOWNLOAD_TRIES = 3  # a bucket's hiccup passes
 
 class DecodeError(Exception):
     """This video cannot be decoded; the message is the reason."""
+
+
+class _Decoder:
+    """decoder.py, waiting for videos. Its imports take several times as long as a short video, so it has them behind it."""
+
+    def __init__(self) -> None:
+        self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                # -P: the script's folder must not become a place to import from.
+                [sys.executable, "-P", str(DECODER)],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # numpy computes nothing there, and its threads would be in the way of forks.
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+                process_group=0,  # with what it forks
+            )
+
+    def begin(self, request: dict[str, Any]) -> BinaryIO:
+        """The messages about one video; to be read to their end, and `status` after them."""
+        reading, writing = os.pipe()
+        with suppress(ConnectionError):  # it has died; there are no messages then
+            socket.send_fds(self.requests, [json.dumps(request).encode()], [writing])
+        os.close(writing)
+        return open(reading, "rb")
+
+    def status(self) -> int:
+        """That the video's process ended with, as a `returncode`; that of a killed one if this one has died."""
+        with suppress(ConnectionError):
+            return int(self.requests.recv(16) or -signal.SIGKILL)
+        return -signal.SIGKILL
+
+    def end(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.requests.close()
+
+
+@functools.cache
+def _decoder() -> _Decoder:
+    """This process's; it ends with it."""
+    return _Decoder()
 
 
 def decode_clips(path: str, *, timeout: float, **settings: Any) -> Iterator[dict[str, Any]]:
@@ -56,33 +84,30 @@ def decode_clips(path: str, *, timeout: float, **settings: Any) -> Iterator[dict
     Raises:
         DecodeError: at any clip; those before it are not to be used.
     """
-    request = settings | {"path": path, "timeout": timeout}
-    # -P: the script's folder must not become a place to import from.
-    command = [sys.executable, "-P", str(DECODER), json.dumps(request)]
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as child:
-        try:
-            assert child.stdout is not None
-            while line := child.stdout.readline():
-                if not line.endswith(b"\n"):  # it died in the middle of the line
-                    break
+    decoder = _decoder()
+    status = error = None
+    try:
+        with decoder.begin(settings | {"path": path, "timeout": timeout}) as messages:
+            while (line := messages.readline()).endswith(b"\n"):  # else it died in the middle of it
                 message = json.loads(line)
+                frames = messages.read(message.pop("bytes"))
                 if "error" in message:
-                    raise DecodeError(message["error"])
-                frames = child.stdout.read(message.pop("bytes"))
-                if "num_clips" in message:
+                    error = message["error"]
+                elif "num_clips" in message:
                     yield message
-                    return
-                if len(frames) == message["num_frames"] * message["height"] * message["width"] * 3:
+                elif len(frames) == message["num_frames"] * message["height"] * message["width"] * 3:
                     yield message | {"frames": frames}
-        finally:
-            child.kill()
-    if child.returncode == -signal.SIGALRM:
-        raise DecodeError(f"the decoder gave no clip within {timeout:g} s")
-    if child.returncode == -signal.SIGKILL:
+        status = decoder.status()
+    finally:
+        if status in (None, -signal.SIGKILL):  # read by nobody any more; killed, perhaps with its parent
+            decoder.end()
+            _decoder.cache_clear()
+    if status == -signal.SIGKILL:
         raise _Killed("the decoder was killed, twice")
-    raise DecodeError(f"the decoder ended with status {child.returncode}")
+    if status == -signal.SIGALRM:
+        raise DecodeError(f"the decoder gave no clip within {timeout:g} s")
+    if error or status:
+        raise DecodeError(error or f"the decoder ended with status {status}")
 
 
 def decode(sources: pa.Table, **settings: Any) -> Iterator[pa.Table]:

@@ -1,33 +1,38 @@
-"""The child process that decodes one video; `decode.py` starts it and reads what it sends.
+"""The process that decodes: `decode.py` starts it, asks it for one video after another and reads what is sent.
 
 decord can wait without end, holding the GIL, for frames that a header claims and the file lacks; it can crash, and it
-keeps memory. So each video has a process of its own. Its time limit is a timer of the kernel with the signal's default
-action, which ends the process whatever the interpreter is doing, and also when the parent is gone.
+keeps memory. So each video has a process of its own, forked from this one, which has imported decord already. Its
+time limit is a timer of the kernel with the signal's default action, which ends the process whatever the interpreter is
+doing, and also when the parent is gone.
 
 decord also decodes ahead of its reader, up to the video's end if the reader is slow, as pose network and VAE are: a long
 video would fill the memory. PyAV, which does not, reads those.
 
-Sends messages on standard output: a line of JSON, then as many bytes as its "bytes" says.
+A request comes on the socket that is standard input: the arguments of `decode` as JSON, and where to send: messages of a
+line of JSON and then as many bytes as its "bytes" says. The answer, when all is sent, is the status that the video's
+process ended with.
 """
 
 import json
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 import decord
 import numpy as np
 from PIL import Image
 
+REQUEST_BYTES = 2**16  # at most: a path has 4096
 RAW_BYTES = 16 * 2**20  # of source pictures taken from decord at once
 AHEAD_BYTES = 512 * 2**20  # of a video's pictures that decord may hold
 GRID = 8  # pixels: the sides of what is sent are multiples, as the VAE takes them
 WIDEST = 3  # times as long as wide: what is more of a whole picture is left out, so that memory stays bounded
-CUT_SIZE = (64, 64)  # enough to see a cut
+CUT_SIZE = (32, 32)  # enough to see a cut
 MAX_REPAIRED = 0.01  # share of frames that decord may fill with their neighbours before it gives up
 
 
@@ -47,12 +52,16 @@ def frame_numbers(shown_at: np.ndarray, end: float, fps: float) -> list[int]:
     return (np.searchsorted(shown_at, times + late, side="right") - 1).tolist()
 
 
+def thumbnail(picture: np.ndarray) -> np.ndarray:
+    """Hue, saturation and brightness, int16 `CUT_SIZE` + [3], of an RGB picture."""
+    small = Image.fromarray(picture).resize(CUT_SIZE, Image.Resampling.BOX)
+    return np.asarray(small.convert("HSV"), np.int16)
+
+
 def is_cut(before: np.ndarray, after: np.ndarray, threshold: float) -> bool:
-    """Whether hue, saturation and brightness change by more than `threshold` (0 to 255) on average from one RGB picture to
+    """Whether hue, saturation and brightness change by more than `threshold` (0 to 255) on average from one thumbnail to
     the next, as PySceneDetect's content detector finds cuts."""
-    pictures = (Image.fromarray(picture).resize(CUT_SIZE).convert("HSV") for picture in (before, after))
-    a, b = (np.asarray(picture, np.int16) for picture in pictures)
-    change = np.abs(a - b)
+    change = np.abs(before - after)
     change[..., 0] = np.minimum(change[..., 0], 256 - change[..., 0])  # hue is an angle
     return float(change.mean()) > threshold
 
@@ -104,6 +113,7 @@ def decode(
         raise Unusable(f"too short: {len(numbers)} frames, fewer than {min_clip_frames}")
 
     clip: list[np.ndarray] = []
+    small: Any = None  # of the frame before
     start = clips = 0
     for i, picture in enumerate(_pictures(video, path, numbers)):
         height, width = picture.shape[:2]
@@ -111,7 +121,8 @@ def decode(
             size = sent_size(height, width, canvas, whole)
         crop = centred_box(height, width, size)
         frame = _resize(picture, crop, size)
-        if len(clip) == clip_frames or (clip and cut_threshold and is_cut(clip[-1], frame, cut_threshold)):
+        small, before = thumbnail(frame) if cut_threshold else None, small
+        if len(clip) == clip_frames or (clip and cut_threshold and is_cut(before, small, cut_threshold)):
             if len(clip) >= min_clip_frames:
                 clips += 1
                 signal.setitimer(signal.ITIMER_REAL, 0)  # the reader of clips may take its time
@@ -247,26 +258,39 @@ def _reason(error: BaseException) -> str:
     return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", lines[0]).strip()[:200]
 
 
-def main() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what ffmpeg prints must not get between the messages
-
+def send_clips(request: dict[str, Any], output: BinaryIO) -> None:
     def send(header: dict, payload: bytes | memoryview = b"") -> None:
         output.write(json.dumps(header | {"bytes": len(payload)}).encode() + b"\n")
         output.write(payload)
         output.flush()
 
     try:
-        for header, frames in decode(**json.loads(sys.argv[1])):
+        for header, frames in decode(**request):
             send(header, frames.data.cast("B"))
     except BrokenPipeError:
         pass
     except Exception as error:  # whatever decord makes of a file is a property of the file
         signal.setitimer(signal.ITIMER_REAL, 0)
         send({"error": str(error) if isinstance(error, Unusable) else _reason(error)})
-    os._exit(0)  # decord's destructors may wait too
+
+
+def main() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    requests = socket.socket(fileno=sys.stdin.fileno())
+    while True:
+        request, outputs, _, _ = socket.recv_fds(requests, REQUEST_BYTES, 1)
+        if not request:
+            return
+        with open(outputs[0], "wb") as output:
+            if (child := os.fork()) == 0:
+                try:
+                    send_clips(json.loads(request), output)
+                    os._exit(0)  # decord's destructors may wait too
+                finally:
+                    os._exit(1)
+        _, status = os.waitpid(child, 0)
+        requests.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 if __name__ == "__main__":

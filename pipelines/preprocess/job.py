@@ -28,6 +28,7 @@ from pipelines.dataset import DUPLICATE, INFO_FILE, SCHEMA_VERSION, read_info
 from pipelines.preprocess.decode import decode
 from pipelines.preprocess.models import PoseAndLatents, load_models, load_part_detectors
 from pipelines.preprocess.preview import contact_sheet
+from pipelines.preprocess.quarantine import Quarantine, count_attempts
 from pipelines.preprocess.shards import (
     Contents,
     ShardWriter,
@@ -198,10 +199,9 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
 def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, Any], None, None]:
     """The Ray Data pipeline: rows of ENCODED_SCHEMA, in no order, as they are ready.
 
-    A process or machine that dies is replaced and what it worked on is done again, by Ray, without a limit: a video at
-    which the models' process dies every time (no decoder's death is meant, which is its video's rejection) is tried without
-    end, and the job does not finish until it is taken out of the sources. Ray Data's limits are no help: its operators can
-    be fused only with the same options, and a task has none for an actor's retries; a block beyond its retries is dropped
+    A process or machine that dies is replaced and what it worked on is done again, by Ray, without a limit; a clip that
+    the models' process dies at every time is found by `Quarantine`. Ray Data's limits are no help: its operators can be
+    fused only with the same options, and a task has none for an actor's retries; a block beyond its retries is dropped
     without a word of which videos were in it.
     """
     connect()
@@ -218,6 +218,14 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
     # where there are not enough for all actors and one decoder, for without it none of them gets on.
     num_cpus = min(1.0, cpus / (actors + 1)) if num_gpus else min(1.0, cpus)
 
+    models = functools.partial(
+        PoseAndLatents,
+        bases=config.bases,
+        batch_frames=settings.batch_frames,
+        device="cuda" if num_gpus else "cpu",
+        hands=settings.hands,
+        face=settings.face,
+    )
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = BLOCK_BYTES
     context.enable_progress_bars = False
@@ -246,14 +254,8 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
                 num_cpus=num_cpus,
             )
             .map_batches(
-                PoseAndLatents,
-                fn_constructor_kwargs={
-                    "bases": config.bases,
-                    "batch_frames": settings.batch_frames,
-                    "device": "cuda" if num_gpus else "cpu",
-                    "hands": settings.hands,
-                    "face": settings.face,
-                },
+                Quarantine,
+                fn_constructor_args=(models, count_attempts()),
                 batch_size=1,  # a clip; the models take it in batches of frames
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(

@@ -14,32 +14,10 @@ from diffusers import AutoencoderKL
 from pipelines.config import BasesConfig
 from pipelines.preprocess.latents import encode_frames
 from pipelines.preprocess.pose import pack_people
+from pipelines.preprocess.rows import ENCODED_SCHEMA
 from tcan.pose import PoseDetector
 from tcan.pose.hands import FaceDetector, HandDetector
 from tcan.weights import load_part, load_pose_detector
-
-# What flows from the models to the shards: DECODED_SCHEMA with the frames replaced by what was made of them.
-ENCODED_SCHEMA = pa.schema(
-    [
-        ("video_id", pa.string()),
-        ("source", pa.string()),
-        ("num_clips", pa.int32()),
-        ("start", pa.int32()),
-        ("num_frames", pa.int32()),
-        ("fps", pa.float32()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("crop", pa.list_(pa.float32())),
-        ("people_per_frame", pa.list_(pa.int32())),
-        ("people", pa.large_binary()),  # float32 [sum, 18, 3]
-        ("hands", pa.large_binary()),  # float32 [sum, 2, 21, 3]; null where they are not asked for
-        ("faces", pa.large_binary()),  # float32 [sum, 70, 3]
-        ("latent_mean", pa.large_binary()),  # float16 [F, 4, h, w]
-        ("latent_logvar", pa.large_binary()),
-        ("stage", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
 
 
 def load_models(bases: BasesConfig, device: str) -> tuple[PoseDetector, AutoencoderKL]:

@@ -29,7 +29,7 @@ A_CLIP = 16 * 64 * 64 * 3  # bytes
 
 
 def decoder_at_work() -> psutil.Process:
-    """A process that decodes for this one's cluster and has sent a clip, once there is one."""
+    """A process that decodes a video for this one's cluster and has sent a clip, once there is one."""
     while True:
         for process in psutil.Process().children(recursive=True):
             try:
@@ -46,7 +46,8 @@ def kill_decoder(cluster: Cluster) -> None:
 
 def kill_actor(cluster: Cluster) -> None:
     """The process that reads from the decoder: without GPUs that is where the models are."""
-    actor = decoder_at_work().parent()
+    decoder = decoder_at_work().parent()
+    actor = decoder and decoder.parent()
     assert actor is not None and "MapWorker" in " ".join(actor.cmdline()), actor
     actor.kill()
 

@@ -32,10 +32,11 @@ from pipelines.config import Config, load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, read_info
 from pipelines.preprocess import decoder
 from pipelines.preprocess.crop import Square, square_around
-from pipelines.preprocess.decode import DECODED_SCHEMA, DecodeError, decode_clips
+from pipelines.preprocess.decode import DECODER, DecodeError, decode, decode_clips
 from pipelines.preprocess.job import plan, preprocess
-from pipelines.preprocess.models import ENCODED_SCHEMA, PoseAndLatents
+from pipelines.preprocess.models import PoseAndLatents
 from pipelines.preprocess.pose import pack_people, unpack_people
+from pipelines.preprocess.rows import DECODED_SCHEMA, ENCODED_SCHEMA
 from pipelines.preprocess.shards import Contents, ShardWriter, VideoAssembler, read_contents, writing
 from pipelines.preprocess.sources import Source, identify, list_sources
 from pipelines.puppets.world import Clip, sample_clip, write_clip
@@ -317,6 +318,39 @@ def test_a_reader_that_takes_its_time_is_not(tmp_path: Path) -> None:
     assert len(list(clips)) == 12 + 1  # the rest of 13, and how many they are
 
 
+def decoders() -> list[psutil.Process]:
+    """This process's, without those of its Ray; the first forks the others."""
+    found = []
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if str(DECODER) in process.cmdline():
+                found += [process, *process.children()]
+    return found
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_decoder_that_was_killed_is_started_again(tmp_path: Path, at_work: bool, which: int) -> None:
+    path = str(write_video(tmp_path / "a.mp4", 100, height=256, width=256))
+    settings = DECODE | {"canvas": 256}
+    sources = pa.table({"video_id": ["x"], "source": [path]})
+    truth = [clip.to_pylist() for clip in decode(sources, **settings)]
+    clips = decode(sources, **settings)
+    begun = [next(clips).to_pylist()] if at_work else []
+    assert len(decoders()) == 1 + at_work
+    decoders()[which].kill()
+    assert begun + [clip.to_pylist() for clip in clips] == truth
+
+
+def test_nothing_decodes_for_nobody(tmp_path: Path) -> None:
+    clips = decode_clips(str(write_video(tmp_path / "a.mp4", 100)), **DECODE)
+    next(clips)
+    working = decoders()
+    assert len(working) == 2
+    clips.close()
+    assert psutil.wait_procs(working, timeout=10)[1] == []
+
+
 @pytest.mark.slow
 def test_a_long_video_is_not_decoded_ahead_of_its_reader(tmp_path: Path) -> None:
     """660 MB of pictures, and a reader that takes its time."""
@@ -326,10 +360,9 @@ def test_a_long_video_is_not_decoded_ahead_of_its_reader(tmp_path: Path) -> None
     peak = 0
     for _ in decode_clips(str(path), **DECODE):
         time.sleep(1)
-        for child in psutil.Process().children():  # Ray's are there too
+        for process in decoders():
             with suppress(psutil.Error):
-                if str(path) in " ".join(child.cmdline()):
-                    peak = max(peak, child.memory_info().rss)
+                peak = max(peak, process.memory_info().rss)
     assert 0 < peak < 400 * 2**20
 
 
