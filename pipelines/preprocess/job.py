@@ -94,16 +94,14 @@ def preprocess(
         print(f"{out}: {len(sources)} sources, {done} of them done before", flush=True)
         settings = config.preprocess
         writer = ShardWriter(folder, identity, settings.shard_megabytes * 2**20, settings.commit_seconds)
-        for source, stage, reason in rejected:
-            writer.add_rejected(source, stage, reason)
-        writer.commit()
-        if not pending:
-            _check_not_empty(videos, read_contents(folder, identity))
         name = folder.rpartition("/")[2]
         with tracking.run("preprocess", name, config.tracking, dataclasses.asdict(config)) as run:
             if pending:
                 _process(pending, writer, config, run)
-                writer.commit()
+            # After the videos: a job that dies must not leave a duplicate of what it never took.
+            for source, stage, reason in rejected:
+                writer.add_rejected(source, stage, reason)
+            writer.commit()
             contents = read_contents(folder, identity)
             summary = _summary(contents, before, began)
             run.metrics({name: value for name, value in summary.items() if name != "reasons"})
@@ -156,7 +154,11 @@ def plan(sources: list[Source], done: Contents) -> tuple[list[Source], list[tupl
     A source is done when it is in the dataset with the content it has now. Of equal contents the first is used, by the
     order of paths, and one that is in the dataset already goes before all.
     """
-    first = {video_id: path for (path, video_id), _ in done.rejected.items() if video_id is not None}
+    first = {
+        video_id: path
+        for (path, video_id), (stage, _) in done.rejected.items()
+        if video_id is not None and stage != DUPLICATE
+    }
     first |= done.kept
     pending, rejected = [], []
     for source in sources:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import psutil
@@ -59,7 +59,8 @@ def kill_node(cluster: Cluster) -> None:
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         if raylet.pid in ancestors:
             for process in [*raylet.children(recursive=True), raylet]:
-                process.kill()
+                with suppress(psutil.NoSuchProcess):  # it ended with the one before
+                    process.kill()
             cluster.remove_node(node, allow_graceful=False)
             return
     raise RuntimeError("the decoder is on no node of this cluster")

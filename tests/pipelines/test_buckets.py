@@ -149,7 +149,7 @@ def test_a_bucket_of_videos_becomes_a_dataset_in_a_bucket(
         assert cli.main(["dataset", command, out]) == 0
     shown = capsys.readouterr().out
     assert (
-        f"{out}: whole: 4 files, 3 videos, 9 clips" in shown
+        f"{out}: whole: 3 files, 3 videos, 9 clips" in shown
         and "of 5 sources 1 rejected, 1 duplicates" in shown
     )
     preprocess(str(folder), str(tmp_path / "out"), config)

@@ -146,10 +146,20 @@ def test_an_unreadable_file_is_a_source_with_a_problem(tmp_path: Path) -> None:
 
 
 def test_what_is_done_depends_on_path_and_content() -> None:
-    done = Contents(kept={"1": "/a"}, rejected={("/bad", "2"): ("decode", ""), ("/gone", None): ("list", "")})
+    done = Contents(
+        kept={"1": "/a"},
+        rejected={
+            ("/bad", "2"): ("decode", ""),
+            ("/gone", None): ("list", ""),
+            ("/twin", "5"): ("duplicate", "/again"),
+        },
+    )
     sources = [
         Source("/a", "1"),  # done
+        Source("/again", "5"),  # its rejection was forgotten, that of its twin was not
+        Source("/twin", "5"),  # done
         Source("/bad", "2"),  # done
+        Source("/bad too", "2"),
         Source("/gone", problem="no such file"),  # done
         Source("/bad", "3"),  # another content now
         Source("/moved", "1"),
@@ -157,8 +167,13 @@ def test_what_is_done_depends_on_path_and_content() -> None:
         Source("/new too", "4"),
     ]
     pending, rejected = plan(sources, done)
-    assert [(source.path, source.video_id) for source in pending] == [("/bad", "3"), ("/new", "4")]
+    assert [(source.path, source.video_id) for source in pending] == [
+        ("/again", "5"),
+        ("/bad", "3"),
+        ("/new", "4"),
+    ]
     assert [(source.path, stage, reason) for source, stage, reason in rejected] == [
+        ("/bad too", "duplicate", "/bad"),
         ("/moved", "duplicate", "/a"),
         ("/new too", "duplicate", "/new"),
     ]
@@ -795,6 +810,8 @@ def driver(tmp_path: Path, bases_folder: Path) -> Iterator[subprocess.Popen]:
     """A job of its own process and Ray, which commits every video as soon as it is done."""
     for i in range(12):
         write_video(tmp_path / "videos" / f"{i}.mp4", 48, seed=20 + i)
+    # Of the last one, which is not done when the job dies.
+    shutil.copyfile(tmp_path / "videos" / "9.mp4", tmp_path / "videos" / "9 again.mp4")
     script = tmp_path / "driver.py"
     script.write_text(
         "import sys\nfrom pipelines.config import load_config\nfrom pipelines.preprocess.job import preprocess\n"
@@ -830,6 +847,7 @@ def test_a_killed_job_is_finished_by_the_next(
     assert {name: after[name] for name in survived} == survived
     assert not [name for name in after if ".partial" in name]
     assert 0 < summary["new_videos"] < 12 and summary["videos"] == clean["videos"] == 12
+    assert summary["duplicates"] == clean["duplicates"] == 1
     rows, truth = read_clips(out), read_clips(tmp_path / "clean")
     assert [row["clip_id"] for row in rows] == [row["clip_id"] for row in truth]
     assert len({row["clip_id"] for row in rows}) == 36
