@@ -46,6 +46,13 @@ from tcan.weights import fingerprint
 # flight small; a square clip of 64 frames is 3 MiB at 128 px and 48 MiB (a block of its own) at 512.
 BLOCK_BYTES = 16 * 2**20
 MAX_BLOCKS = 10_000  # a video a task, as long as that is not too much for Ray's bookkeeping
+# glibc is to keep what the networks free, whatever thread they run in. By default activations, megabytes each, go back to
+# the kernel and come again page after zeroed page, at every layer: a sixth of a clip's time on a CPU.
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
 LINE_SECONDS = 10  # between two lines of progress in a log
 
 
@@ -220,6 +227,7 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
     # where there are not enough for all actors and one decoder, for without it none of them gets on.
     num_cpus = min(1.0, cpus / (actors + 1)) if num_gpus else min(1.0, cpus)
 
+    environment = {"env_vars": ALLOCATOR}  # of both: what differs in it is not fused
     models = functools.partial(
         PoseAndLatents,
         bases=config.bases,
@@ -254,6 +262,7 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
                 batch_format="pyarrow",
                 compute=ray.data.TaskPoolStrategy(),
                 num_cpus=num_cpus,
+                runtime_env=environment,
             )
             .map_batches(
                 Quarantine,
@@ -265,6 +274,7 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
                 ),
                 num_cpus=num_cpus,
                 num_gpus=num_gpus,
+                runtime_env=environment,
             )
         )
         for block in clips.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):

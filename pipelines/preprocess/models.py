@@ -4,8 +4,6 @@ Fused, since both read the same frames: between two stages these would cross the
 would need a device of its own.
 """
 
-import ctypes
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -48,18 +46,6 @@ def load_part_detectors(
     return detectors
 
 
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
-
-def keep_freed_memory() -> None:
-    """Has this process's allocator keep what is freed. By default the networks' activations, megabytes each, go back to
-    the kernel and are asked for anew, page after zeroed page, at every layer: a sixth of a clip's time on a CPU."""
-    with suppress(AttributeError):  # another C library than glibc
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            ctypes.CDLL(None).mallopt(parameter, 2**30)
-
-
 class PoseAndLatents:
     """The actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA; ends of videos pass through."""
 
@@ -67,7 +53,6 @@ class PoseAndLatents:
         self, bases: BasesConfig, batch_frames: int, device: str, hands: bool = False, face: bool = False
     ) -> None:
         torch.set_num_threads(1)  # the CPU that Ray reserved; torch would take all of the machine's
-        keep_freed_memory()
         self.detector, self.vae = load_models(bases, device)
         self.parts = load_part_detectors(bases.pose, hands, face, device)
         self.batch_frames = batch_frames

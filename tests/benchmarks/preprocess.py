@@ -23,8 +23,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec, module_from_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import decord
 import numpy as np
@@ -34,7 +36,7 @@ import ray
 import torch
 
 from pipelines.config import BasesConfig, load_config
-from pipelines.preprocess.job import preprocess
+from pipelines.preprocess.job import ALLOCATOR, preprocess
 from pipelines.preprocess.models import PoseAndLatents, load_models
 from pipelines.preprocess.rows import DECODED_SCHEMA
 from pipelines.preprocess.sources import list_sources
@@ -149,7 +151,10 @@ def job(num_videos: int) -> list[Row]:
         times, peaks, alone = {}, {}, []
 
         def models() -> None:  # before and after the job, since a machine has faster and slower minutes
-            with ProcessPoolExecutor(cpus) as pool:
+            with (
+                patch.dict(os.environ, ALLOCATOR),  # as the job's
+                ProcessPoolExecutor(cpus, get_context("spawn")) as pool,
+            ):
                 alone.append(sum(pool.map(models_alone, [config.bases] * cpus, [MODEL_CLIPS] * cpus)))
 
         for source in (few, videos, hour):
