@@ -4,6 +4,7 @@ python -m tests.benchmarks.preprocess [VIDEOS]
 
 - OpenPose after its network, against controlnet_aux's own code on the same maps;
 - the whole job's frames/s over those of its models alone, fed from memory by as many processes as it has actors;
+- the same of a Ray Data pool of these models that reads no video and writes nothing: what Ray itself takes;
 - the whole job against the script a person would write: decord, controlnet_aux per frame, VAE per frame;
 - a second run on the finished dataset over the first run's time;
 - the whole job's peak of memory with a tenth of the videos, with all, and with an hour of 4K among the tenth.
@@ -109,17 +110,49 @@ def openpose(people: int, batch: int = 16, side: int = 512) -> Row:
     return what, statistics.median(ratios[1:]), "times as fast"
 
 
+class FedModels:
+    """The job's models; whatever they are given, they take the same clip from memory."""
+
+    def __init__(self, bases: BasesConfig) -> None:
+        self.models = PoseAndLatents(bases, 16, "cpu")
+        frames = np.stack(disc_frames(CLIP, SIZE, SIZE)).tobytes()
+        row = {
+            "video_id": "x",
+            "source": "x",
+            "start": 0,
+            "num_frames": CLIP,
+            "fps": 25.0,
+            "height": SIZE,
+            "width": SIZE,
+            "frames": frames,
+        }
+        self.clip = pa.Table.from_pylist([row], DECODED_SCHEMA)
+
+    def __call__(self, _: pa.Table | None = None) -> pa.Table:
+        return self.models(self.clip)
+
+
 def models_alone(bases: BasesConfig, clips: int) -> float:
     """Frames a second."""
-    models = PoseAndLatents(bases, 16, "cpu")
-    frames = np.stack(disc_frames(CLIP, SIZE, SIZE)).tobytes()
-    row = {"video_id": "x", "source": "x", "start": 0, "num_frames": CLIP, "fps": 25.0, "frames": frames}
-    clip = pa.Table.from_pylist([row | {"height": SIZE, "width": SIZE}], DECODED_SCHEMA)
-    models(clip)  # warms up
-    began = time.perf_counter()
-    for _ in range(clips):
-        models(clip)
-    return clips * CLIP / (time.perf_counter() - began)
+    models = FedModels(bases)
+    models()  # warms up
+    return clips * CLIP / seconds(lambda: [models() for _ in range(clips)])
+
+
+def models_in_ray_data(bases: BasesConfig, clips: int, actors: int) -> float:
+    """Frames a second, with the start, as the job's are."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    pool = ray.data.from_items(list(range(clips)), override_num_blocks=clips).map_batches(
+        FedModels,
+        fn_constructor_args=(bases,),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        runtime_env={"env_vars": ALLOCATOR},
+    )
+    return clips * CLIP / seconds(lambda: list(pool.iter_batches(batch_size=None, batch_format="pyarrow")))
 
 
 @torch.inference_mode()
@@ -149,6 +182,7 @@ def job(num_videos: int) -> list[Row]:
         )
         config = load_config("--preprocess.min_person_share=0", f"--tracking.folder={folder}/mlflow")
         times, peaks, alone = {}, {}, []
+        cluster = {"num_cpus": cpus, "num_gpus": 0, "include_dashboard": False, "log_to_driver": False}
 
         def models() -> None:  # before and after the job, since a machine has faster and slower minutes
             with (
@@ -160,7 +194,7 @@ def job(num_videos: int) -> list[Row]:
         for source in (few, videos, hour):
             if source == videos:
                 models()
-            ray.init(address="local", num_cpus=cpus, num_gpus=0, include_dashboard=False, log_to_driver=False)
+            ray.init(address="local", **cluster)
             began = time.perf_counter()
             peaks[source] = peak_memory(lambda: preprocess(source, f"{source}-out", config))  # noqa: B023
             times[source] = time.perf_counter() - began
@@ -169,6 +203,9 @@ def job(num_videos: int) -> list[Row]:
             ray.shutdown()
             if source == videos:
                 models()
+                ray.init(address="local", **cluster)
+                in_ray_data = models_in_ray_data(config.bases, num_videos, cpus)
+                ray.shutdown()
         rate = num_videos * FRAMES / times[videos]
         some = list_sources(videos)[: max(1, num_videos // 50)]
         by_hand = len(some) * FRAMES / seconds(lambda: script(some, config.bases))
@@ -177,6 +214,11 @@ def job(num_videos: int) -> list[Row]:
             "the job's frames/s over those of its models alone",
             rate / max(alone),
             f"{num_videos} videos, {cpus} CPUs; the models' faster run of two, the slower being {min(alone) / max(alone):.2f} of it",
+        ),
+        (
+            "a Ray Data pool of the models that reads and writes nothing over the models alone",
+            in_ray_data / max(alone),
+            f"{num_videos} clips; of its frames/s the job has {rate / in_ray_data:.2f}",
         ),
         (
             "the job against a loop of decord, controlnet_aux and VAE per frame",
