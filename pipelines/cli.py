@@ -196,12 +196,18 @@ def _preprocess(arguments: Any, config: Any) -> None:
 def _dataset(arguments: Any, config: Any) -> None:
     from pipelines.preprocess import inspect
 
-    if arguments.action == "info":
-        inspect.print_info(arguments.dataset)
-    elif arguments.action == "verify":
-        inspect.verify(arguments.dataset)
-    else:
-        inspect.preview(arguments.dataset, arguments.out, config)
+    try:
+        if arguments.action == "info":
+            inspect.print_info(arguments.dataset)
+        elif arguments.action == "rejected":
+            inspect.print_rejected(arguments.dataset)
+        elif arguments.action == "verify":
+            inspect.verify(arguments.dataset)
+        else:
+            inspect.preview(arguments.dataset, arguments.out, config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads our lines has enough of them, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(arguments: Any, config: Any) -> None:
@@ -324,8 +330,8 @@ COMMANDS = {
         "Look into a clip dataset: its counts, whether every file is whole, a picture of random clips.",
         {
             "action": {
-                "type": Literal["info", "verify", "preview"],
-                "help": "info: counts and settings; verify: read and check all of it; preview: draw clips (--seed: which).",
+                "type": Literal["info", "rejected", "verify", "preview"],
+                "help": "info: counts and settings; rejected: the sources that gave no clips, with the reasons; verify: read and check all of it; preview: draw clips (--seed: which).",
             },
             "dataset": _path("Folder that `tcan preprocess` made."),
             "--out": _path("The picture that preview writes.", default="preview.png"),

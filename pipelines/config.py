@@ -675,9 +675,7 @@ def _one_line(
         if not key.startswith("--"):
             return f"unexpected argument: {unknown[1]}; {parser.prog} --help lists what it takes"
         sections = {name.split(".")[0] for name in _all_keys(Config) if "." in name}
-        return (
-            f"no such key: {key}{_nearest(key.removeprefix('--'), [o for o in options if o not in sections])}"
-        )
+        return f"no such key: {key}{_nearest(key, [f'--{o}' for o in options if o not in sections])}"
     if missing := re.match(r"the following arguments are required: (.+)", message):
         names = [f"--{name}" if name in options else name.upper() for name in missing[1].split(", ")]
         return f"missing: {', '.join(names)}; {parser.prog} --help explains"

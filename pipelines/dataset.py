@@ -107,7 +107,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file}: cannot be read ({storage.one_line(error)}); make the dataset again"
+            f"{file}: cannot be read ({storage.one_line(error)}); the same tcan preprocess writes it anew"
         ) from None
     if info.get("schema_version") != SCHEMA_VERSION:
         raise UserError(

@@ -21,12 +21,10 @@ import pyarrow.parquet as pq
 from tcan.errors import UserError
 
 SCHEMES = ("s3://", "gs://")
-# What the person who started the job can mend: the disk is full, over quota, read-only or not theirs.
-MENDABLE = {
+# What the person who started the job can mend: the disk is full or over quota, read-only or not theirs.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MENDABLE = FULL | {
     errno.ENOENT,  # of a path in a place like /proc, where nothing can be made
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
@@ -216,8 +214,9 @@ def mendable(name: str | Path) -> Iterator[None]:
         if not is_remote(name) and error.errno not in MENDABLE:
             raise
         reason = os.strerror(error.errno).lower() if error.errno in MENDABLE else one_line(error)
+        room = "make room there or " if error.errno in FULL else ""
         raise UserError(
-            f"{name}: cannot be written: {reason}; make room there or give another OUT, and run again"
+            f"{name}: cannot be written: {reason}; {room}give another OUT, and run again"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""`tcan dataset info|verify|preview DATASET`: what a clip dataset holds, whether it is whole, and how it looks."""
+"""`tcan dataset info|rejected|verify|preview DATASET`: what a clip dataset holds, whether it is whole, and how it looks."""
 
 import itertools
 import json
@@ -61,6 +61,18 @@ def print_info(dataset: str) -> None:
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
 
 
+def print_rejected(dataset: str) -> None:
+    """A line for each source that gave no clips: where it lies, the stage and the reason, with tabs between them.
+
+    Raises:
+        UserError: no whole dataset there.
+    """
+    info, folder = _whole(dataset)
+    rejected = read_contents(folder, info["identity"]).rejected
+    for (source, _), (stage, reason) in sorted(rejected.items(), key=lambda item: item[0][0]):
+        print(source, stage, reason, sep="\t")
+
+
 def _whole(dataset: str) -> tuple[dict[str, Any], str]:
     """What dataset.json says, and the dataset's folder.
 
@@ -103,6 +115,7 @@ def verify(dataset: str) -> None:
             with storage.open_parquet(f"{folder}/{name}") as file:
                 problems += [f"{name}: {problem}" for problem in _file_problems(file, name, info, videos)]
     problems += _video_problems(videos)
+    damaged = bool(problems)
     counts = {
         "videos": len(videos),
         "clips": sum(map(len, videos.values())),
@@ -111,14 +124,14 @@ def verify(dataset: str) -> None:
     problems += [
         f"dataset.json: says {info['counts'][key]} {key}, the files hold {value}"
         for key, value in counts.items()
-        if info["counts"][key] != value
+        if info["counts"][key] != value and not damaged  # else it would only follow
     ]
     for problem in problems[:SHOWN]:
         print(problem)
     if problems:
         raise UserError(
-            f"{dataset}: {len(problems)} faults, the first: {problems[0]}; delete the files with faults and run the same "
-            "tcan preprocess again"
+            f"{dataset}: not whole ({len(problems)} found), the first: {problems[0]}; delete the files named, where they are "
+            "still there, and run the same tcan preprocess again"
         )
     print(f"{dataset}: whole: {len(names)} files, {counts['videos']} videos, {counts['clips']} clips")
 

@@ -99,12 +99,19 @@ def preprocess(
             return _summary(before, before, began)
         done = len(sources) - len(pending) - len(rejected)
         print(f"{out}: {len(sources)} sources, {done} of them done before", flush=True)
+        taken = set(before.kept.values())
+        if changed := sum(source.path in taken for source in pending):
+            print(f"{out}: {changed} of them changed since then; their former clips stay too", flush=True)
         settings = config.preprocess
         writer = ShardWriter(folder, identity, settings.shard_megabytes * 2**20, settings.commit_seconds)
         name = folder.rpartition("/")[2]
         with tracking.run("preprocess", name, config.tracking, dataclasses.asdict(config)) as run:
             if pending:
-                _process(pending, writer, config, run)
+                try:
+                    _process(pending, writer, config, run)
+                except KeyboardInterrupt:
+                    print(f"{out}: stopped; the same command goes on", flush=True)
+                    raise
             # After the videos: a job that dies must not leave a duplicate of what it never took.
             for source, stage, reason in rejected:
                 writer.add_rejected(source, stage, reason)
@@ -372,8 +379,8 @@ def _info(
 def _print(out: str, summary: dict[str, Any]) -> None:
     print(
         f"{out}: {summary['videos']} videos in {summary['clips']} clips ({summary['frames']} frames), "
-        f"of {summary['sources']} sources {summary['rejected']} rejected, {summary['duplicates']} duplicates; this run: {summary['new_videos']} videos, "
-        f"{summary['new_frames']} frames in {summary['seconds']:.0f} s"
+        f"of {summary['sources']} sources so far {summary['rejected']} rejected, {summary['duplicates']} duplicates; "
+        f"this run: {summary['new_videos']} videos, {summary['new_frames']} frames in {summary['seconds']:.0f} s"
     )
     width = max(map(len, summary["reasons"]), default=0)
     for reason, count in summary["reasons"].items():

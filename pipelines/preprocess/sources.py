@@ -26,7 +26,7 @@ class Source:
     """A file: where it lies, and the id of its content or the reason why it could not be read."""
 
     path: str
-    """Absolute, or a URI."""
+    """Absolute, or a URI; bytes that are not UTF-8 written as escapes."""
     video_id: str | None = None
     version: str | None = None
     """{bytes}-{modification time in ns}."""
@@ -99,6 +99,10 @@ def identify(paths: list[str], known: Mapping[tuple[str, str], str]) -> list[Sou
 
 
 def _identify(path: str, known: Mapping[tuple[str, str], str]) -> Source:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # neither Arrow nor Parquet take such a name
+        return Source(os.fsencode(path).decode(errors="backslashreplace"), problem="its name is not UTF-8")
     try:
         filesystem, place = storage.locate(path)
         # A pipe or a device would be waited for without end.

@@ -141,7 +141,7 @@ def test_bad_configuration_file(
     ("arguments", "message"),
     [
         ("trian x", "no such command: trian; did you mean train?"),
-        ("train d --out o --train.wrokers 2", "no such key: --train.wrokers; did you mean train.workers?"),
+        ("train d --out o --train.wrokers 2", "no such key: --train.wrokers; did you mean --train.workers?"),
         ("train d --out o --train.workers=many", "train.workers: expected int, got many"),
         ("train d --out o --stage 3", "stage: expected Literal['1', '2', 'all'], got 3"),
         ("train d", "missing: --out; tcan train --help explains"),

@@ -1,8 +1,11 @@
-"""`tcan dataset info|verify|preview`: a whole dataset is found whole, and whatever is changed in it is found."""
+"""`tcan dataset info|rejected|verify|preview`: a whole dataset is found whole, and whatever is changed in it is found."""
 
 import io
 import json
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +140,24 @@ def test_a_whole_dataset_is_found_whole(tmp_path: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "2 videos (1 train, 1 validation) in 6 clips, 18 frames, 0.0 minutes" in shown
     assert "of 3 sources 1 rejected, 0 duplicates; 2 files" in shown and "1  decode: broken" in shown
+    assert cli.main(["dataset", "rejected", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"/{IDS[2]}\tdecode\tbroken\n"
+
+
+def test_lines_that_nobody_reads_are_no_error(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    command = shlex.join([sys.executable, "-m", "pipelines.cli", "dataset", "info", str(tmp_path)])
+    ended = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_one_damaged_file_is_one_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    the_file(write_dataset(tmp_path)).unlink()
+    assert cli.main(["dataset", "verify", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("clips/clips-") and line.endswith(": missing")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
