@@ -1,4 +1,4 @@
-"""A picture, a driving video or its poses, a model folder -> the animated video.
+"""A image, a driving video or its poses, a model folder -> the animated video.
 
 tcan animate --image hero.png --driving dance.mp4 --model run/model --out hero-dances.mp4
 tcan animate --image hero.png --poses dance.json --model run/model --out hero-dances.gif
@@ -19,7 +19,7 @@ from tcan.pipeline import TCANPipeline
 from tcan.pose import follow_main_person, one_body, read_poses
 from tcan.pose.skeleton import NECK, NOSE
 from tcan.schedule import sampler
-from tcan.video import VideoFrames, check_target, fit_picture, is_picture, read_picture, write_video
+from tcan.video import VideoFrames, check_target, fit_image, is_image, read_image, write_video
 from tcan.weights import read_model_info
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +36,7 @@ class Animation:
     poses: Path | None = None
     """Takes the place of the poses found in `driving`; any form that `tcan.pose.read_poses` reads."""
     character: Path | None = None
-    """The same for the picture."""
+    """The same for the image."""
     fps: float | None = None
     """Frames a second; None: the driving video's, or as the file of poses says."""
     audio: bool = False
@@ -47,24 +47,24 @@ class Animation:
 class Inputs:
     """The files of an animation, opened and found good as far as that is known without a model."""
 
-    picture: np.ndarray  # uint8 [H, W, 3]
+    image: np.ndarray  # uint8 [H, W, 3]
     fps: float
     video: VideoFrames | None
     poses: np.ndarray | None  # the driver's, given by hand: [F, 18, 3]
     size: (
         tuple[int, int] | None
     )  # height and width that the driver's poses are in pixels of, where they are known
-    character: np.ndarray | None  # given by hand: [18, 3] in pixels of the picture
+    character: np.ndarray | None  # given by hand: [18, 3] in pixels of the image
 
 
 def animate(animation: Animation, model: Path, config: Config) -> None:
-    """Writes the picture's person with the motion of the driving video's main person, at its frame rate.
+    """Writes the image's person with the motion of the driving video's main person, at its frame rate.
 
     Memory holds a few frames, and of the whole video what `TCANPipeline` says.
 
     Raises:
         UserError: a file that is missing, damaged, of another kind, or without a person; files that don't go together;
-            a model folder that isn't whole or doesn't fit its bases; a target that can't be written.
+            a model folder that isn't whole or doesn't fit its pretrained; a target that can't be written.
     """
     inputs = read_inputs(animation, config)
     count = make(load_pipeline(model, config), animation, inputs, config)
@@ -86,9 +86,9 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
         raise UserError("--character is for fitting the poses to it; leave it out, or animate.retarget on")
     if animation.fps is not None and not animation.fps > 0:
         raise UserError(f"--fps {animation.fps:g}: must be more than 0 frames a second")
-    picture = read_picture(animation.image)
-    if animation.driving is not None and is_picture(animation.driving):
-        raise UserError(f"{animation.driving}: is a picture; give a video that moves it with --driving")
+    image = read_image(animation.image)
+    if animation.driving is not None and is_image(animation.driving):
+        raise UserError(f"{animation.driving}: is a image; give a video that moves it with --driving")
     video = None if animation.driving is None else VideoFrames(animation.driving)
     size = None if video is None else (video.height, video.width)
     poses, fps = None, animation.fps or (video and video.fps)
@@ -112,18 +112,18 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
         )
     if size is None and not config.animate.retarget:
         raise UserError(
-            f"{animation.poses}: doesn't say of which height and width its picture is, which poses that aren't "
+            f"{animation.poses}: doesn't say of which height and width its image is, which poses that aren't "
             "retargeted need; add both to the file, or give the video with --driving"
         )
-    return Inputs(picture, fps, video, poses, size, _given_character(animation.character, picture))
+    return Inputs(image, fps, video, poses, size, _given_character(animation.character, image))
 
 
-def _given_character(path: Path | None, picture: np.ndarray) -> np.ndarray | None:
-    """The body of the file's first frame `[18, 3]`, in pixels of the picture."""
+def _given_character(path: Path | None, image: np.ndarray) -> np.ndarray | None:
+    """The body of the file's first frame `[18, 3]`, in pixels of the image."""
     if path is None:
         return None
     file = read_poses(path)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     character = follow_main_person(file.people[:1], height, width)[0]
     if file.height and file.width:  # drawn by hand on a larger or smaller copy
         character[:, :2] *= width / file.width, height / file.height
@@ -133,7 +133,7 @@ def _given_character(path: Path | None, picture: np.ndarray) -> np.ndarray | Non
 def _checked_character(character: np.ndarray, path: Path) -> np.ndarray:
     if not (character[[NECK, NOSE], 2] > 0).all():
         raise UserError(
-            f"{path}: no person found with neck and nose in sight; give a picture that shows one from the front, or "
+            f"{path}: no person found with neck and nose in sight; give a image that shows one from the front, or "
             "keypoints with --character"
         )
     return character
@@ -145,7 +145,7 @@ def make(pipe: TCANPipeline, animation: Animation, inputs: Inputs, config: Confi
     Raises:
         UserError: as `animate`.
     """
-    picture, poses, settings = inputs.picture, inputs.poses, config.animate
+    image, poses, settings = inputs.image, inputs.poses, config.animate
     height, width = settings.height or pipe.height, settings.width or pipe.width
     if poses is None:
         assert inputs.video is not None
@@ -153,13 +153,13 @@ def make(pipe: TCANPipeline, animation: Animation, inputs: Inputs, config: Confi
     character = inputs.character
     if not settings.retarget:
         assert inputs.size is not None
-        poses = pipe.place_poses(poses, *inputs.size, height, width)
+        poses = pipe.scale_poses(poses, *inputs.size, height, width)
     elif character is None:
-        character = pipe.detect_poses([picture], str(animation.image))[0]
+        character = pipe.detect_poses([image], str(animation.image))[0]
         character = _checked_character(character, animation.image)
     make_folder(animation.out.parent)
     latents, poses = pipe(
-        picture,
+        image,
         poses,
         character=character,
         retarget=settings.retarget,
@@ -175,19 +175,19 @@ def make(pipe: TCANPipeline, animation: Animation, inputs: Inputs, config: Confi
     )
     if animation.side_by_side:
         drawn = (pipe.draw(pose[None], height, width)[0] for pose in poses)
-        result = beside(fit_picture(picture, height, width), drawn, result)
+        result = beside(fit_image(image, height, width), drawn, result)
     write_video(result, animation.out, inputs.fps, animation.driving if animation.audio else None)
     return len(poses)
 
 
 def load_pipeline(model: Path, config: Config) -> TCANPipeline:
-    """The model folder as `config.animate` wants it loaded: bases, precision, device."""
+    """The model folder as `config.animate` wants it loaded: pretrained, precision, device."""
     device = find_device(config)
-    bases = dataclasses.asdict(config.bases)
-    if config.animate.bases == "model":
-        bases = {} if "pose" in read_model_info(model)["bases"] else {"pose": bases["pose"]}
+    pretrained = dataclasses.asdict(config.pretrained)
+    if config.animate.pretrained == "model":
+        pretrained = {} if "pose" in read_model_info(model)["pretrained"] else {"pose": pretrained["pose"]}
     pipe = TCANPipeline.from_pretrained(
-        model, torch_dtype=PRECISIONS[config.animate.precision], device=device, **bases
+        model, torch_dtype=PRECISIONS[config.animate.precision], device=device, **pretrained
     )
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: only where a terminal shows it

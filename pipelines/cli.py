@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if message := _mendable(error):
+        if message := user_message(error):
             if "pipelines.cluster" in sys.modules:  # then Ray is there already
                 from pipelines.cluster import disconnect
 
@@ -124,7 +124,7 @@ def _help() -> str:
     return "\n".join([usage, "", *lines, "", more])
 
 
-def _mendable(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """The one line for an error that the user can mend, None for a bug.
 
     An error of a worker arrives wrapped: Ray keeps the original in `cause`, Ray Train in `worker_failures` or
@@ -194,17 +194,17 @@ def _preprocess(arguments: Any, config: Any) -> None:
 
 
 def _dataset(arguments: Any, config: Any) -> None:
-    from pipelines.preprocess import inspect
+    from pipelines.preprocess import dataset_commands
 
     try:
         if arguments.action == "info":
-            inspect.print_info(arguments.dataset)
+            dataset_commands.print_info(arguments.dataset)
         elif arguments.action == "rejected":
-            inspect.print_rejected(arguments.dataset)
+            dataset_commands.print_rejected(arguments.dataset)
         elif arguments.action == "verify":
-            inspect.verify(arguments.dataset)
+            dataset_commands.verify(arguments.dataset)
         else:
-            inspect.preview(arguments.dataset, arguments.out, config)
+            dataset_commands.preview(arguments.dataset, arguments.out, config)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads our lines has enough of them, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -222,8 +222,8 @@ def _animate(arguments: Any, config: Any) -> None:
     options = {"audio": arguments.audio, "side_by_side": arguments.side_by_side}
     if arguments.pairs is not None:
         if given:
-            raise UserError(f"--pairs names pictures, videos and results: leave out --{', --'.join(given)}")
-        from pipelines.pairs import animate_pairs
+            raise UserError(f"--pairs names images, videos and results: leave out --{', --'.join(given)}")
+        from pipelines.animate_pairs import animate_pairs
         from pipelines.tracking import local_model
 
         model = local_model(arguments.model, config.tracking)
@@ -257,7 +257,7 @@ def _evaluate(arguments: Any, config: Any) -> None:
 def _export(arguments: Any, config: Any) -> None:
     from tcan.weights import export_model
 
-    export_model(arguments.model, arguments.out, pose=config.bases.pose)
+    export_model(arguments.model, arguments.out, pose=config.pretrained.pose)
     print(f"{arguments.out}: the model and all it needs", flush=True)
 
 
@@ -323,24 +323,24 @@ COMMANDS = {
             },
         },
         _preprocess,
-        ("bases", "preprocess", "tracking"),
+        ("pretrained", "preprocess", "tracking"),
         submittable=True,
     ),
     "dataset": Command(
-        "Look into a clip dataset: its counts, whether every file is whole, a picture of random clips.",
+        "Look into a clip dataset: its counts, whether every file is whole, a image of random clips.",
         {
             "action": {
                 "type": Literal["info", "rejected", "verify", "preview"],
                 "help": "info: counts and settings; rejected: the sources that gave no clips, with the reasons; verify: read and check all of it; preview: draw clips (--seed: which).",
             },
             "dataset": _path("Folder that `tcan preprocess` made."),
-            "--out": _path("The picture that preview writes.", default="preview.png"),
+            "--out": _path("The image that preview writes.", default="preview.png"),
         },
         _dataset,
-        ("bases", "train"),
+        ("pretrained", "train"),
     ),
     "train": Command(
-        "Train TCAN on a clip dataset: stage 1 (pictures), then stage 2 (motion).",
+        "Train TCAN on a clip dataset: stage 1 (images), then stage 2 (motion).",
         {
             "dataset": _path("Folder that `tcan preprocess` made."),
             "--out": _required_path(
@@ -356,25 +356,25 @@ COMMANDS = {
             ),
         },
         _train,
-        ("bases", "train", "tracking"),
+        ("pretrained", "train", "tracking"),
         submittable=True,
     ),
     "animate": Command(
-        "Animate the person in a picture with the motion of a video.",
+        "Animate the person in a image with the motion of a video.",
         {
-            "--image": _path("Picture of the person."),
+            "--image": _path("Image of the person."),
             "--driving": _path("Video whose motion to take."),
             "--poses": _path(
                 "Poses to take instead of those found in the video: a file of `tcan pose`, corrected or made by hand, or "
                 "a folder of OpenPose's files."
             ),
-            "--character": _path("The picture's keypoints, such a file too; without it they are found."),
+            "--character": _path("The image's keypoints, such a file too; without it they are found."),
             "--pairs": _path(
-                "Instead of one picture: a .csv or .parquet with the columns picture, driving and out, whose missing "
+                "Instead of one image: a .csv or .parquet with the columns image, driving and out, whose missing "
                 "results are made over the Ray cluster."
             ),
             "--model": MODEL,
-            "--out": _path("What to write: .mp4, .webm, .gif, or without a suffix a folder of PNG pictures."),
+            "--out": _path("What to write: .mp4, .webm, .gif, or without a suffix a folder of PNG images."),
             "--fps": {
                 "type": float,
                 "help": "Frames a second; without it those of the video, or what the file of poses says.",
@@ -382,30 +382,30 @@ COMMANDS = {
             "--audio": {"action": "store_true", "help": "Copy the driving video's sound."},
             "--side_by_side": {
                 "action": "store_true",
-                "help": "Write picture, driving pose and result beside each other.",
+                "help": "Write image, driving pose and result beside each other.",
             },
         },
         _animate,
-        ("bases", "animate", "tracking"),
+        ("pretrained", "animate", "tracking"),
     ),
     "pose": Command(
-        "Find the poses of a video or picture, and write them to a file that can be corrected by hand.",
+        "Find the poses of a video or image, and write them to a file that can be corrected by hand.",
         {
-            "source": _path("Video or picture."),
+            "source": _path("Video or image."),
             "--out": _required_path("The .json to write; a preview is written beside it."),
         },
         _pose,
-        ("bases", "animate"),
+        ("pretrained", "animate"),
     ),
     "evaluate": Command(
         "Measure a model on held-out videos: each one's first frame animated by its own motion.",
         {
             "videos": _path("Folder of held-out videos."),
             "--model": MODEL,
-            "--out": _required_path("Folder of the measures and the videos made."),
+            "--out": _required_path("Folder of the metrics and the videos made."),
         },
         _evaluate,
-        ("bases", "animate", "evaluate", "tracking"),
+        ("pretrained", "animate", "evaluate", "tracking"),
     ),
     "export": Command(
         "Write a model and all it was trained on into one folder that needs nothing else.",
@@ -414,7 +414,7 @@ COMMANDS = {
             "--out": _required_path("The folder to write; `tcan animate --model` takes it."),
         },
         _export,
-        ("bases",),
+        ("pretrained",),
     ),
     "weights": Command(
         "Say what files and folders of weights are, and whether they fit.",
@@ -429,7 +429,7 @@ COMMANDS = {
         "Run all of it on rendered puppets, from videos to animated videos.",
         {"--out": _path("Folder of all it makes; run again, it goes on from there.", default="demo")},
         _demo,
-        ("bases", "preprocess", "train", "animate", "evaluate", "tracking"),
+        ("pretrained", "preprocess", "train", "animate", "evaluate", "tracking"),
     ),
     "memory": Command(
         "Say how much of a GPU's memory training takes.",
@@ -442,7 +442,7 @@ COMMANDS = {
             },
         },
         _memory,
-        ("bases", "train"),
+        ("pretrained", "train"),
     ),
     "ui": Command(
         "Open the page of the recorded runs (MLflow).",

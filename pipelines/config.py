@@ -24,11 +24,11 @@ from tcan.errors import UserError
 PRESETS = {name: Path(__file__).parent / "configs" / f"{name}.yaml" for name in ("mini", "sd15")}
 
 
-# --- bases -----------------------------------------------------------------------------------------------------------
+# --- pretrained -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class BasesConfig:
+class PretrainedConfig:
     """Where the frozen, pretrained networks come from.
 
     Each is one of: mini (the weights in this package); a single file that holds it in its original layout, such as an
@@ -71,7 +71,7 @@ class PreprocessConfig:
 
     crop: Literal["person", "centre"] = "person"
     """The square of a video that becomes its clips, one for all of them: around the main person, so that someone at the
-    side of a wide picture is whole in it; or the centre. With person, the models see the whole pictures: of 16:9, 1.8
+    side of a wide image is whole in it; or the centre. With person, the models see the whole images: of 16:9, 1.8
     times the work of their squares; of square videos nothing changes."""
 
     clip_frames: int = 64
@@ -83,7 +83,7 @@ class PreprocessConfig:
     fps: float | None = None
     """Frames a second to resample to; unset: each video's own."""
 
-    min_person_share: float = 0.8
+    min_person_fraction: float = 0.8
     """A video in which fewer of the frames (0 to 1) show a person is rejected."""
 
     min_person_height: float = 0.0
@@ -99,7 +99,7 @@ class PreprocessConfig:
     """Mean change of colour (0 to 255) from one frame to the next that is a cut between scenes: a clip ends there; 0:
     cuts are not looked for."""
 
-    validation_share: float = 0.1
+    validation_fraction: float = 0.1
     """Share of the videos (0 to 1) kept for validation, drawn by their content: stable when videos are added."""
 
     batch_frames: int = 16
@@ -147,7 +147,7 @@ class PreprocessConfig:
         for name in ("cut_threshold", "min_seconds", "commit_seconds"):
             if getattr(self, name) < 0:
                 raise UserError(f"preprocess.{name} = {getattr(self, name)}: must not be below 0")
-        for name in ("min_person_share", "min_person_height", "validation_share"):
+        for name in ("min_person_fraction", "min_person_height", "validation_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"preprocess.{name} = {getattr(self, name)}: must be from 0 to 1")
 
@@ -163,7 +163,7 @@ class StageConfig:
     """Optimizer steps of the whole stage."""
 
     batch_size: int
-    """Pictures (stage 1) or clips (stage 2) of one optimizer step, over all workers and accumulation together."""
+    """Images (stage 1) or clips (stage 2) of one optimizer step, over all workers and accumulation together."""
 
     micro_batch: int
     """What one worker takes through the model at once: batch_size = workers x micro_batch x accumulation."""
@@ -177,11 +177,11 @@ class StageConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always makes one."""
 
-    picture_every: int = 500
-    """Steps between sample pictures in the run (reference, pose, prediction, truth), in stage 2 a clip too; 0: none."""
+    sample_every: int = 500
+    """Steps between sample images in the run (reference, pose, prediction, truth), in stage 2 a clip too; 0: none."""
 
     validate_every: int = 500
-    """Steps between measures of the validation loss, by band of timesteps, where the dataset has such videos; 0: none."""
+    """Steps between metrics of the validation loss, by band of timesteps, where the dataset has such videos; 0: none."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "micro_batch", "checkpoint_every"):
@@ -196,7 +196,7 @@ class TrainConfig:
     """Clip dataset -> model folder."""
 
     stage1: StageConfig
-    """Appearance UNet and APPA, on pictures."""
+    """Appearance UNet and APPA, on images."""
 
     stage2: StageConfig
     """Temporal layers, on clips."""
@@ -211,16 +211,16 @@ class TrainConfig:
     """Share of stage 1's samples without a reference: what guidance needs."""
 
     stage1_reference: Literal["random", "first"] = "random"
-    """Reference of stage 1's pictures: any frame of the video, far from the target (the paper's); or its first."""
+    """Reference of stage 1's images: any frame of the video, far from the target (the paper's); or its first."""
 
     stage2_reference: Literal["first", "random"] = "first"
     """Reference of stage 2's clips: the video's first frame (the paper's), or any."""
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What is predicted: the noise (the paper's), or v, a mixture of noise and picture. Goes into the model folder."""
+    """What is predicted: the noise (the paper's), or v, a mixture of noise and image. Goes into the model folder."""
 
     zero_terminal_snr: bool = False
-    """Rescale the schedule so that nothing of the picture is left at the last timestep: very dark and very bright results
+    """Rescale the schedule so that nothing of the image is left at the last timestep: very dark and very bright results
     become possible. Needs v_prediction. Goes into the model folder."""
 
     snr_gamma: float | None = None
@@ -233,7 +233,7 @@ class TrainConfig:
     """Errors in stage 2's poses, for the temporal layers to learn to bridge them: share of the joints that are missing."""
 
     pose_jitter: float = 0.0
-    """Likewise: standard deviation of a joint's distance from its place, as a share of the picture's side, such as 0.01."""
+    """Likewise: standard deviation of a joint's distance from its place, as a share of the image's side, such as 0.01."""
 
     pose_outliers: float = 0.0
     """Likewise: share of the frames whose joints have changed places, or in half of them are not found."""
@@ -291,7 +291,7 @@ class TrainConfig:
     """Which stay: the last ones, or those of the lowest validation loss and the last one."""
 
     validation_samples: int = 8
-    """Pictures or clips of the validation loss, each at four timesteps."""
+    """Images or clips of the validation loss, each at four timesteps."""
 
     bad_loss: Literal["stop", "skip"] = "stop"
     """At a loss that is no number, or a spike: stop and say where, or leave the step out."""
@@ -357,7 +357,7 @@ class TrainConfig:
 
 @dataclass
 class AnimateConfig:
-    """Picture + driving video -> video."""
+    """Image + driving video -> video."""
 
     scheduler: str = "DDIMScheduler"
     """Class name of the diffusers scheduler that samples, such as DPMSolverMultistepScheduler."""
@@ -391,8 +391,8 @@ class AnimateConfig:
     unset: in all of them."""
 
     start_from_reference: bool = False
-    """Begin with the picture under noise rather than with noise alone (the paper's): brightness that flickers, as that of
-    small pictures does, is steady."""
+    """Begin with the image under noise rather than with noise alone (the paper's): brightness that flickers, as that of
+    small images does, is steady."""
 
     retarget: bool = True
     """Fit the poses to the character's proportions and place."""
@@ -415,8 +415,8 @@ class AnimateConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of weights and arithmetic."""
 
-    bases: Literal["model", "config"] = "model"
-    """Take the bases from where the model folder says, or from where `bases` of this configuration says."""
+    pretrained: Literal["model", "config"] = "model"
+    """Take the pretrained from where the model folder says, or from where `pretrained` of this configuration says."""
 
     workers: int = 0
     """Workers of --pairs, each with a GPU where the cluster has some, else with a CPU; 0: as many as there is room for."""
@@ -453,7 +453,7 @@ class AnimateConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Model folder + held-out videos -> measures. The results are made as `animate` says."""
+    """Model folder + held-out videos -> metrics. The results are made as `animate` says."""
 
     frames: int = 48
     """First frames of each video that are animated and measured."""
@@ -491,10 +491,10 @@ class Config:
     """Every job"""
 
     size: int
-    """Height and width of the pictures in pixels, a multiple of 64: in training, and in the dataset unless
+    """Height and width of the images in pixels, a multiple of 64: in training, and in the dataset unless
     `preprocess.canvas` is larger."""
 
-    bases: BasesConfig
+    pretrained: PretrainedConfig
 
     train: TrainConfig
 

@@ -33,7 +33,7 @@ REJECTED_FOLDER = "rejected"
 IDENTITY_KEY = b"tcan.dataset"  # in each file's metadata: the settings and fingerprints that made it, as JSON
 DUPLICATE = "duplicate"  # the stage of a source whose content is that of another one
 
-LATENT_STRIDE = 8  # picture pixels to a latent, in each direction
+LATENT_STRIDE = 8  # image pixels to a latent, in each direction
 NUM_JOINTS = 18
 
 CLIP_SCHEMA = pa.schema(

@@ -1,4 +1,4 @@
-"""All of it on rendered puppets: videos -> clip dataset -> stage 1 -> stage 2 -> animated videos -> measures.
+"""All of it on rendered puppets: videos -> clip dataset -> stage 1 -> stage 2 -> animated videos -> metrics.
 
     OUT/videos/train/            clips of `dance`: few adults, one kind of scene
     OUT/videos/{dance,bizarre}/  held out: characters and dances that no training saw
@@ -25,7 +25,7 @@ from pipelines.evaluate import evaluate, table
 from pipelines.preprocess.job import preprocess
 from pipelines.puppets.world import FPS, Distribution, sample_clip, write_clip
 from pipelines.train.job import train
-from tcan.video import read_video, write_picture
+from tcan.video import read_video, write_image
 
 TRAIN_CLIPS, TRAIN_FRAMES = 24, 64
 HELD_OUT_CLIPS, HELD_OUT_FRAMES = 4, 40
@@ -63,15 +63,15 @@ def demo(out: Path, config: Config) -> None:
             animate(Animation(image, target, driving, side_by_side=True), model, config)
         animated.append(target)
     sheet = out / "sheet.png"
-    write_picture(contact_sheet(animated), sheet)
+    write_image(contact_sheet(animated), sheet)
 
     tables = []
     for distribution in ("dance", "bizarre"):
         folder = out / "evaluation" / distribution
         if not (folder / "evaluation.json").exists():
             evaluate(videos / distribution, model, folder, config)
-        measures = json.loads((folder / "evaluation.json").read_text())["measures"]
-        tables.append(f"Held-out {distribution}:\n{table(measures)}")
+        metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
+        tables.append(f"Held-out {distribution}:\n{table(metrics)}")
 
     print("", *tables, sep="\n\n")
     print(f"\nVideos:         {', '.join(map(str, animated))}; the held-out ones in {out / 'evaluation'}")
@@ -89,18 +89,18 @@ def render(
         clip = sample_clip(distribution, first_seed + i, frames, size)
         write_clip(clip, folder / f"{i:02}", FPS)
         # last: its presence says that the clip is whole
-        write_picture(clip.frames[0], folder / f"{i:02}.png")
+        write_image(clip.frames[0], folder / f"{i:02}.png")
 
 
 def contact_sheet(videos: list[Path]) -> np.ndarray:
-    """uint8 RGB: per video its picture, then driving pose above result at a few times."""
+    """uint8 RGB: per video its image, then driving pose above result at a few times."""
 
     def rows() -> Iterator[np.ndarray]:
         for path in videos:
             frames, _ = read_video(path)
-            picture, pose, result = np.split(frames, 3, axis=2)
+            image, pose, result = np.split(frames, 3, axis=2)
             times = np.linspace(0, len(frames) - 1, SHEET_TIMES).round().astype(int)
-            yield np.concatenate([picture[0], *pose[times]], axis=1)
-            yield np.concatenate([np.zeros_like(picture[0]), *result[times]], axis=1)
+            yield np.concatenate([image[0], *pose[times]], axis=1)
+            yield np.concatenate([np.zeros_like(image[0]), *result[times]], axis=1)
 
     return np.concatenate(list(rows()))

@@ -1,8 +1,8 @@
-"""Self-reconstruction on held-out videos: the first frame gives the look, the video the motion; then measures.
+"""Self-reconstruction on held-out videos: the first frame gives the look, the video the motion; then metrics.
 
 tcan evaluate held-out/ --model run/model --out evaluation/
 
-OUT/evaluation.json   all of it: measures and controls (means over the videos), settings, rejected videos
+OUT/evaluation.json   all of it: metrics and controls (means over the videos), settings, rejected videos
 OUT/videos.csv        a row a video
 OUT/sheet.png         reference, then driving pose, truth and result at a few times, a row a video
 OUT/videos/*.mp4      reference, driving pose, truth and result beside each other
@@ -30,14 +30,14 @@ from tcan.metrics import (
     background_mask,
     colour_distance,
     flicker,
+    image_metrics,
     mean_pose,
     part_colours,
-    picture_measures,
-    pose_measures,
+    pose_metrics,
 )
 from tcan.pipeline import TCANPipeline
 from tcan.pose import follow_main_person, read_poses
-from tcan.video import fit_picture, read_video, write_picture, write_video
+from tcan.video import fit_image, read_video, write_image, write_video
 
 SHEET_TIMES = 4
 SHEET_VIDEOS = 8
@@ -79,23 +79,23 @@ class Evaluated:
     result: np.ndarray  # uint8 [F, H, W, 3]
     found: np.ndarray  # [F, 18, 3], found in the result
     true_poses: np.ndarray | None  # [F, 18, 3], of the file beside the video
-    measures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, Any]:
-    """Animates each video's first frame by its own poses, measures, writes OUT (see above), prints a table.
+    """Animates each video's first frame by its own poses, metrics, writes OUT (see above), prints a table.
 
     A video that can't be used (damaged, without a person) is named, recorded, and left out.
 
-    Beside each measure its controls: the first frame standing still for the picture measures; the mean pose of the
-    videos, and the result of another video, for the pose measures; the source itself for the flicker; another video's
+    Beside each measure its controls: the first frame standing still for the image metrics; the mean pose of the
+    videos, and the result of another video, for the pose metrics; the source itself for the flicker; another video's
     reference for the likeness.
 
     Returns:
         what evaluation.json holds.
 
     Raises:
-        UserError: no video, none that can be used, a model folder that isn't whole or doesn't fit its bases.
+        UserError: no video, none that can be used, a model folder that isn't whole or doesn't fit its pretrained.
     """
     paths = [Path(path) for path in list_sources(str(videos))]
     paths = paths[: config.evaluate.videos or None]
@@ -118,7 +118,7 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
         if not evaluated:
             raise UserError(f"{videos}: none of the {len(paths)} videos can be used; the lines above say why")
         measure(evaluated)
-        measures = means([video.measures for video in evaluated])
+        metrics = means([video.metrics for video in evaluated])
         report = {
             "schema_version": 1,
             "model": str(Path(model).resolve()),
@@ -126,20 +126,20 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
             "mlflow_run_id": run.id,
             "videos": len(evaluated),
             "frames": sum(len(video.truth) for video in evaluated),
-            "measures": {key: _json_number(value) for key, value in measures.items()},
+            "metrics": {key: _json_number(value) for key, value in metrics.items()},
             "rejected": rejected,
             "settings": dataclasses.asdict(config),
         }
         _write_csv(evaluated, out / "videos.csv")
-        write_picture(contact_sheet(evaluated), out / "sheet.png")
+        write_image(contact_sheet(evaluated), out / "sheet.png")
         _write_text(json.dumps(report, indent=2) + "\n", out / "evaluation.json")
-        run.metrics({key: value for key, value in measures.items() if np.isfinite(value)})
+        run.metrics({key: value for key, value in metrics.items() if np.isfinite(value)})
         for name in ("evaluation.json", "videos.csv", "sheet.png"):
             run.file(out / name)
         run.folder(out / "videos", "videos")
-    print(table(measures))
+    print(table(metrics))
     print(
-        f"{len(evaluated)} videos, {report['frames']} frames; all of it in {out}, pictures in {out / 'sheet.png'}"
+        f"{len(evaluated)} videos, {report['frames']} frames; all of it in {out}, images in {out / 'sheet.png'}"
     )
     return report
 
@@ -151,7 +151,7 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
         UserError: the video can't be read or shows no person.
     """
     frames, fps = read_video(path, config.evaluate.frames)
-    truth = np.stack([fit_picture(frame, pipe.height, pipe.width) for frame in frames])
+    truth = np.stack([fit_image(frame, pipe.height, pipe.width) for frame in frames])
     poses = pipe.detect_poses(truth, str(path), config.animate.smooth)
     frames_01, _ = pipe(
         truth[0],
@@ -176,31 +176,31 @@ def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarr
     truth = read_poses(path)
     nobody = np.zeros((18, 3), np.float32)
     poses = np.stack([people[0] if len(people) else nobody for people in truth.people[:num_frames]])
-    return pipe.place_poses(poses, truth.height or pipe.height, truth.width or pipe.width)
+    return pipe.scale_poses(poses, truth.height or pipe.height, truth.width or pipe.width)
 
 
 def measure(evaluated: list[Evaluated]) -> None:
-    """Fills in every video's measures and controls; those that need a second video are NaN where there is none."""
+    """Fills in every video's metrics and controls; those that need a second video are NaN where there is none."""
     still_pose = mean_pose([video.poses for video in evaluated])
     references = np.stack([part_colours(video.truth[:1], video.poses[:1])[0] for video in evaluated])
     for i, video in enumerate(evaluated):
         height, width = video.truth.shape[1:3]
-        m = video.measures
-        m |= picture_measures(video.result, video.truth)
+        m = video.metrics
+        m |= image_metrics(video.result, video.truth)
         if len(video.truth) > 1:  # the first frame would equal itself, at a PSNR of infinity
             still = np.broadcast_to(video.truth[:1], video.truth[1:].shape)
-            m |= _suffixed(picture_measures(still, video.truth[1:]), "still")
+            m |= _suffixed(image_metrics(still, video.truth[1:]), "still")
 
-        m |= pose_measures(video.found, video.poses, height)
+        m |= pose_metrics(video.found, video.poses, height)
         m |= _suffixed(
-            pose_measures(np.broadcast_to(still_pose, video.poses.shape), video.poses, height), "mean_pose"
+            pose_metrics(np.broadcast_to(still_pose, video.poses.shape), video.poses, height), "mean_pose"
         )
         other = evaluated[(i + 1) % len(evaluated)]
         common = min(len(other.found), len(video.poses))
-        mistaken = pose_measures(other.found[:common], video.poses[:common], height)
+        mistaken = pose_metrics(other.found[:common], video.poses[:common], height)
         m |= _suffixed(mistaken if other is not video else dict.fromkeys(mistaken, float("nan")), "other")
         if video.true_poses is not None:
-            m |= _suffixed(pose_measures(video.found, video.true_poses, height), "true")
+            m |= _suffixed(pose_metrics(video.found, video.true_poses, height), "true")
 
         mask = background_mask(video.poses, height, width)
         m["flicker"], m["flicker_source"] = flicker(video.result, mask), flicker(video.truth, mask)
@@ -224,18 +224,18 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
     return result
 
 
-def table(measures: dict[str, float]) -> str:
-    """The measures as lines of text, each with its controls."""
+def table(metrics: dict[str, float]) -> str:
+    """The metrics as lines of text, each with its controls."""
     lines = [f"{'measure':<38}{'result':>8}   controls"]
     for label, key, factor, form in TABLE:
-        if key not in measures:
+        if key not in metrics:
             continue
         controls = [
-            f"{name} {format(measures[f'{key}_{suffix}'] * factor, form)}"
+            f"{name} {format(metrics[f'{key}_{suffix}'] * factor, form)}"
             for suffix, name in CONTROLS.items()
-            if np.isfinite(measures.get(f"{key}_{suffix}", np.nan))
+            if np.isfinite(metrics.get(f"{key}_{suffix}", np.nan))
         ]
-        lines.append(f"{label:<38}{format(measures[key] * factor, form):>8}   {', '.join(controls)}".rstrip())
+        lines.append(f"{label:<38}{format(metrics[key] * factor, form):>8}   {', '.join(controls)}".rstrip())
     return "\n".join(lines)
 
 
@@ -246,7 +246,7 @@ def contact_sheet(evaluated: list[Evaluated]) -> np.ndarray:
         cells = [video.truth[0]]
         for time in np.linspace(0, len(video.truth) - 1, SHEET_TIMES + 1).round().astype(int)[1:]:
             cells += [video.drawn[time], video.truth[time], video.result[time]]
-        rows.append(np.concatenate([_cell(picture) for picture in cells], axis=1))
+        rows.append(np.concatenate([_cell(image) for image in cells], axis=1))
     return np.concatenate(rows)
 
 
@@ -259,23 +259,23 @@ def write_beside(video: Evaluated, path: Path) -> None:
     write_video(frames, path, video.fps)
 
 
-def _cell(picture: np.ndarray) -> np.ndarray:
-    width = round(picture.shape[1] * SHEET_CELL / picture.shape[0])
-    return np.array(Image.fromarray(picture).resize((width, SHEET_CELL), Image.Resampling.LANCZOS))
+def _cell(image: np.ndarray) -> np.ndarray:
+    width = round(image.shape[1] * SHEET_CELL / image.shape[0])
+    return np.array(Image.fromarray(image).resize((width, SHEET_CELL), Image.Resampling.LANCZOS))
 
 
-def _suffixed(measures: dict[str, float], suffix: str) -> dict[str, float]:
-    return {f"{key}_{suffix}": value for key, value in measures.items()}
+def _suffixed(metrics: dict[str, float], suffix: str) -> dict[str, float]:
+    return {f"{key}_{suffix}": value for key, value in metrics.items()}
 
 
 def _write_csv(evaluated: list[Evaluated], path: Path) -> None:
-    columns = list(dict.fromkeys(key for video in evaluated for key in video.measures))
+    columns = list(dict.fromkeys(key for video in evaluated for key in video.metrics))
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     with open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, ["source", "frames", *columns], restval="")
         writer.writeheader()
         for video in evaluated:
-            writer.writerow({"source": str(video.path), "frames": len(video.truth)} | video.measures)
+            writer.writerow({"source": str(video.path), "frames": len(video.truth)} | video.metrics)
     os.replace(partial, path)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
 
-from pipelines.config import BasesConfig, Config
+from pipelines.config import Config, PretrainedConfig
 from tcan.errors import UserError
 from tcan.memory import TrainingMemory, fake_tcan, training_memory
-from tcan.weights.bases import locate
 from tcan.weights.original import SD15
+from tcan.weights.pretrained import locate
 
 BATCHES = (1, 2, 4, 8)
 GIB = 2**30
@@ -26,7 +26,7 @@ def memory(config: Config, gpus: int, stage: str = "all") -> None:
     Counted on modules of the real size that hold nothing: it takes a minute, and neither a GPU nor weights.
 
     Raises:
-        UserError: fewer than one GPU; a folder of the bases without the part that it should hold.
+        UserError: fewer than one GPU; a folder of the pretrained without the part that it should hold.
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: must be at least 1")
@@ -37,11 +37,11 @@ def memory(config: Config, gpus: int, stage: str = "all") -> None:
             continue
         found = {}
         for checkpointing in (False, True):
-            tcan = fake_tcan(lambda: networks(config.bases, train.lora_rank), dtype)
+            tcan = fake_tcan(lambda: networks(config.pretrained, train.lora_rank), dtype)
             if checkpointing:
                 tcan.enable_gradient_checkpointing()
             found[checkpointing] = training_memory(tcan, number, 1, train.frames, config.size, config.size)
-        sample = "picture" if number == 1 else f"clip of {train.frames} frames"
+        sample = "image" if number == 1 else f"clip of {train.frames} frames"
         print(
             f"stage {number}: {sample} of {config.size} x {config.size}, {train.precision}, GiB", flush=True
         )
@@ -77,23 +77,23 @@ def _sums(found: dict[bool, TrainingMemory], batch: int, gpus: int) -> list[str]
     return lines
 
 
-def networks(bases: BasesConfig, lora_rank: int) -> dict[str, Any]:
-    """What TCAN is built on, with the configurations of the bases where these are local folders, else with SD1.5's."""
+def networks(pretrained: PretrainedConfig, lora_rank: int) -> dict[str, Any]:
+    """What TCAN is built on, with the configurations of the pretrained where these are local folders, else with SD1.5's."""
     made = {
-        part: network.from_config({**_config(part, bases), **more})
+        part: network.from_config({**_config(part, pretrained), **more})
         for part, network, more in (
             ("unet", UNet2DConditionModel, {}),
             ("controlnet", ControlNetModel, {}),
             ("motion_adapter", MotionAdapter, {"use_motion_mid_block": False}),
         )
     }
-    prompt = _config("text_encoder", bases)
+    prompt = _config("text_encoder", pretrained)
     tokens, width = prompt["max_position_embeddings"], prompt["hidden_size"]
     return {**made, "empty_prompt": torch.zeros(1, tokens, width), "lora_rank": lora_rank}
 
 
-def _config(part: str, bases: BasesConfig) -> dict[str, Any]:
-    source = getattr(bases, part)
+def _config(part: str, pretrained: PretrainedConfig) -> dict[str, Any]:
+    source = getattr(pretrained, part)
     local = source == "mini" or Path(source).expanduser().is_dir()
     folder = Path(locate(source, part)[0]) if local else SD15 / part
     return json.loads((folder / "config.json").read_text())

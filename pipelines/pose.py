@@ -1,4 +1,4 @@
-"""The poses of a video or picture, in a file that can be corrected by hand, and a preview of them.
+"""The poses of a video or image, in a file that can be corrected by hand, and a preview of them.
 
 tcan pose dance.mp4 --out dance.json    # and dance.preview.mp4
 tcan pose hero.png --out hero.json      # and hero.preview.png
@@ -14,7 +14,7 @@ from pipelines.animate import find_device, make_folder
 from pipelines.config import Config
 from tcan.errors import UserError
 from tcan.pose import draw_poses, find_people, one_body, write_poses
-from tcan.video import VideoFrames, is_picture, read_picture, write_picture, write_video
+from tcan.video import VideoFrames, is_image, read_image, write_image, write_video
 from tcan.weights import load_pose_detector
 
 
@@ -24,18 +24,18 @@ def pose(source: Path, out: Path, config: Config) -> None:
     Beside OUT.json, OUT.preview.mp4 (or .png) shows the poses over the darkened frames.
 
     Raises:
-        UserError: no such file, neither video nor picture, nobody in it, a file that can't be written.
+        UserError: no such file, neither video nor image, nobody in it, a file that can't be written.
     """
     if out.suffix.lower() != ".json":
         raise UserError(f"{out}: the poses are written as JSON; name it .json")
     fps: float | None = None
     frames: Iterable[np.ndarray]
-    if is_picture(source):
-        frames = [read_picture(source)]
+    if is_image(source):
+        frames = [read_image(source)]
     else:
         frames = video = VideoFrames(source)
         fps = video.fps
-    detector = load_pose_detector(config.bases.pose, find_device(config))
+    detector = load_pose_detector(config.pretrained.pose, find_device(config))
     people, height, width = find_people(detector, frames)
     poses = one_body(people, height, width, str(source), config.animate.smooth)
     make_folder(out.parent)
@@ -43,7 +43,7 @@ def pose(source: Path, out: Path, config: Config) -> None:
     preview = out.with_suffix(".preview.png" if fps is None else ".preview.mp4")
     shown = (overlay(frame, body) for frame, body in zip(frames, poses, strict=True))
     if fps is None:
-        write_picture(next(shown), preview)
+        write_image(next(shown), preview)
     else:
         write_video(shown, preview, fps)
     print(f"{out}: {len(poses)} frames; {preview} shows them", flush=True)

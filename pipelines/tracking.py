@@ -1,4 +1,4 @@
-"""Where a job's configuration, measures and results are recorded: the one module that knows MLflow.
+"""Where a job's configuration, metrics and results are recorded: the one module that knows MLflow.
 
 The driver of a job holds its run; a worker logs to the same run by its id:
 
@@ -89,12 +89,12 @@ class Run:
                 ", ".join(f"{key}={value}" for key, value in changed.items())[:_MAX_VALUE],
             )
 
-    def picture(self, picture: np.ndarray | Image.Image, path: str, step: int | None = None) -> None:
-        """A picture (uint8 [H, W, 3] or PIL): with `step` one of a series named `path`, else an artifact at `path`."""
+    def image(self, image: np.ndarray | Image.Image, path: str, step: int | None = None) -> None:
+        """A image (uint8 [H, W, 3] or PIL): with `step` one of a series named `path`, else an artifact at `path`."""
         if step is None:
-            self._client.log_image(self.id, picture, artifact_file=path)
+            self._client.log_image(self.id, image, artifact_file=path)
         else:
-            self._client.log_image(self.id, picture, key=path, step=step, synchronous=True)
+            self._client.log_image(self.id, image, key=path, step=step, synchronous=True)
 
     def file(self, local: str | Path, folder: str = "") -> None:
         """A copy of a file (an mp4 plays in the page) into the artifact folder `folder`."""
@@ -129,7 +129,7 @@ class Run:
             saved = Path(folder) / "model"
             mlflow.pyfunc.save_model(
                 str(saved),
-                loader_module="pipelines.served",
+                loader_module="pipelines.mlflow_model",
                 data_path=str(local),
                 signature=ModelSignature(inputs, params=params),
                 # Given whole, else MLflow looks for pip in this environment and warns that there is none.

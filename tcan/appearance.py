@@ -1,4 +1,4 @@
-"""The reference picture's features: taken from one UNet's middle and up blocks, joined into another's.
+"""The reference image's features: taken from one UNet's middle and up blocks, joined into another's.
 
 `install_appearance`, `capture_features` and `Appearance` work on any diffusers UNet that is made of spatial
 transformer blocks (`UNet2DConditionModel`, `UNetMotionModel`), also on one UNet in both roles:

@@ -1,8 +1,13 @@
-"""The one exception a person can mend."""
+"""The exception for errors that the user can fix, and short texts of other errors."""
 
 
 class UserError(Exception):
-    """Something the user can mend: one line saying what is wrong, where, and what to do.
+    """An error that the user can fix: one line with what failed, where, and what to do.
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class name if it has no message."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]

@@ -61,7 +61,7 @@ def training_memory(
 ) -> TrainingMemory:
     """What training would take; nothing is computed where `tcan` is a `fake_tcan`.
 
-    batch: of a device at a time. frames: of a clip (stage 1 takes pictures). height, width: in pixels.
+    batch: of a device at a time. frames: of a clip (stage 1 takes images). height, width: in pixels.
     """
     tcan.set_stage(stage)
     tcan.train()

@@ -1,4 +1,4 @@
-"""TCAN as one module: the frozen bases, what each stage trains, and the loss."""
+"""TCAN as one module: the frozen pretrained, what each stage trains, and the loss."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tcan.appa import add_appa, appa_parameters, appa_state_dict, load_appa_state_dict
 from tcan.appearance import appearance_unet, capture_features, install_appearance, share_down_blocks
 from tcan.attention import Appearance
-from tcan.saving import save_activations
+from tcan.memory_efficient import make_memory_efficient
 from tcan.schedule import min_snr_weight
 from tcan.temporal import load_temporal_state_dict, motion_unet, temporal_layers, temporal_state_dict
 from tcan.temporal_controlnet import control_residuals, temporal_controlnet
@@ -21,12 +21,12 @@ Residuals = tuple[Sequence[Tensor], Tensor]
 class TCAN(nn.Module):
     """Denoiser with APPA and temporal layers, appearance UNet, ControlNet with temporal layers.
 
-    unet, controlnet, motion_adapter: the bases, copied: those given are left as they are.
+    unet, controlnet, motion_adapter: the pretrained, copied: those given are left as they are.
     empty_prompt: `[1, T, D]`, the text encoder's output for the empty prompt. It moves and is cast with the
         module, and floating inputs are cast to its dtype.
 
     Shapes below: B clips of F frames; latents `[B, F, 4, h, w]`, already times the VAE's scaling factor;
-    H = 8 h and W = 8 w. A clip of one frame is a picture: the temporal layers pass it unchanged.
+    H = 8 h and W = 8 w. A clip of one frame is a image: the temporal layers pass it unchanged.
     Raises ValueError for a motion adapter that doesn't fit (`tcan.temporal.motion_unet`).
     """
 
@@ -49,7 +49,7 @@ class TCAN(nn.Module):
         add_appa(self.denoiser, lora_rank, lora_alpha)
         self.controlnet = temporal_controlnet(controlnet, motion_adapter)
         for network in (self.appearance_unet, self.denoiser, self.controlnet):
-            save_activations(network)
+            make_memory_efficient(network)
         self.register_buffer("empty_prompt", empty_prompt.detach().clone(), persistent=False)
         self._motion_adapter_config = motion_adapter.config
         self.stage: int | None = None
@@ -107,7 +107,7 @@ class TCAN(nn.Module):
         return capture_features(self.appearance_unet, reference_latent.to(prompt.dtype), timestep, prompt)
 
     def embed_pose(self, pose: Tensor) -> Tensor:
-        """What the ControlNet's pose encoder makes of pose pictures `[B, F, 3, H, W]` in [0, 1]: `[B, F, C_0, h, w]`.
+        """What the ControlNet's pose encoder makes of pose images `[B, F, 3, H, W]` in [0, 1]: `[B, F, C_0, h, w]`.
 
         It depends on no timestep: a sampler needs it once a clip.
         """
@@ -137,7 +137,7 @@ class TCAN(nn.Module):
         timestep: Tensor,
         residuals: Residuals | None,
         features: Sequence[Tensor] | None,
-        keep_reference: Tensor | Sequence[bool] | None = None,
+        reference_mask: Tensor | Sequence[bool] | None = None,
         temperature: Tensor | None = None,
         temperature_limit: int | None = None,
     ) -> Tensor:
@@ -146,18 +146,18 @@ class TCAN(nn.Module):
         noisy `[B, F, 4, h, w]`, timestep `[B]`.
         residuals: `pose_residuals` of these clips; None: no pose.
         features: `appearance` of these clips, or of one reference, then shared by all; None: none.
-        keep_reference: `[B]` bool: a row where it is False uses plain self-attention; None: all keep it.
+        reference_mask: `[B]` bool: a row where it is False uses plain self-attention; None: all keep it.
         temperature: `[H, W]` or `[B, H, W]` (`tcan.temperature`); None: 1.
         temperature_limit: cells of the longer side of a layer's grid; the temperature of layers above it is 1; None: no
             limit.
 
-        Guidance is one call of one clip with `keep_reference=[False, True]`: a prediction `[2, F, 4, h, w]`, for which
+        Guidance is one call of one clip with `reference_mask=[False, True]`: a prediction `[2, F, 4, h, w]`, for which
         the down blocks, where no reference reaches, run once (`tcan.appearance.share_down_blocks`).
         """
         batch, frames = noisy.shape[:2]
         rows, kwargs = batch, None
         if features is not None:
-            keep = None if keep_reference is None else torch.as_tensor(keep_reference, dtype=torch.bool)
+            keep = None if reference_mask is None else torch.as_tensor(reference_mask, dtype=torch.bool)
             kwargs = {"appearance": Appearance(features, keep, frames)}
             rows = batch if keep is None else len(keep)
         down, middle = residuals or (None, None)
@@ -187,7 +187,7 @@ class TCAN(nn.Module):
         timestep: Tensor,
         pose: Tensor,
         reference_latent: Tensor,
-        keep_reference: Tensor | None = None,
+        reference_mask: Tensor | None = None,
     ) -> Tensor:
         """The prediction `[B, F, 4, h, w]`: residuals, features and denoising in one; what training calls.
 
@@ -195,8 +195,8 @@ class TCAN(nn.Module):
         """
         residuals = self.pose_residuals(noisy, timestep, pose)
         features = self.appearance(reference_latent, timestep)
-        eps = self.denoise(noisy, timestep, residuals, features, keep_reference)
-        if self.stage == 1 and keep_reference is not None and not keep_reference.any():
+        eps = self.denoise(noisy, timestep, residuals, features, reference_mask)
+        if self.stage == 1 and reference_mask is not None and not reference_mask.any():
             # No row looked at the reference. Gradients of zero, not none at all: data-parallel workers must
             # agree on which parameters have one.
             eps = eps + 0 * sum(f[0, 0, 0] for f in features)
@@ -242,7 +242,7 @@ def diffusion_loss(
     timestep: Tensor,
     pose: Tensor,
     reference_latent: Tensor,
-    keep_reference: Tensor | None = None,
+    reference_mask: Tensor | None = None,
     snr_gamma: float | None = None,
 ) -> Tensor:
     """MSE on the noise, a scalar (method "Training"); on v where the scheduler's prediction type is that.
@@ -252,7 +252,7 @@ def diffusion_loss(
     `TCAN.forward`.
     """
     noisy = scheduler.add_noise(latents, noise, timestep)
-    prediction = model(noisy, timestep, pose, reference_latent, keep_reference).float()
+    prediction = model(noisy, timestep, pose, reference_latent, reference_mask).float()
     target = noise.float()
     if scheduler.config.prediction_type == "v_prediction":
         target = scheduler.get_velocity(latents, noise, timestep).float()

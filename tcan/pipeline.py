@@ -1,4 +1,4 @@
-"""TCANPipeline: a picture and a sequence of poses -> frames."""
+"""TCANPipeline: a image and a sequence of poses -> frames."""
 
 import inspect
 import os
@@ -20,8 +20,8 @@ from tcan.pose import PoseDetector, draw_poses, find_people, one_body
 from tcan.pose import retarget as retarget_poses
 from tcan.schedule import noise_schedule
 from tcan.temperature import temperature_map
-from tcan.video import fit_keypoints, fit_picture
-from tcan.weights import load_bases, load_model, load_pose_detector, read_model_info, save_model
+from tcan.video import fit_image, fit_keypoints
+from tcan.weights import load_model, load_pose_detector, load_pretrained, read_model_info, save_model
 from tcan.windows import Windows
 
 EMBEDDED_WINDOWS = 64
@@ -34,22 +34,22 @@ class TCANPipelineOutput(BaseOutput):
     """What a call returns."""
 
     frames: np.ndarray | list[PIL.Image.Image] | Tensor
-    """"np": float32 RGB `[F, H, W, 3]` in [0, 1]; "pil": a list of F pictures; "latent": scaled latents `[F, C, h, w]`."""
+    """"np": float32 RGB `[F, H, W, 3]` in [0, 1]; "pil": a list of F images; "latent": scaled latents `[F, C, h, w]`."""
 
     poses: np.ndarray
     """The poses that drove the frames, after retargeting: keypoints `[F, 18, 3]` in the frames' pixels."""
 
 
 class TCANPipeline(DiffusionPipeline):
-    """Animates the person of one picture with a sequence of poses (TCAN, arXiv 2407.09012).
+    """Animates the person of one image with a sequence of poses (TCAN, arXiv 2407.09012).
 
         pipe = TCANPipeline.from_pretrained("runs/model").to("cuda")
-        frames = pipe(picture, driving_frames, generator=torch.Generator().manual_seed(0)).frames
+        frames = pipe(image, driving_frames, generator=torch.Generator().manual_seed(0)).frames
 
     Device memory depends on the window and the size of the frames, not on their number. What the host must hold of a
     whole video: its poses, its latents (16 bytes for each 8 x 8 pixels: 64 KiB a frame at 512 x 512) and the
     scheduler's working copies of them, and a temperature map a window (4 bytes a pixel), because each step of the
-    denoising goes through all windows before the next begins. Pose pictures are drawn window by window and frames decoded
+    denoising goes through all windows before the next begins. Pose images are drawn window by window and frames decoded
     batch by batch; `EMBEDDED_WINDOWS` bounds what is kept of the former. The result's `frames` are all frames at once: for a long video ask for "latent" and go through
     `decode`.
     """
@@ -77,26 +77,28 @@ class TCANPipeline(DiffusionPipeline):
         device: torch.device | str = "cpu",
         **sources: str,
     ) -> "TCANPipeline":
-        """Loads a model folder and the bases it names.
+        """Loads a model folder and the pretrained it names.
 
         Args:
-            sources: where to take a base from instead (`unet="path"`, `pose="path"`, ...), as `load_bases` takes them.
+            sources: where to take a base from instead (`unet="path"`, `pose="path"`, ...), as `load_pretrained` takes them.
 
         Raises:
             UserError: the folder isn't a whole model, a base can't be loaded or isn't the one that it was trained on.
         """
         info = read_model_info(model_folder)
-        asked = {part: base["source"] for part, base in info["bases"].items()} | sources
+        asked = {part: base["source"] for part, base in info["pretrained"].items()} | sources
         pose = asked.pop("pose", None)
-        bases = load_bases(**asked, device=device, dtype=torch_dtype)
-        tcan = load_model(model_folder, bases)
+        pretrained = load_pretrained(**asked, device=device, dtype=torch_dtype)
+        tcan = load_model(model_folder, pretrained)
         detector = None if pose is None else load_pose_detector(pose, device)
-        pipe = cls(bases.vae, tcan, noise_schedule(bases.scheduler, **info.get("schedule", {})), detector)
+        pipe = cls(
+            pretrained.vae, tcan, noise_schedule(pretrained.scheduler, **info.get("schedule", {})), detector
+        )
         pipe.model_info = info
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes the model folder that `from_pretrained` reads: what was trained, and the names of the bases."""
+        """Writes the model folder that `from_pretrained` reads: what was trained, and the names of the pretrained."""
         if kwargs:
             raise ValueError(f"a model folder takes no options: {', '.join(kwargs)}")
         save_model(self.tcan, save_directory, **self.model_info)
@@ -130,10 +132,10 @@ class TCANPipeline(DiffusionPipeline):
         """A frame for each pose.
 
         Args:
-            image: the character, uint8 RGB `[H, W, 3]` or a PIL picture of any size; its largest centred part of the
+            image: the character, uint8 RGB `[H, W, 3]` or a PIL image of any size; its largest centred part of the
                 output's proportions is used.
             poses: keypoints `[F, 18, 3]`, or the frames of a driving video, uint8 RGB `[F, H, W, 3]`, whose main
-                person the pose network then follows. With `retarget` keypoints may be in pixels of any picture; without,
+                person the pose network then follows. With `retarget` keypoints may be in pixels of any image; without,
                 they are in pixels of the output.
             retarget: fit the poses to the character's proportions and place.
             character: the character's own keypoints `[18, 3]` in the image's pixels; found by the pose network if None.
@@ -145,7 +147,7 @@ class TCANPipeline(DiffusionPipeline):
             ptm_strength: how steeply it rises with the distance from the skeleton (`temperature_map`); 1 is the paper's.
             ptm_limit: it acts in layers whose grid has at most so many cells on its longer side; None: in all.
             controlnet_scale: of the poses' residuals.
-            start_from_reference: begin with the picture under the first timestep's noise, rather than with noise alone
+            start_from_reference: begin with the image under the first timestep's noise, rather than with noise alone
                 (`first_latents`).
             generator: fixes the noise; on the CPU it gives the same noise whatever the device.
             decode_batch: frames that the VAE decodes at once.
@@ -153,7 +155,7 @@ class TCANPipeline(DiffusionPipeline):
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": [F, C, h, w]})`.
 
         Raises:
-            UserError: no person in the picture or in the driving frames; a height or width no multiple of 64.
+            UserError: no person in the image or in the driving frames; a height or width no multiple of 64.
         """
         height, width = height or self.height, width or self.width
         if height % 64 or width % 64:
@@ -161,7 +163,7 @@ class TCANPipeline(DiffusionPipeline):
         image = np.asarray(image.convert("RGB") if isinstance(image, PIL.Image.Image) else image)
         poses = self._prepare_poses(image, np.asarray(poses), retarget, character, height, width)
         latents = self.denoise(
-            fit_picture(image, height, width),
+            fit_image(image, height, width),
             poses,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -178,8 +180,8 @@ class TCANPipeline(DiffusionPipeline):
         )
         frames: Any = latents
         if output_type != "latent":
-            pictures = np.concatenate(list(self.decode(latents, decode_batch)))
-            frames = self.numpy_to_pil(pictures) if output_type == "pil" else pictures
+            images = np.concatenate(list(self.decode(latents, decode_batch)))
+            frames = self.numpy_to_pil(images) if output_type == "pil" else images
         self.maybe_free_model_hooks()
         return TCANPipelineOutput(frames, poses) if return_dict else (frames, poses)
 
@@ -220,7 +222,7 @@ class TCANPipeline(DiffusionPipeline):
         padded = poses[windows.source.numpy()]
 
         def draw(part: Tensor) -> Tensor:
-            """uint8 `[F, 3, H, W]`, drawn when needed: pictures of all windows would be far more than the latents."""
+            """uint8 `[F, 3, H, W]`, drawn when needed: images of all windows would be far more than the latents."""
             return torch.from_numpy(self.draw(padded[part.numpy()], *image.shape[:2])).permute(0, 3, 1, 2)
 
         embedded: dict[int, Tensor] = {}
@@ -273,9 +275,9 @@ class TCANPipeline(DiffusionPipeline):
     def first_latents(self, noise: Tensor, reference: Tensor | None) -> Tensor:
         """What the scheduler's first step begins with, `[F, C, h, w]` of noise `[F, C, h, w]`.
 
-        Without a reference the noise alone. With one, `[1, C, h, w]`, that picture under the noise, of which each frame's
-        and channel's mean is taken out. For at the last timestep of SD1.5's schedule something of the picture is left, so
-        the network takes what the latents' mean is for the picture's brightness; a frame's noise has a mean of its own,
+        Without a reference the noise alone. With one, `[1, C, h, w]`, that image under the noise, of which each frame's
+        and channel's mean is taken out. For at the last timestep of SD1.5's schedule something of the image is left, so
+        the network takes what the latents' mean is for the image's brightness; a frame's noise has a mean of its own,
         about 1 / sqrt(h w), and the smaller the latents, the more the frames' brightness differs.
         """
         if reference is None:
@@ -303,7 +305,7 @@ class TCANPipeline(DiffusionPipeline):
         Args:
             noisy: `[1, F, C, h, w]`.
             timestep: `[1]`.
-            pose: what `TCAN.embed_pose` made of the pose pictures, `[1, F, C, h, w]`.
+            pose: what `TCAN.embed_pose` made of the pose images, `[1, F, C, h, w]`.
             features: of the reference, one row.
             temperature: `[H, W]`.
 
@@ -347,28 +349,28 @@ class TCANPipeline(DiffusionPipeline):
             frame_height, frame_width = poses.shape[1:3]
             poses = self.detect_poses(poses, "the driving video")
             if not retarget:
-                poses = self.place_poses(poses, frame_height, frame_width, height, width)
+                poses = self.scale_poses(poses, frame_height, frame_width, height, width)
         if not retarget:
             return poses
         if character is None:
-            character = self.detect_poses(image[None], "the picture")[0]
+            character = self.detect_poses(image[None], "the image")[0]
         return retarget_poses(poses, fit_keypoints(character, image.shape[0], image.shape[1], height, width))
 
     @property
     def height(self) -> int:
-        """Of the pictures it was trained on, in pixels."""
+        """Of the images it was trained on, in pixels."""
         return self.model_info["height"]
 
     @property
     def width(self) -> int:
-        """Of the pictures it was trained on, in pixels."""
+        """Of the images it was trained on, in pixels."""
         return self.model_info["width"]
 
     def draw(self, poses: np.ndarray, height: int | None = None, width: int | None = None) -> np.ndarray:
-        """Keypoints `[F, 18, 3]` -> pose pictures, uint8 RGB `[F, H, W, 3]`, with the strokes it was trained on."""
+        """Keypoints `[F, 18, 3]` -> pose images, uint8 RGB `[F, H, W, 3]`, with the strokes it was trained on."""
         return draw_poses(poses, height or self.height, width or self.width, self.model_info["stick_width"])
 
-    def place_poses(
+    def scale_poses(
         self,
         poses: np.ndarray,
         source_height: int,
@@ -376,7 +378,7 @@ class TCANPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> np.ndarray:
-        """Keypoints `[F, 18, 3]` in pixels of a source picture -> of the output, cut and resized as pictures are."""
+        """Keypoints `[F, 18, 3]` in pixels of a source image -> of the output, cut and resized as images are."""
         return fit_keypoints(poses, source_height, source_width, height or self.height, width or self.width)
 
     def detect_poses(self, frames: Iterable[np.ndarray], what: str, smooth: int = 0) -> np.ndarray:

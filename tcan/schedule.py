@@ -17,7 +17,7 @@ def noise_schedule(
         scheduler: the base's.
         prediction_type: "epsilon", the noise; or "v_prediction", `v = sqrt(a) noise - sqrt(1 - a) latents` (Salimans and
             Ho, arXiv 2202.00512).
-        zero_terminal_snr: the betas rescaled so that at the last timestep nothing is left of the picture, and sampling
+        zero_terminal_snr: the betas rescaled so that at the last timestep nothing is left of the image, and sampling
             starts there (Lin et al., arXiv 2305.08891). The noise can't be predicted from noise alone to any use, so it
             needs "v_prediction".
 

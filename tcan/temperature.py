@@ -10,10 +10,10 @@ from torch import Tensor
 def temperature_map(poses: Tensor, strength: float = 1.0) -> Tensor:
     """tau of a window: 1 on the skeleton, larger further away, the same for all its frames.
 
-    poses: pose pictures on black, `[F, 3, H, W]`, uint8 or float. Returns float32 `[H, W]` on the poses'
+    poses: pose images on black, `[F, 3, H, W]`, uint8 or float. Returns float32 `[H, W]` on the poses'
     device.
 
-    method "Pose-driven temperature map": M(p) = 1 where all pictures are black; D the Euclidean distance transform
+    method "Pose-driven temperature map": M(p) = 1 where all images are black; D the Euclidean distance transform
     of M; d = D / sqrt((H/2)^2 + (W/2)^2); tau = 3 strength d + 1, strength 1 in the paper. Without any pose tau is 1
     everywhere.
     """

@@ -15,7 +15,7 @@ class TemporalTransformer(AnimateDiffTransformer3D):
 
     diffusers' GroupNorm takes its statistics over all frames of a clip; AnimateDiff's and TCAN's takes them
     over one frame, which also keeps a frame from leaking into another where the attention doesn't look. A
-    clip of one frame is a picture and passes unchanged.
+    clip of one frame is a image and passes unchanged.
 
     temperature: `[H, W]` or `[B, H, W]`, set around a call of the UNet by `temperature_map`'s user; None: 1. It acts on
     grids whose longer side has at most `temperature_limit` cells.

@@ -31,7 +31,7 @@ class TemporalDownBlock(_NumFrames, DownBlockMotion):
 
 
 class PoseEncoder(ControlNetConditioningEmbedding):
-    """The ControlNet's encoder of pose pictures, that lets pass what it has encoded before."""
+    """The ControlNet's encoder of pose images, that lets pass what it has encoded before."""
 
     def forward(self, pose: Tensor) -> Tensor:
         """`[N, 3, H, W]` or `[N, C_0, h, w] -> [N, C_0, h, w]`."""
@@ -43,10 +43,10 @@ def temporal_controlnet(controlnet: ControlNetModel, adapter: MotionAdapter) -> 
     after each resnet (and attention) of its down blocks at factors 4 and 8. Their output projections are
     zero: it computes what the given ControlNet does, and for single frames always will.
 
-    Raises ValueError for a ControlNet whose pictures aren't RGB.
+    Raises ValueError for a ControlNet whose images aren't RGB.
     """
     if controlnet.config.controlnet_conditioning_channel_order != "rgb":
-        raise ValueError("the ControlNet takes pictures in BGR; TCAN's poses are drawn in RGB")
+        raise ValueError("the ControlNet takes images in BGR; TCAN's poses are drawn in RGB")
     controlnet = copy.deepcopy(controlnet)
     controlnet.controlnet_cond_embedding.__class__ = PoseEncoder
     weight = controlnet.conv_in.weight

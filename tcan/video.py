@@ -1,4 +1,4 @@
-"""Videos and pictures on disk <-> uint8 RGB arrays."""
+"""Videos and images on disk <-> uint8 RGB arrays."""
 
 import os
 import shutil
@@ -43,11 +43,11 @@ class VideoFrames:
         with self._opened() as (container, stream):
             count, shape = 0, None
             for frame in container.decode(stream):
-                picture = _upright(frame)
-                if picture.shape != (shape or picture.shape):
+                image = _upright(frame)
+                if image.shape != (shape or image.shape):
                     raise UserError(f"{self.path}: its frames are of several sizes; give a video of one size")
-                count, shape = count + 1, picture.shape
-                yield picture
+                count, shape = count + 1, image.shape
+                yield image
             if count < 0.99 * stream.frames:
                 raise self._unusable()
 
@@ -58,7 +58,7 @@ class VideoFrames:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
                 yield container, stream
-        except (av.error.FFmpegError, IndexError):  # IndexError: sound without pictures
+        except (av.error.FFmpegError, IndexError):  # IndexError: sound without images
             raise self._unusable() from None
 
     def _unusable(self) -> UserError:
@@ -79,7 +79,7 @@ def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[
 
 @dataclass(frozen=True)
 class _Format:
-    """How a file of moving pictures is made: FFmpeg's names of container and codecs."""
+    """How a file of moving images is made: FFmpeg's names of container and codecs."""
 
     container: str
     codec: str
@@ -116,14 +116,14 @@ def check_target(path: str | os.PathLike, sound: bool = False) -> None:
     form = FORMATS.get(path.suffix.lower())
     if form is None and path.suffix:
         raise UserError(
-            f"{path}: name it {', '.join(FORMATS)}, or without a suffix for a folder of PNG pictures"
+            f"{path}: name it {', '.join(FORMATS)}, or without a suffix for a folder of PNG images"
         )
     if sound and not (form and form.sound):
         raise UserError(f"{path}: cannot hold sound; name it .mp4 or .webm, or leave out the sound")
     if path.is_dir() and (form or any(path.iterdir())):
         raise UserError(f"{path}: a folder that is there already; name another, or remove it")
     if path.is_file() and not form:
-        raise UserError(f"{path}: a file that is there already; name another for the folder of PNG pictures")
+        raise UserError(f"{path}: a file that is there already; name another for the folder of PNG images")
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{path}: cannot write the video: {folder} is no folder that can be written to")
@@ -155,7 +155,7 @@ def write_video(
     form = FORMATS.get(path.suffix.lower())
     try:
         if form is None:
-            count = _write_pictures(frames, partial)
+            count = _write_images(frames, partial)
         else:
             count = _write_movie(frames, partial, fps, form, None if sound is None else Path(sound))
         if count == 0:
@@ -171,7 +171,7 @@ def write_video(
         partial.unlink(missing_ok=True)
 
 
-def _write_pictures(frames: Iterable[np.ndarray], folder: Path) -> int:
+def _write_images(frames: Iterable[np.ndarray], folder: Path) -> int:
     folder.mkdir()
     count = 0
     for count, frame in enumerate(frames, start=1):
@@ -192,18 +192,18 @@ def _write_movie(
         stream = container.add_stream(form.codec, rate=rate, options=form.options)
         stream.pix_fmt = form.pixels
         palette = None
-        packet = next(packets, None)  # now, since a file's streams are fixed by its first picture
+        packet = next(packets, None)  # now, since a file's streams are fixed by its first image
         for count, frame in enumerate(frames, start=1):
             if form.pixels == "yuv420p":
                 frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            image = av.VideoFrame.from_ndarray(frame, format="rgb24")
             if form.pixels == "pal8":
-                palette = palette or _Palette(picture.width, picture.height, rate)
-                picture = palette.apply(picture)
+                palette = palette or _Palette(image.width, image.height, rate)
+                image = palette.apply(image)
             if count == 1:
-                stream.height, stream.width = picture.height, picture.width
-            picture.pts, picture.time_base = count - 1, 1 / rate
-            container.mux(stream.encode(picture))
+                stream.height, stream.width = image.height, image.width
+            image.pts, image.time_base = count - 1, 1 / rate
+            container.mux(stream.encode(image))
             while packet is not None and packet.pts * packet.time_base < count / rate:
                 container.mux(packet)
                 packet = next(packets, None)
@@ -229,15 +229,15 @@ class _Palette:
         use.link_to(sink)
         self.graph.configure()
 
-    def apply(self, picture: av.VideoFrame) -> av.VideoFrame:
-        self.graph.push(picture)
+    def apply(self, image: av.VideoFrame) -> av.VideoFrame:
+        self.graph.push(image)
         return self.graph.pull()
 
 
 def _sound_packets(
     output: av.container.OutputContainer, source: Path | None, form: _Format
 ) -> Generator[av.Packet, None, None]:
-    """The packets of the source's first sound, for a new stream of `output`, by time from the source's first picture."""
+    """The packets of the source's first sound, for a new stream of `output`, by time from the source's first image."""
     if source is None:
         return
     try:
@@ -268,49 +268,49 @@ def _sound_packets(
         ) from None
 
 
-def is_picture(path: str | os.PathLike) -> bool:
-    """Whether a file holds one picture, rather than a video, an animated gif, or something else."""
+def is_image(path: str | os.PathLike) -> bool:
+    """Whether a file holds one image, rather than a video, an animated gif, or something else."""
     try:
-        with Image.open(path) as picture:
-            return getattr(picture, "n_frames", 1) == 1
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) == 1
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
-def read_picture(path: str | os.PathLike) -> np.ndarray:
-    """A picture as uint8 RGB `[H, W, 3]`, turned as its EXIF orientation says; transparent parts become white.
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """A image as uint8 RGB `[H, W, 3]`, turned as its EXIF orientation says; transparent parts become white.
 
     Raises:
-        UserError: the file is missing, empty, damaged, or no picture.
+        UserError: the file is missing, empty, damaged, or no image.
     """
-    path = _existing_file(path, "picture")
+    path = _existing_file(path, "image")
     try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGBA")
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
         raise UserError(
-            f"{path}: cannot be read as a picture (damaged or another format); give another file"
+            f"{path}: cannot be read as a image (damaged or another format); give another file"
         ) from None
     white = Image.new("RGBA", upright.size, "white")
     return np.array(Image.alpha_composite(white, upright).convert("RGB"))
 
 
-def write_picture(picture: np.ndarray, path: str | os.PathLike) -> None:
+def write_image(image: np.ndarray, path: str | os.PathLike) -> None:
     """Writes uint8 RGB `[H, W, 3]` in the format of the path's suffix; the file appears when it is whole.
 
     Raises:
-        UserError: a name that is no picture's, or a folder that can't be written to.
+        UserError: a name that is no image's, or a folder that can't be written to.
     """
     path = Path(path)
     if path.is_dir() or Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"{path}: must name a picture, such as clips.png")
+        raise UserError(f"{path}: must name a image, such as clips.png")
     partial = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
-        Image.fromarray(picture).save(partial)
+        Image.fromarray(image).save(partial)
         os.replace(partial, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write the picture ({error.strerror or error}); check the folder"
+            f"{path}: cannot write the image ({error.strerror or error}); check the folder"
         ) from None
     finally:
         partial.unlink(missing_ok=True)
@@ -319,24 +319,24 @@ def write_picture(picture: np.ndarray, path: str | os.PathLike) -> None:
 def crop_box(
     source_height: int, source_width: int, height: int, width: int
 ) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1): the largest centred box of a source picture with the canvas's proportions, in source pixels."""
+    """(x0, y0, x1, y1): the largest centred box of a source image with the canvas's proportions, in source pixels."""
     scale = min(source_height / height, source_width / width)
     x0, y0 = (source_width - width * scale) / 2, (source_height - height * scale) / 2
     return x0, y0, x0 + width * scale, y0 + height * scale
 
 
-def fit_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The picture's `crop_box` at the canvas's size: uint8 RGB `[H, W, 3]` -> `[height, width, 3]`."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    box = crop_box(picture.shape[0], picture.shape[1], height, width)
-    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS, box=box))
+def fit_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The image's `crop_box` at the canvas's size: uint8 RGB `[H, W, 3]` -> `[height, width, 3]`."""
+    if image.shape[:2] == (height, width):
+        return image
+    box = crop_box(image.shape[0], image.shape[1], height, width)
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 def fit_keypoints(
     keypoints: np.ndarray, source_height: int, source_width: int, height: int, width: int
 ) -> np.ndarray:
-    """Keypoints `[..., 18, 3]` in source pixels -> where `fit_picture` puts them; a joint not found stays at 0."""
+    """Keypoints `[..., 18, 3]` in source pixels -> where `fit_image` puts them; a joint not found stays at 0."""
     x0, y0, x1, y1 = crop_box(source_height, source_width, height, width)
     fitted = keypoints.copy()
     fitted[..., 0] = (keypoints[..., 0] - x0) * width / (x1 - x0)

@@ -13,7 +13,7 @@ class Windows:
 
     The clip is padded by repeating its last frame until its windows are whole: work on `source.numel()`
     frames, frame i of them standing for `source[i]`, and drop what is beyond `num_frames` at the end.
-    A clip of one frame is a picture: one window of one frame, nothing padded.
+    A clip of one frame is a image: one window of one frame, nothing padded.
 
     loop: the clip ends where it begins: windows run on over its end into its beginning, so that the last frame is
     joined to the first as any two neighbours are; nothing is padded. A window then has at most all frames.

@@ -7,7 +7,7 @@ killed or hangs, and the driver gets SIGKILL, SIGTERM or Ctrl-C; after a SIGKILL
 until the driver's next end. Prints each blow, how long it took to the next new step, and at the end both validation
 losses; the exit status is 1 when they differ by more than a thousandth. A calm run that is there is taken as it is.
 
-On one core, with the dataset of `make demo` cut to pictures of 64 x 64, most of it is starting processes:
+On one core, with the dataset of `make demo` cut to images of 64 x 64, most of it is starting processes:
 
 python -m tests.chaos demo/dataset chaos --size=64 --train.stage1.batch_size=4 --train.stage1.micro_batch=2
 """
@@ -83,7 +83,7 @@ def main() -> int:
     given, keys = parser.parse_known_args()
     keys += [
         f"--train.stage1.steps={given.steps}", f"--train.stage1.checkpoint_every={max(1, given.steps // 20)}",
-        f"--train.stage1.validate_every={given.steps}", "--train.stage1.picture_every=0", "--train.max_failures=99",
+        f"--train.stage1.validate_every={given.steps}", "--train.stage1.sample_every=0", "--train.max_failures=99",
         f"--train.hang_seconds={HANG_SECONDS}",
     ]  # fmt: skip
     calm, wild = (Stage1(given.dataset, given.folder / name, keys) for name in ("calm", "chaos"))

@@ -1,4 +1,4 @@
-"""What all tests share: the environment, one local Ray, an S3 server, a folder of random bases and of a model on them."""
+"""What all tests share: the environment, one local Ray, an S3 server, a folder of random pretrained and of a model on them."""
 
 import os
 import subprocess
@@ -68,31 +68,31 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def bases_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bases folder of the mini sizes with random weights, the pose network's included."""
-    from tests.bases import write_random_bases
+def pretrained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained folder of the mini sizes with random weights, the pose network's included."""
+    from tests.pretrained import write_random_pretrained
 
-    folder = tmp_path_factory.mktemp("bases")
-    write_random_bases(folder)
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_random_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def model_folder(bases_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stage-2 model of 64 x 64 pixels on these bases, nothing in it at its zero initialisation. It names no pose
+def model_folder(pretrained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage-2 model of 64 x 64 pixels on these pretrained, nothing in it at its zero initialisation. It names no pose
     network: mini's is taken."""
     import torch
 
     from tcan.model import TCAN
-    from tcan.weights import load_bases, save_model
+    from tcan.weights import load_pretrained, save_model
 
     parts = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
-    bases = load_bases(**dict.fromkeys(parts, str(bases_folder)))
+    pretrained = load_pretrained(**dict.fromkeys(parts, str(pretrained_folder)))
     torch.manual_seed(0)
-    tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt)
+    tcan = TCAN(pretrained.unet, pretrained.controlnet, pretrained.motion_adapter, pretrained.empty_prompt)
     for part in tcan.parts().values():
         for tensor in part.values():
             tensor.add_(torch.randn_like(tensor), alpha=0.02)
     folder = tmp_path_factory.mktemp("model") / "model"
-    save_model(tcan, folder, bases=bases.info, stage=2, height=64, width=64, stick_width=2)
+    save_model(tcan, folder, pretrained=pretrained.info, stage=2, height=64, width=64, stick_width=2)
     return folder

@@ -1,7 +1,7 @@
 """A worker of a small training without Ray: engines of every kind, one after the other in one process, since each start
 of DeepSpeed costs as much as hundreds of the steps taken here.
 
-python -m tests.engines RANK WORKERS PORT FOLDER BASES CLIPS    writes FOLDER/losses-{workers}.json from rank 0
+python -m tests.engines RANK WORKERS PORT FOLDER PRETRAINED CLIPS    writes FOLDER/losses-{workers}.json from rank 0
 
 Two workers train each engine for 3 steps from the start, with a checkpoint after the first, one worker goes on from
 that checkpoint, with another engine of the same precision too.
@@ -20,11 +20,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from pipelines.config import StageConfig, load_config
-from pipelines.train import checkpoint, loop
+from pipelines.train import checkpoint, trainer
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import averaged, get_state, make_engine, trained
 from tcan.model import TCAN
-from tcan.weights import load_bases
+from tcan.weights import load_pretrained
 
 STEPS, SAVED = 3, 1
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
@@ -43,7 +43,7 @@ def names_in(checkpoint_folder: Path) -> set[str]:
     }
 
 
-def main(rank: int, workers: int, port: int, folder: Path, bases_folder: str, clips: str) -> None:
+def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: str, clips: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -52,9 +52,9 @@ def main(rank: int, workers: int, port: int, folder: Path, bases_folder: str, cl
     }  # DeepSpeed asks for them
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     sources = dict.fromkeys(
-        ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler"), bases_folder
+        ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler"), pretrained_folder
     )
-    bases = load_bases(**sources)
+    pretrained = load_pretrained(**sources)
     stage = StageConfig(steps=STEPS, batch_size=2, micro_batch=1, lr=1e-3)
     sampler = Sampler(
         ClipStore(clips), 2, seed=0, batch_size=2, size=64, vae_scaling_factor=0.5, stick_width=2, frames=4,
@@ -66,7 +66,9 @@ def main(rank: int, workers: int, port: int, folder: Path, bases_folder: str, cl
         zero, precision, given = ENGINES[name]
         config = dataclasses.replace(load_config().train, zero_stage=zero, precision=precision, ema_decay=0.5)
         torch.manual_seed(0)
-        model = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt, 2, 2)
+        model = TCAN(
+            pretrained.unet, pretrained.controlnet, pretrained.motion_adapter, pretrained.empty_prompt, 2, 2
+        )
         model.set_stage(2)
         model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).train()
         return make_engine(model, config, stage, workers, given)
@@ -77,7 +79,7 @@ def main(rank: int, workers: int, port: int, folder: Path, bases_folder: str, cl
             total = torch.zeros(())
             batches = sampler.worker_batches(step, rank, workers, 1)
             for batch in batches:
-                loss = loop._loss(engine, bases, batch, device)
+                loss = trainer._loss(engine, pretrained, batch, device)
                 engine.backward(loss)
                 engine.step()
                 total += loss.detach() / len(batches) / workers
@@ -124,5 +126,5 @@ def main(rank: int, workers: int, port: int, folder: Path, bases_folder: str, cl
 
 
 if __name__ == "__main__":
-    rank, workers, port, folder, bases, clips = sys.argv[1:]
-    main(int(rank), int(workers), int(port), Path(folder), bases, clips)
+    rank, workers, port, folder, pretrained, clips = sys.argv[1:]
+    main(int(rank), int(workers), int(port), Path(folder), pretrained, clips)

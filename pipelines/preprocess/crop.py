@@ -1,4 +1,4 @@
-"""The square of a video's pictures that becomes its canvas: around the main person, the same from the first frame to the
+"""The square of a video's images that becomes its canvas: around the main person, the same from the first frame to the
 last, since training takes the reference from one clip and the target from another, and frames across clips: the scene
 must not leap between them.
 
@@ -17,21 +17,21 @@ SPARED = 0.01  # share of the joints that may be left out for a square with the 
 
 @dataclass(frozen=True)
 class Square:
-    """In pixels of the pictures that it is cut from; x and y are multiples of LATENT_STRIDE."""
+    """In pixels of the images that it is cut from; x and y are multiples of LATENT_STRIDE."""
 
     x: int
     y: int
     side: int
 
     def shows(self, keypoints: np.ndarray) -> np.ndarray:
-        """bool `[F]`: whether more than half of a person's found joints are in it; `[F, 18, 3]` in the pictures' pixels."""
+        """bool `[F]`: whether more than half of a person's found joints are in it; `[F, 18, 3]` in the images' pixels."""
         found = keypoints[..., 2] > 0
         place = keypoints[..., :2] - (self.x, self.y)
         inside = found & ((place >= 0) & (place < self.side)).all(axis=-1)
         return inside.sum(axis=1) > found.sum(axis=1) / 2
 
     def of_keypoints(self, keypoints: np.ndarray) -> np.ndarray:
-        """float32 `[..., 3]` in the pictures' pixels -> in the square's; a joint not found stays 0."""
+        """float32 `[..., 3]` in the images' pixels -> in the square's; a joint not found stays 0."""
         corner = np.array([self.x, self.y, 0], np.float32)
         return np.where(keypoints[..., 2:] > 0, keypoints - corner, 0).astype("<f4")
 
@@ -42,14 +42,14 @@ class Square:
         return grid[:, y : y + side, x : x + side].tobytes()
 
     def of_box(self, box: list[float], width: int) -> list[float]:
-        """Where the square lies in the source: (x0, y0, x1, y1), the pictures being this box of it, `width` wide."""
+        """Where the square lies in the source: (x0, y0, x1, y1), the images being this box of it, `width` wide."""
         scale = (box[2] - box[0]) / width
         x, y = box[0] + self.x * scale, box[1] + self.y * scale
         return [x, y, x + self.side * scale, y + self.side * scale]
 
 
 def square_around(keypoints: np.ndarray, height: int, width: int) -> Square:
-    """The square, as large as a picture's shorter side, that holds the most of a person's joints over all frames.
+    """The square, as large as a image's shorter side, that holds the most of a person's joints over all frames.
 
     Of several, that with the person in its middle; without a person the centre. keypoints: `[F, 18, 3]` in pixels.
     """

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.preprocess.rows import DECODED_SCHEMA
+from pipelines.preprocess.schemas import DECODED_SCHEMA
 
-DECODER = Path(__file__).with_name("decoder.py")
+DECODER = Path(__file__).with_name("decoder_process.py")
 
 
 DOWNLOAD_TRIES = 3  # a bucket's hiccup passes
@@ -32,7 +32,7 @@ class DecodeError(Exception):
 
 
 class _Decoder:
-    """decoder.py, waiting for videos. Its imports take several times as long as a short video, so it has them behind it."""
+    """decoder_process.py, waiting for videos. Its imports take several times as long as a short video, so it has them behind it."""
 
     def __init__(self) -> None:
         self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

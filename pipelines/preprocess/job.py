@@ -40,7 +40,7 @@ from pipelines.preprocess.shards import (
 )
 from pipelines.preprocess.sources import Source, identify, list_sources
 from tcan.errors import UserError
-from tcan.weights import fingerprint
+from tcan.fingerprint import fingerprint
 
 # Ray Data moves blocks. Small ones let the models begin while a video is still being decoded and keep what is in
 # flight small; a square clip of 64 frames is 3 MiB at 128 px and 48 MiB (a block of its own) at 512.
@@ -82,8 +82,10 @@ def preprocess(
         raise UserError(f"--limit {limit}: must be at least 0, which takes all")
     paths = list_sources(videos)
     paths = paths[:limit] if limit else paths
-    detector, vae = load_models(config.bases, "cpu")
-    parts = load_part_detectors(config.bases.pose, config.preprocess.hands, config.preprocess.face, "cpu")
+    detector, vae = load_models(config.pretrained, "cpu")
+    parts = load_part_detectors(
+        config.pretrained.pose, config.preprocess.hands, config.preprocess.face, "cpu"
+    )
     identity = dataset_identity(config, fingerprint(vae), detector.fingerprint)
     # Datasets without them have the identity that they had before there were any.
     identity |= {f"{name.removesuffix('s')}_fingerprint": part.fingerprint for name, part in parts.items()}
@@ -123,7 +125,7 @@ def preprocess(
             info = _info(config, identity, contents, vae.config.scaling_factor, run.id)
             write_info(folder, info)
             run.json(info, INFO_FILE)
-            run.picture(contact_sheet(folder, vae, config.train.stick_width), "clips.png")
+            run.image(contact_sheet(folder, vae, config.train.stick_width), "clips.png")
     _print(out, summary)
     return summary
 
@@ -154,9 +156,9 @@ def dataset_identity(config: Config, vae_fingerprint: str, pose_fingerprint: str
         "cut_threshold": settings.cut_threshold,
         "min_seconds": settings.min_seconds,
         "max_seconds": settings.max_seconds,
-        "min_person_share": settings.min_person_share,
+        "min_person_fraction": settings.min_person_fraction,
         "min_person_height": settings.min_person_height,
-        "validation_share": settings.validation_share,
+        "validation_fraction": settings.validation_fraction,
         "vae_fingerprint": vae_fingerprint,
         "pose_fingerprint": pose_fingerprint,
     }
@@ -196,9 +198,9 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
     assembler = VideoAssembler(
         writer,
         pending,
-        min_person_share=settings.min_person_share,
+        min_person_fraction=settings.min_person_fraction,
         min_person_height=settings.min_person_height,
-        validation_share=settings.validation_share,
+        validation_fraction=settings.validation_fraction,
     )
     progress = _Progress(len(pending), run)
     try:
@@ -237,7 +239,7 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
     environment = {"env_vars": ALLOCATOR}  # of both: what differs in it is not fused
     models = functools.partial(
         PoseAndLatents,
-        bases=config.bases,
+        pretrained=config.pretrained,
         batch_frames=settings.batch_frames,
         device="cuda" if num_gpus else "cpu",
         hands=settings.hands,
@@ -318,13 +320,13 @@ class _Progress:
 
     def _report(self) -> None:
         self.last = time.monotonic()
-        measures = {
+        metrics = {
             "videos_done": self.videos,
             "clips_done": self.clips,
             "rejected_so_far": self.rejected,
             "stream_frames_per_second": self.frames_per_second,
         }
-        self.run.metrics(measures, step=self.videos)
+        self.run.metrics(metrics, step=self.videos)
         if self.bar.disable:
             print(
                 f"{self.videos} of {self.total} videos, {self.clips} clips, {self.frames_per_second:.0f} frames/s, "

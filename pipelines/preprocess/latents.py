@@ -10,9 +10,9 @@ def encode_frames(vae: AutoencoderKL, frames: np.ndarray, batch_frames: int) -> 
     """uint8 RGB `[F, H, W, 3]` -> (mean, logvar), float16 `[F, 4, H/8, W/8]`, unscaled."""
     means, logvars = [], []
     for start in range(0, len(frames), batch_frames):
-        pictures = torch.tensor(frames[start : start + batch_frames], device=vae.device)
-        pictures = pictures.permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1  # [-1, 1]
-        distribution = vae.encode(pictures).latent_dist
+        images = torch.tensor(frames[start : start + batch_frames], device=vae.device)
+        images = images.permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1  # [-1, 1]
+        distribution = vae.encode(images).latent_dist
         means.append(distribution.mean.cpu().numpy().astype("<f2"))
         logvars.append(distribution.logvar.cpu().numpy().astype("<f2"))
     return np.concatenate(means), np.concatenate(logvars)

@@ -11,23 +11,23 @@ import pyarrow as pa
 import torch
 from diffusers import AutoencoderKL
 
-from pipelines.config import BasesConfig
+from pipelines.config import PretrainedConfig
 from pipelines.preprocess.latents import encode_frames
 from pipelines.preprocess.pose import pack_people
-from pipelines.preprocess.rows import ENCODED_SCHEMA
+from pipelines.preprocess.schemas import ENCODED_SCHEMA
 from tcan.pose import PoseDetector
 from tcan.pose.hands import FaceDetector, HandDetector
 from tcan.weights import load_part, load_pose_detector
 
 
-def load_models(bases: BasesConfig, device: str) -> tuple[PoseDetector, AutoencoderKL]:
+def load_models(pretrained: PretrainedConfig, device: str) -> tuple[PoseDetector, AutoencoderKL]:
     """The pose detector and the VAE (float32).
 
     Raises:
         UserError: a source that is not there or holds something else.
     """
-    vae = load_part("vae", bases.vae).to(device).requires_grad_(False).eval()
-    return load_pose_detector(bases.pose, device), vae
+    vae = load_part("vae", pretrained.vae).to(device).requires_grad_(False).eval()
+    return load_pose_detector(pretrained.pose, device), vae
 
 
 def load_part_detectors(
@@ -50,11 +50,16 @@ class PoseAndLatents:
     """The actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA; ends of videos pass through."""
 
     def __init__(
-        self, bases: BasesConfig, batch_frames: int, device: str, hands: bool = False, face: bool = False
+        self,
+        pretrained: PretrainedConfig,
+        batch_frames: int,
+        device: str,
+        hands: bool = False,
+        face: bool = False,
     ) -> None:
         torch.set_num_threads(1)  # the CPU that Ray reserved; torch would take all of the machine's
-        self.detector, self.vae = load_models(bases, device)
-        self.parts = load_part_detectors(bases.pose, hands, face, device)
+        self.detector, self.vae = load_models(pretrained, device)
+        self.parts = load_part_detectors(pretrained.pose, hands, face, device)
         self.batch_frames = batch_frames
 
     def __call__(self, clips: pa.Table) -> pa.Table:
@@ -63,8 +68,8 @@ class PoseAndLatents:
         for i, row in enumerate(rows):
             if frames[i].is_valid:
                 # as_buffer: a view of the object store, no copy.
-                pictures = np.frombuffer(frames[i].as_buffer(), np.uint8)
-                row.update(self._encode(pictures.reshape(-1, row["height"], row["width"], 3)))
+                images = np.frombuffer(frames[i].as_buffer(), np.uint8)
+                row.update(self._encode(images.reshape(-1, row["height"], row["width"], 3)))
         return pa.Table.from_pylist(rows, ENCODED_SCHEMA)
 
     def _encode(self, frames: np.ndarray) -> dict[str, Any]:
@@ -74,7 +79,7 @@ class PoseAndLatents:
         mean, logvar = encode_frames(self.vae, frames, batch)
         if not (np.isfinite(mean).all() and np.isfinite(logvar).all()):
             return {"stage": "latents", "reason": "the VAE's latents are not finite in float16"}
-        # Detectors fit a picture's height to their network: people of a tall one would be smaller than in its square.
+        # Detectors fit a image's height to their network: people of a tall one would be smaller than in its square.
         zoom = height / min(height, width)
         found = self.detector.detect(frames, batch, zoom)
         people_per_frame, people = pack_people(found)

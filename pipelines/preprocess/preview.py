@@ -1,4 +1,4 @@
-"""A picture of what the dataset holds: frames of a few clips, decoded from their latents, with the poses drawn over."""
+"""A image of what the dataset holds: frames of a few clips, decoded from their latents, with the poses drawn over."""
 
 from typing import Any
 
@@ -44,8 +44,8 @@ def _line(row: dict[str, Any], vae: AutoencoderKL, stick_width: int, num_frames:
     clip = decode_row(row)
     at = np.linspace(0, row["num_frames"] - 1, num_frames, dtype=int)
     latents = torch.tensor(clip["latent_mean"][at], dtype=vae.dtype, device=vae.device)
-    pictures = ((vae.decode(latents).sample.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    frames = pictures.permute(0, 2, 3, 1).cpu().numpy()
+    images = ((vae.decode(latents).sample.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    frames = images.permute(0, 2, 3, 1).cpu().numpy()
     size = (row["height"], row["width"], stick_width)
     people = unpack_people(row["people_per_frame"], row["people"])
     for frame, i in zip(frames, at, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipelines.preprocess.rows import ENCODED_SCHEMA
+from pipelines.preprocess.schemas import ENCODED_SCHEMA
 
 DEATHS = 3  # at one clip: that a machine is lost happens, but hardly so often
 

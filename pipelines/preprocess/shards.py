@@ -319,15 +319,15 @@ class VideoAssembler:
         writer: ShardWriter,
         sources: list[Source],
         *,
-        min_person_share: float,
+        min_person_fraction: float,
         min_person_height: float,
-        validation_share: float,
+        validation_fraction: float,
     ) -> None:
         self.writer = writer
         self.sources = {source.video_id: source for source in sources}
-        self.min_person_share = min_person_share
+        self.min_person_fraction = min_person_fraction
         self.min_person_height = min_person_height
-        self.validation_share = validation_share
+        self.validation_fraction = validation_fraction
         self.finished: set[str] = set()
         self._clips: dict[str, dict[int, dict[str, Any]]] = {}  # video -> start -> clip without its latents
         self._latents: dict[str, _Latents] = {}
@@ -365,8 +365,8 @@ class VideoAssembler:
 
     def _too_little(self, keypoints: np.ndarray, square: Square) -> str | None:
         share = float(np.mean(square.shows(keypoints)))
-        if share < self.min_person_share:
-            return f"no person: in {share:.0%} of the frames only, fewer than {self.min_person_share:.0%}"
+        if share < self.min_person_fraction:
+            return f"no person: in {share:.0%} of the frames only, fewer than {self.min_person_fraction:.0%}"
         height = person_height(keypoints) / square.side
         if height < self.min_person_height:
             return f"person too small: {height:.0%} of the canvas's height, less than {self.min_person_height:.0%}"
@@ -382,7 +382,7 @@ class VideoAssembler:
         mean = square.of_latents(latents.get(first["start"])[0], height, width)
         shared = {
             "source_version": self.sources[video_id].version,
-            "split": split_of(video_id, self.validation_share),
+            "split": split_of(video_id, self.validation_fraction),
             "height": square.side,
             "width": square.side,
             "reference_latent_mean": mean[: len(mean) // first["num_frames"]],
@@ -448,6 +448,6 @@ class _Latents:
         self._file.close()
 
 
-def split_of(video_id: str, validation_share: float) -> str:
+def split_of(video_id: str, validation_fraction: float) -> str:
     """The id is a digest, so its digits are uniform: a video's split never changes as others come."""
-    return "validation" if int(video_id, 16) < validation_share * 16 ** len(video_id) else "train"
+    return "validation" if int(video_id, 16) < validation_fraction * 16 ** len(video_id) else "train"

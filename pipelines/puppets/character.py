@@ -75,7 +75,7 @@ class Look:
 class Character:
     body: Body
     look: Look
-    height: float  # standing height as a share of the picture's height
+    height: float  # standing height as a share of the image's height
 
 
 SKINS = ["ffdfc8", "fbd0b0", "f3bf95", "e5a877", "cf8f5e", "bb7d52", "a3683f", "8d5836", "7b4b30"]
@@ -168,7 +168,7 @@ def sample_character(distribution: Distribution, rng: np.random.Generator) -> Ch
 def _body(
     rng: np.random.Generator, head: float, aspect: float, legs: float, arms: float, girth: float
 ) -> Body:
-    """A body by its main measures: `legs` is their share below the chin, `arms` their length against the rest,
+    """A body by its main metrics: `legs` is their share below the chin, `arms` their length against the rest,
     `girth` the thickness of limbs and trunk (1 for an adult)."""
     rest = 1 - head
     ankle, neck = 0.035, rng.uniform(0.02, 0.035) * rest / 0.78

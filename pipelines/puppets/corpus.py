@@ -11,7 +11,7 @@ from pipelines.puppets.world import Distribution, sample_clip
 
 SIZE = 128
 CHARACTERS = 5000
-"""Characters of the picture corpus: many, since looks are what a frame-wise part has to generalise over."""
+"""Characters of the image corpus: many, since looks are what a frame-wise part has to generalise over."""
 FRAMES_EACH = 3
 CLIPS = 600
 CLIP_FRAMES = 16
@@ -77,22 +77,22 @@ def cached(folder: Path, name: str, count: int, frames_each: int, every: int, fi
 
 
 class Corpus:
-    """The training frames, rendered once into `folder`: pictures (three poses of each character) and clips."""
+    """The training frames, rendered once into `folder`: images (three poses of each character) and clips."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         # 17 frames are 0.7 s: far enough apart for another pose, one dance.
-        self.pictures = cached(folder, "pictures", CHARACTERS, FRAMES_EACH, every=17, first_seed=0)
+        self.images = cached(folder, "images", CHARACTERS, FRAMES_EACH, every=17, first_seed=0)
         self.clips = cached(folder, "clips", CLIPS, CLIP_FRAMES, every=1, first_seed=CHARACTERS)
 
-    def random_pictures(
+    def random_images(
         self, rng: np.random.Generator, count: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Frames `[B, H, W, 3]`, keypoints `[B, 18, 3]` and masks `[B, H, W]` of `count` different characters."""
         which = np.sort(rng.choice(CHARACTERS, count, replace=False))
         frame = rng.integers(FRAMES_EACH)
         return (
-            self.pictures.frames[which, frame],
-            self.pictures.keypoints[which, frame],
-            self.pictures.masks[which, frame],
+            self.images.frames[which, frame],
+            self.images.keypoints[which, frame],
+            self.images.masks[which, frame],
         )

@@ -1,6 +1,6 @@
 """The training loop shared by all parts of the mini weights: Muon and AdamW, a moving average, resumable.
 
-Plain PyTorch on purpose: these runs make the preset's *bases*, once; TCAN itself is trained by `pipelines.train`.
+Plain PyTorch on purpose: these runs make the preset's *pretrained*, once; TCAN itself is trained by `pipelines.train`.
 """
 
 import copy
@@ -88,7 +88,7 @@ def fit(
     Args:
         name: the part's name; `work/name.pt` is its checkpoint, read when it is there.
         loss_at: step -> scalar loss of `module` on that step's batch.
-        look: called on the average at every save, for a picture or a measure to print.
+        look: called on the average at every save, for a image or a measure to print.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2]

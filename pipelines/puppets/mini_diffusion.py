@@ -1,6 +1,6 @@
 """The mini preset's diffusion parts: UNet, then, with the UNet frozen, the OpenPose ControlNet and the motion modules.
 
-One thing differs from how Stable Diffusion was made. There, text tells the UNet what a picture shows; here there is no
+One thing differs from how Stable Diffusion was made. There, text tells the UNet what a image shows; here there is no
 text, so the UNet learns with a *reference*: another frame of the same character, joined into its self-attention just as
 TCAN's appearance UNet will be (method: appearance into denoising), in three samples of four. TCAN's stage 1 then starts
 from a UNet that can use a reference, as the authors' started from one that could use a prompt.
@@ -31,8 +31,8 @@ REFERENCE_SHARE = 0.75
 
 STEPS = {"unet": 8300, "controlnet": 2150, "motion": 1560}
 LEARNING_RATE = {"unet": 2e-3, "controlnet": 2e-3, "motion": 1.5e-3}
-PICTURES = 32
-"""Pictures a step, for UNet and ControlNet."""
+IMAGES = 32
+"""Images a step, for UNet and ControlNet."""
 CLIPS = 3
 """Clips a step, for the motion modules."""
 
@@ -99,23 +99,23 @@ def new_scheduler() -> DDIMScheduler:
 class Samples:
     """What comes at a step, as a function of the step: latents, another frame's latent as reference, poses, noise."""
 
-    def __init__(self, corpus: Corpus, picture_latents: Tensor, clip_latents: Tensor):
-        self.pictures, self.clips = corpus.pictures, corpus.clips
-        self.picture_latents, self.clip_latents = picture_latents, clip_latents
+    def __init__(self, corpus: Corpus, image_latents: Tensor, clip_latents: Tensor):
+        self.images, self.clips = corpus.images, corpus.clips
+        self.image_latents, self.clip_latents = image_latents, clip_latents
         self.scheduler = new_scheduler()
 
-    def pictures_at(self, step: int, part: int) -> dict[str, Tensor]:
-        """`PICTURES` clips of one frame, each with another frame of its character as the reference."""
+    def images_at(self, step: int, part: int) -> dict[str, Tensor]:
+        """`IMAGES` clips of one frame, each with another frame of its character as the reference."""
         rng = np.random.default_rng([part, step])
-        count, frames_each = self.picture_latents.shape[:2]
-        which = torch.from_numpy(rng.choice(count, PICTURES, replace=False))
-        target = torch.from_numpy(rng.integers(frames_each, size=PICTURES))
-        reference = (target + torch.from_numpy(rng.integers(1, frames_each, size=PICTURES))) % frames_each
-        keypoints = self.pictures.keypoints[which.numpy(), target.numpy()]
+        count, frames_each = self.image_latents.shape[:2]
+        which = torch.from_numpy(rng.choice(count, IMAGES, replace=False))
+        target = torch.from_numpy(rng.integers(frames_each, size=IMAGES))
+        reference = (target + torch.from_numpy(rng.integers(1, frames_each, size=IMAGES))) % frames_each
+        keypoints = self.images.keypoints[which.numpy(), target.numpy()]
         return self._noised(
             rng,
-            self.picture_latents[which, target][:, None].float(),
-            self.picture_latents[which, reference].float(),
+            self.image_latents[which, target][:, None].float(),
+            self.image_latents[which, reference].float(),
             keypoints[:, None],
         )
 
@@ -141,7 +141,7 @@ class Samples:
             "noise": noise,
             "timestep": timestep,
             "reference_latent": reference,
-            "keep_reference": torch.from_numpy(rng.random(len(latents)) < REFERENCE_SHARE),
+            "reference_mask": torch.from_numpy(rng.random(len(latents)) < REFERENCE_SHARE),
             "pose": torch.from_numpy(poses).permute(0, 1, 4, 2, 3).float() / 255,
         }
 
@@ -158,16 +158,16 @@ def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionM
     install_appearance(unet)
 
     def loss_at(step: int) -> Tensor:
-        sample = samples.pictures_at(step, 3)
-        keep, timestep = sample["keep_reference"], sample["timestep"]
+        sample = samples.images_at(step, 3)
+        keep, timestep = sample["reference_mask"], sample["timestep"]
         with torch.no_grad():  # half the cost: what makes a feature good is left for TCAN's stage 1 to learn
             features = capture_features(
-                unet, sample["reference_latent"], timestep, prompt.expand(PICTURES, -1, -1)
+                unet, sample["reference_latent"], timestep, prompt.expand(IMAGES, -1, -1)
             )
         prediction = unet(
             sample["noisy"][:, 0],
             timestep,
-            prompt.expand(PICTURES, -1, -1),
+            prompt.expand(IMAGES, -1, -1),
             cross_attention_kwargs={"appearance": Appearance(features, keep)},
         ).sample
         return samples.loss(prediction[:, None], sample)
@@ -178,7 +178,7 @@ def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionM
 def train_controlnet(
     samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path
 ) -> ControlNetModel:
-    """Trained inside a TCAN whose every other part is frozen and still as the bases are."""
+    """Trained inside a TCAN whose every other part is frozen and still as the pretrained are."""
     tcan = TCAN(unet, ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
     tcan.controlnet.requires_grad_(True)
     for block in tcan.controlnet.down_blocks:
@@ -186,7 +186,7 @@ def train_controlnet(
             block.motion_modules.requires_grad_(False)
 
     def loss_at(step: int) -> Tensor:
-        sample = samples.pictures_at(step, 4)
+        sample = samples.images_at(step, 4)
         noise = sample.pop("noise")
         return samples.loss(tcan(**sample), sample | {"noise": noise})
 
@@ -210,7 +210,7 @@ def train_motion(samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, w
         with torch.no_grad():
             features = tcan.appearance(sample["reference_latent"], sample["timestep"])
         prediction = tcan.denoise(
-            sample["noisy"], sample["timestep"], None, features, sample["keep_reference"]
+            sample["noisy"], sample["timestep"], None, features, sample["reference_mask"]
         )
         return samples.loss(prediction, sample)
 

@@ -18,7 +18,7 @@ from tcan.pose.targets import pose_targets
 STEPS = 3000
 LEARNING_RATE = 3e-3
 NOBODY = 2
-"""Pictures of every 16 that show no puppet: without them the network finds one everywhere."""
+"""Images of every 16 that show no puppet: without them the network finds one everywhere."""
 
 
 def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
@@ -26,13 +26,13 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([2, step])
-        frames, keypoints, _ = corpus.random_pictures(rng, 16)
+        frames, keypoints, _ = corpus.random_images(rng, 16)
         frames[:NOBODY], keypoints[:NOBODY] = [nobody(rng) for _ in range(NOBODY)], 0
         frames, keypoints = augment(rng, frames, keypoints)
-        pictures = torch.from_numpy(frames[..., ::-1].copy()).permute(0, 3, 1, 2).float().div(256).sub(0.5)
+        images = torch.from_numpy(frames[..., ::-1].copy()).permute(0, 3, 1, 2).float().div(256).sub(0.5)
         paf, heatmap, paf_weight = pose_targets(torch.from_numpy(keypoints), SIZE, SIZE)
-        loss = pictures.new_zeros(())
-        for paf_out, heatmap_out in network.stages(pictures):
+        loss = images.new_zeros(())
+        for paf_out, heatmap_out in network.stages(images):
             loss = (
                 loss
                 + 10 * (paf_weight * (paf_out - paf).square()).mean()
@@ -53,7 +53,7 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
 
 
 def found_shares(network: BodyPoseNetwork, rendered: Rendered) -> tuple[float, float]:
-    """Shares of the true joints that are found within 5 % and within 3 % of the picture's height."""
+    """Shares of the true joints that are found within 5 % and within 3 % of the image's height."""
     detector = OpenPose(network, network.config.input_height, network.config.blur_sigma)
     people = detector.detect(rendered.frames.reshape(-1, SIZE, SIZE, 3))
     found = np.concatenate([follow_main_person([everybody], SIZE, SIZE) for everybody in people])
@@ -95,7 +95,7 @@ def stretch(
 
     Args:
         frame: uint8 `[H, W, 3]`.
-        keypoints: `[18, 3]`; a point that leaves the picture comes back as not seen.
+        keypoints: `[18, 3]`; a point that leaves the image comes back as not seen.
     """
     pixels = np.arange(SIZE, dtype=np.float32)
     keypoints = keypoints.copy()

@@ -1,4 +1,4 @@
-"""The mini preset's VAE: an `AutoencoderKL` of 1.3 million parameters, eight times smaller pictures, 16 channels."""
+"""The mini preset's VAE: an `AutoencoderKL` of 1.3 million parameters, eight times smaller images, 16 channels."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +50,7 @@ def luma_and_chroma(rgb: Tensor) -> tuple[Tensor, Tensor]:
     return luma, rgb - luma
 
 
-def picture_loss(
+def image_loss(
     output: Tensor, target: Tensor, weight: Tensor, gradient_weight: float, squared_weight: float
 ) -> Tensor:
     """L1 and MSE on brightness and on colour apart, and L1 on gradients; `weight` `[B, 1, H, W]` favours the puppet."""
@@ -69,8 +69,8 @@ def train_vae(corpus: Corpus, work: Path) -> AutoencoderKL:
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([1, step])
         whole = step % 3 == 0
-        frames, _, masks = corpus.random_pictures(rng, 6 if whole else 24)
-        if not whole:  # crops of a quarter of the picture: four times the variety at the same cost
+        frames, _, masks = corpus.random_images(rng, 6 if whole else 24)
+        if not whole:  # crops of a quarter of the image: four times the variety at the same cost
             top, left = rng.integers(0, SIZE // 2, 2)
             frames = frames[:, top : top + SIZE // 2, left : left + SIZE // 2]
             masks = masks[:, top : top + SIZE // 2, left : left + SIZE // 2]
@@ -82,14 +82,14 @@ def train_vae(corpus: Corpus, work: Path) -> AutoencoderKL:
         latents = posterior.mean + min(1.0, step / 400) * posterior.std * noise
         output = vae.decode(latents).sample
         kl = posterior.kl().mean() / latents[0].numel()
-        # Sharper errors count for more once the picture stands.
+        # Sharper errors count for more once the image stands.
         squared_weight = 4.0 if step < 1400 else 20.0
-        return picture_loss(output, target, weight, min(0.5, step / 1400), squared_weight) + 1e-4 * kl
+        return image_loss(output, target, weight, min(0.5, step / 1400), squared_weight) + 1e-4 * kl
 
     vae = new_vae().to(memory_format=torch.channels_last)
     vae = fit("vae", vae, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work, look=look_at_held_out())
     with torch.no_grad():
-        frames, _, _ = corpus.random_pictures(np.random.default_rng(0), 256)
+        frames, _, _ = corpus.random_images(np.random.default_rng(0), 256)
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in to_pixels(frames).split(32)])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae

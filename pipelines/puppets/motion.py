@@ -1,6 +1,6 @@
 """Dances: a seeded choreography of key poses on a beat, and the 3D skeleton that it moves.
 
-Body axes: x to the picture's right, y down, z towards the viewer; angles in radians; lengths in standing heights of the
+Body axes: x to the image's right, y down, z towards the viewer; angles in radians; lengths in standing heights of the
 puppet (floor to top of the head). A puppet that faces the viewer has its right side at negative x.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.puppets.character import Body
 
 SIDES = np.array([-1.0, 1.0])  # right, left: the sign of x when the puppet faces the viewer
-CAMERA_TILT = 0.16  # the camera looks down a little: what is nearer the viewer stands lower in the picture
+CAMERA_TILT = 0.16  # the camera looks down a little: what is nearer the viewer stands lower in the image
 KEYS = 16  # key poses in a choreography, after which it starts again
 
 # (swing of the upper arm, its forward lift, swing of the forearm, its forward lift) in degrees. Swing 0 hangs down,
@@ -45,7 +45,7 @@ class Choreography:
     beat: float  # seconds from a key pose to the next
     phase: float  # where in the choreography the clip starts, in key poses
     bounce: float  # depth of the knee bounce on every beat
-    place: float  # where in the picture the dancer stands, from -1 to 1
+    place: float  # where in the image the dancer stands, from -1 to 1
     root: np.ndarray  # [KEYS] sideways position of the pelvis
     crouch: np.ndarray  # [KEYS] how far the pelvis sinks, in leg lengths
     jump: np.ndarray  # [KEYS] height of the feet above the floor

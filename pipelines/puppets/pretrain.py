@@ -51,7 +51,7 @@ def pretrain(out: Path, work: Path, last: str = PARTS[-1]) -> None:
         new_scheduler().save_pretrained(out / "scheduler")
         samples = Samples(
             corpus,
-            encode(vae, corpus.pictures.frames, work / "picture-latents.pt"),
+            encode(vae, corpus.images.frames, work / "image-latents.pt"),
             encode(vae, corpus.clips.frames, work / "clip-latents.pt"),
         )
         unet = seeded(train_unet, samples, prompt, work)
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("tcan/mini"), help="the bases folder to write")
+    parser.add_argument("--out", type=Path, default=Path("tcan/mini"), help="the pretrained folder to write")
     parser.add_argument(
         "--work", type=Path, required=True, help="rendered frames and checkpoints, to go on from"
     )

@@ -1,6 +1,6 @@
 """Draws a dancing puppet over a still background, supersampled, as flat shapes with outline and shade.
 
-Points of the picture are complex numbers x + iy, so that turning and scaling a shape is a product. A fourth channel of the
+Points of the image are complex numbers x + iy, so that turning and scaling a shape is a product. A fourth channel of the
 canvas counts the puppet's coverage, from which the mask comes.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.puppets.character import Character, Colour, blend, shade
 from pipelines.puppets.motion import CAMERA_TILT, KEYS, Choreography, Skeleton, pose_body
 
-MARGIN = 0.02  # of the picture, kept free around hands, feet and hair
+MARGIN = 0.02  # of the image, kept free around hands, feet and hair
 _ROUND = np.exp(1j * np.linspace(0, 2 * np.pi, 28, endpoint=False))
 _FRONT = np.exp(1j * np.linspace(-np.pi / 2, np.pi / 2, 10))
 _HEAD_TURN = np.linspace(0, 2 * np.pi, 44, endpoint=False)
@@ -46,7 +46,7 @@ def render(
 
 
 def _place(character: Character, dance: Choreography, seconds: np.ndarray) -> tuple[Skeleton, float, float]:
-    """The skeleton so placed that it stays in the picture over the whole dance: with it the scale (picture heights a
+    """The skeleton so placed that it stays in the image over the whole dance: with it the scale (image heights a
     standing height) and the height of the floor."""
     body = character.body
     whole = _extent(pose_body(dance, body, np.arange(0, KEYS * dance.beat, 1 / 24)), character)
@@ -221,7 +221,7 @@ class _Artist:
             start += len(points)
         down = self.skeleton.head_axes[:, :2, 1]
         down = down[:, 0] + 1j * down[:, 1]
-        self.upright = down / np.abs(down) / 1j  # turns the head's own x + iy into the picture
+        self.upright = down / np.abs(down) / 1j  # turns the head's own x + iy into the image
 
         x, y = np.cos(_HEAD_TURN), np.sin(_HEAD_TURN)
         power = 1 - 0.5 * body.square
@@ -326,7 +326,7 @@ class _Artist:
         area[...] = np.where(spot[..., None], self.dimmed[top:bottom, left:right], area)
 
     def _torso_frame(self) -> None:
-        """Half width and tilt of the trunk from neck (v = 0) to pelvis (v = 1) in the picture."""
+        """Half width and tilt of the trunk from neck (v = 0) to pelvis (v = 1) in the image."""
         at = self.at
         spine = at["pelvis"] - at["neck"]
         self.spine = spine

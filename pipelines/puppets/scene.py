@@ -19,7 +19,7 @@ SKIES = [
 ]
 
 
-class Picture:
+class Image:
     """An RGB canvas with coordinates in [0, 1]."""
 
     def __init__(self, size: int):
@@ -47,18 +47,18 @@ def sample_background(
     distribution: Distribution, rng: np.random.Generator, size: int
 ) -> tuple[np.ndarray, float]:
     """A background `[size, size, 3]` uint8 RGB and the height of its floor's far edge in [0, 1]."""
-    picture = Picture(size)
+    image = Image(size)
     horizon = rng.uniform(0.68, 0.78)
     kinds = [_room] if distribution == "dance" else [_room, _stage, _hills, _beach, _city, _studio, _poster]
-    kinds[rng.integers(len(kinds))](picture, rng, horizon)
-    return picture.pixels, horizon
+    kinds[rng.integers(len(kinds))](image, rng, horizon)
+    return image.pixels, horizon
 
 
 def _tint(rng: np.random.Generator, codes: list[str] = TINTS) -> Colour:
     return vary(rng, rgb(str(rng.choice(codes))), 0.02, 0.05)
 
 
-def _room(p: Picture, rng: np.random.Generator, horizon: float) -> None:
+def _room(p: Image, rng: np.random.Generator, horizon: float) -> None:
     wall, floor = _tint(rng, WALLS), _tint(rng, FLOORS)
     p.gradient(shade(wall, 0.95), shade(wall, 1.2), 0, horizon)
     paper = rng.random()
@@ -96,7 +96,7 @@ def _room(p: Picture, rng: np.random.Generator, horizon: float) -> None:
         objects[which](p, rng, place, horizon)
 
 
-def _window(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> None:
+def _window(p: Image, rng: np.random.Generator, x: float, horizon: float) -> None:
     w, top, bottom = 0.13, 0.12, 0.5
     p.box(x - w - 0.015, top - 0.015, x + w + 0.015, bottom + 0.015, (250, 248, 244))
     p.box(x - w, top, x + w, bottom, _tint(rng, ["cfe9f7", "d9eefa", "fbe6cf", "dfe3fa"]))
@@ -114,14 +114,14 @@ def _window(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> N
     p.box(x - w, 0.3, x + w, 0.314, (250, 248, 244))
 
 
-def _frames(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> None:
+def _frames(p: Image, rng: np.random.Generator, x: float, horizon: float) -> None:
     for dx, y, w, h in ((-0.07, 0.2, 0.055, 0.075), (0.07, 0.26, 0.06, 0.06)):
         p.box(x + dx - w, y - h, x + dx + w, y + h, (252, 250, 246))
         p.box(x + dx - w + 0.016, y - h + 0.016, x + dx + w - 0.016, y + h - 0.016, _tint(rng))
         p.ellipse(x + dx, y + 0.01, w * 0.4, w * 0.4, _tint(rng))
 
 
-def _plant(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> None:
+def _plant(p: Image, rng: np.random.Generator, x: float, horizon: float) -> None:
     y, leaf = horizon + 0.03, _tint(rng, ["9cc7a1", "a9cf97", "8fbfa8"])
     for k, angle in enumerate(np.linspace(-0.9, 0.9, 5)):
         tip = np.array([x + 0.17 * np.sin(angle), y - 0.13 - 0.2 * np.cos(angle)])
@@ -134,7 +134,7 @@ def _plant(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> No
     )
 
 
-def _lamp(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> None:
+def _lamp(p: Image, rng: np.random.Generator, x: float, horizon: float) -> None:
     p.ellipse(x, 0.32, 0.16, 0.16, shade(rgb("fff3cf"), 1.2))
     p.box(x - 0.008, 0.3, x + 0.008, horizon + 0.02, rgb("a79c93"))
     p.ellipse(x, horizon + 0.025, 0.06, 0.014, rgb("a79c93"))
@@ -144,7 +144,7 @@ def _lamp(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> Non
     )
 
 
-def _shelf(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> None:
+def _shelf(p: Image, rng: np.random.Generator, x: float, horizon: float) -> None:
     wood = _tint(rng, ["d9bd9c", "c8ab8a", "efe9e0"])
     for y in (0.24, 0.42):
         left = x - 0.11
@@ -155,7 +155,7 @@ def _shelf(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> No
         p.box(x - 0.13, y, x + 0.13, y + 0.016, wood)
 
 
-def _sofa(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> None:
+def _sofa(p: Image, rng: np.random.Generator, x: float, horizon: float) -> None:
     cloth = _tint(rng)
     p.ellipse(x, horizon - 0.13, 0.19, 0.07, shade(cloth, 0.95))
     p.box(x - 0.19, horizon - 0.14, x + 0.19, horizon + 0.02, shade(cloth, 0.95))
@@ -164,7 +164,7 @@ def _sofa(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> Non
         p.ellipse(x + dx, horizon - 0.03, 0.045, 0.055, shade(cloth, 0.9))
 
 
-def _door(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> None:
+def _door(p: Image, rng: np.random.Generator, x: float, horizon: float) -> None:
     wood = _tint(rng, ["e9d6c0", "dfe6ea", "f2ece2", "d8c7e0"])
     p.box(x - 0.125, 0.13, x + 0.125, horizon, shade(wood, 1.5))
     p.box(x - 0.105, 0.15, x + 0.105, horizon, wood)
@@ -173,7 +173,7 @@ def _door(p: Picture, rng: np.random.Generator, x: float, horizon: float) -> Non
     p.ellipse(x + 0.085, 0.43, 0.012, 0.012, rgb("cfae6a"))
 
 
-def _stage(p: Picture, rng: np.random.Generator, horizon: float) -> None:
+def _stage(p: Image, rng: np.random.Generator, horizon: float) -> None:
     wall, curtain = _tint(rng), _tint(rng, ["d98a8a", "8a9bd9", "a98ac9", "7fb8b0"])
     p.gradient(shade(wall, 0.85), shade(wall, 1.15), 0, horizon)
     p.gradient(rgb("d8b892"), rgb("ecd6b5"), horizon, 1)
@@ -192,7 +192,7 @@ def _stage(p: Picture, rng: np.random.Generator, horizon: float) -> None:
         p.ellipse(x, 0, 0.11, 0.09, shade(curtain, 0.97))
 
 
-def _hills(p: Picture, rng: np.random.Generator, horizon: float) -> None:
+def _hills(p: Image, rng: np.random.Generator, horizon: float) -> None:
     sky = SKIES[rng.integers(len(SKIES))]
     p.gradient(rgb(sky[0]), rgb(sky[1]))
     p.ellipse(rng.uniform(0.1, 0.9), rng.uniform(0.12, 0.3), 0.08, 0.08, rgb("fff2c4"))
@@ -212,7 +212,7 @@ def _hills(p: Picture, rng: np.random.Generator, horizon: float) -> None:
             p.ellipse(x + dx, horizon - dy, r, r, shade(green, 0.86))
 
 
-def _beach(p: Picture, rng: np.random.Generator, horizon: float) -> None:
+def _beach(p: Image, rng: np.random.Generator, horizon: float) -> None:
     sky = SKIES[rng.integers(len(SKIES))]
     p.gradient(rgb(sky[0]), rgb(sky[1]))
     x = rng.uniform(0.2, 0.8)
@@ -226,7 +226,7 @@ def _beach(p: Picture, rng: np.random.Generator, horizon: float) -> None:
     p.ellipse(rng.uniform(0.2, 0.8), horizon, 0.5, 0.025, shade(sand, 1.5))
 
 
-def _city(p: Picture, rng: np.random.Generator, horizon: float) -> None:
+def _city(p: Image, rng: np.random.Generator, horizon: float) -> None:
     sky = SKIES[rng.integers(len(SKIES))]
     p.gradient(rgb(sky[0]), rgb(sky[1]))
     for light, low, high in ((1.35, 0.2, 0.4), (1.12, 0.35, 0.58)):
@@ -243,7 +243,7 @@ def _city(p: Picture, rng: np.random.Generator, horizon: float) -> None:
     p.box(0, horizon, 1, horizon + 0.025, shade(road, 1.5))
 
 
-def _studio(p: Picture, rng: np.random.Generator, horizon: float) -> None:
+def _studio(p: Image, rng: np.random.Generator, horizon: float) -> None:
     tint = _tint(rng, WALLS + TINTS)
     p.gradient(shade(tint, 0.95), shade(tint, 1.3), 0, horizon)
     p.gradient(shade(tint, 1.3), shade(tint, 1.0), horizon, 1)
@@ -252,7 +252,7 @@ def _studio(p: Picture, rng: np.random.Generator, horizon: float) -> None:
     p.ellipse(0.5, 0.92, 0.42, 0.06, shade(tint, 0.93))
 
 
-def _poster(p: Picture, rng: np.random.Generator, horizon: float) -> None:
+def _poster(p: Image, rng: np.random.Generator, horizon: float) -> None:
     tint, other = _tint(rng), _tint(rng)
     tint, other = shade(tint, 1.35), shade(other, 1.25)
     p.gradient(tint, shade(tint, 1.2))

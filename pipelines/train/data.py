@@ -135,16 +135,16 @@ class Batch:
     """uint8 [B, F, H, W, 3]."""
     reference: Tensor
     """float32 [B, 4, h, w], the posterior's mean."""
-    keep_reference: Tensor
+    reference_mask: Tensor
     """bool [B]."""
 
 
 class Sampler:
-    """Sample i of step k, in stage 1 a picture, in stage 2 a clip.
+    """Sample i of step k, in stage 1 a image, in stage 2 a clip.
 
     Videos come in passes, each once a pass in an order of its own: n = k * batch_size + i counts samples from the
     start, so n // videos is the pass. batch_size is the global one.
-    size: side of the training picture in pixels; a larger canvas is cropped on the latents' grid.
+    size: side of the training image in pixels; a larger canvas is cropped on the latents' grid.
     reference: a sample's; None: the method's, random in stage 1, first in stage 2.
     pose_errors: of stage 2's poses; each clip's, too, come from the seed, the step and its place alone.
     noise_offset: the noise gets this times a normal number a channel, the same for all places and frames of a sample.
@@ -242,7 +242,7 @@ class Sampler:
             "timestep": np.int64(timestep),
             "pose": draw_poses(keypoints, self.size, self.size, self.stick_width),
             "reference": reference[crop].astype(np.float32) * np.float32(self.scaling),
-            "keep_reference": np.bool_(keep),
+            "reference_mask": np.bool_(keep),
         }
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:

@@ -30,13 +30,13 @@ from pipelines.cluster import connect
 from pipelines.config import Config
 from pipelines.dataset import INFO_FILE, read_info
 from pipelines.train import checkpoint
-from pipelines.train.bar import progress
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import deepspeed_settings, read_settings
-from pipelines.train.loop import Task, bases_sources, run_worker, schedule_options, stage_of
-from pipelines.train.watch import Watch
+from pipelines.train.heartbeat import Watch
+from pipelines.train.progress import progress
+from pipelines.train.trainer import Task, pretrained_sources, run_worker, schedule_options, stage_of
 from tcan.errors import UserError
-from tcan.weights import MODEL_FILE, load_bases, read_model_info
+from tcan.weights import MODEL_FILE, load_pretrained, read_model_info
 
 RUN_FILE = "run.json"
 REGISTERED = {1: "tcan-stage1", 2: "tcan"}  # names in MLflow's registry
@@ -60,7 +60,7 @@ MAY_CHANGE = {
     "profile",
     "cache_mb",
 }
-STAGE_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "picture_every", "validate_every"}
+STAGE_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "sample_every", "validate_every"}
 
 
 def train(
@@ -74,7 +74,7 @@ def train(
 
     from_model: the stage-1 model that stage 2 starts from, instead of OUT/stage1/model: a folder, or as
         `tracking.local_model` takes it.
-    Raises UserError when the dataset, the bases, the model and the configuration don't fit each other, or OUT holds a
+    Raises UserError when the dataset, the pretrained, the model and the configuration don't fit each other, or OUT holds a
     run with other settings.
     """
     dataset, out = Path(dataset).absolute(), Path(out).absolute()
@@ -109,11 +109,11 @@ def _check_dataset(dataset: Path, info: dict[str, Any], config: Config) -> None:
             f"{dataset}: its canvas of {info['width']} x {info['height']} pixels is below the training size {config.size}; "
             f"preprocess at {config.size} or set --size"
         )
-    vae = load_bases(**bases_sources(config)).info["vae"]
+    vae = load_pretrained(**pretrained_sources(config)).info["vae"]
     if vae["fingerprint"] != info["vae_fingerprint"]:
         raise UserError(
             f"{dataset}: its latents are of another VAE ({info['vae_fingerprint']}) than {vae['source']} "
-            f"({vae['fingerprint']}); preprocess with this VAE, or set --bases.vae to that one"
+            f"({vae['fingerprint']}); preprocess with this VAE, or set --pretrained.vae to that one"
         )
 
 

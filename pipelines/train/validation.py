@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from pipelines.train.data import TIMESTEPS, Batch, Sampler
 from tcan.errors import UserError
-from tcan.weights import Bases
+from tcan.weights import PretrainedModels
 
 BANDS = 4
-PICTURE_SAMPLES = {1: 4, 2: 1}  # rows of a sample picture, by stage
-PICTURE_COLUMNS = 4  # of these frames of a clip, evenly spaced
-PICTURE_STEPS = 10  # DDIM steps: enough to judge by, few enough not to matter
+IMAGE_SAMPLES = {1: 4, 2: 1}  # rows of a sample image, by stage
+IMAGE_COLUMNS = 4  # of these frames of a clip, evenly spaced
+IMAGE_STEPS = 10  # DDIM steps: enough to judge by, few enough not to matter
 
 Samplers = Callable[[str, int], Sampler]  # (split, batch size)
 
@@ -51,7 +51,7 @@ class Validation:
         """With its timestep in this band, the samples' spread evenly over it, and never without the reference."""
         timestep = int((band + (index % samples + 0.5) / samples) * TIMESTEPS / BANDS)
         return dataclasses.replace(
-            batch, timestep=torch.tensor([timestep]), keep_reference=torch.tensor([True])
+            batch, timestep=torch.tensor([timestep]), reference_mask=torch.tensor([True])
         )
 
     @torch.no_grad()
@@ -78,22 +78,22 @@ class Samples:
         self,
         make: Samplers,
         stage: int,
-        bases: Bases,
+        pretrained: PretrainedModels,
         device: torch.device,
         on_device: Callable[[Batch], dict[str, Tensor]],
     ):
-        count = PICTURE_SAMPLES[stage]
+        count = IMAGE_SAMPLES[stage]
         sampler = validation_sampler(make, count) or make("train", count)
         self._batch, self._device, self._on_device = sampler.batch(0, range(count)), device, on_device
-        self._vae = bases.vae.to(device)
-        self._scheduler: Any = type(bases.scheduler).from_config(bases.scheduler.config)
-        self._scheduler.set_timesteps(PICTURE_STEPS, device=device)
+        self._vae = pretrained.vae.to(device)
+        self._scheduler: Any = type(pretrained.scheduler).from_config(pretrained.scheduler.config)
+        self._scheduler.set_timesteps(IMAGE_STEPS, device=device)
         self._truth = self._decode(self._batch.latents)
         self._reference = self._decode(self._batch.reference[:, None])
 
     @torch.no_grad()
     def draw(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        """A picture, uint8 `[H, W, 3]`, one row a sample: reference, then pose, prediction and truth of a few frames;
+        """A image, uint8 `[H, W, 3]`, one row a sample: reference, then pose, prediction and truth of a few frames;
         and the first sample's clip, uint8 `[F, H, W, 3]`: pose, prediction and truth beside each other."""
         t = self._on_device(self._batch)
         latents = t["noise"]
@@ -101,20 +101,20 @@ class Samples:
             eps = model(latents, step.expand(len(latents)), t["pose"], t["reference"])
             latents = self._scheduler.step(eps.float(), step, latents).prev_sample
         prediction = self._decode(latents)
-        frames = sorted({round(i) for i in np.linspace(0, latents.shape[1] - 1, PICTURE_COLUMNS)})
+        frames = sorted({round(i) for i in np.linspace(0, latents.shape[1] - 1, IMAGE_COLUMNS)})
         pose = self._batch.pose.numpy()
         rows = [
             [self._reference[i, 0], *(part[i, f] for f in frames for part in (pose, prediction, self._truth))]
             for i in range(len(latents))
         ]
-        picture = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-        return picture, np.concatenate([pose[0], prediction[0], self._truth[0]], axis=2)
+        image = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+        return image, np.concatenate([pose[0], prediction[0], self._truth[0]], axis=2)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> np.ndarray:
         """Scaled latents [B, F, 4, h, w] -> uint8 [B, F, H, W, 3]."""
         shape = latents.shape[:2]
         unscaled = latents.flatten(0, 1).to(self._device, self._vae.dtype) / self._vae.config.scaling_factor
-        pictures = torch.cat([self._vae.decode(frame[None]).sample for frame in unscaled])
-        pictures = ((pictures.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return pictures.unflatten(0, shape).movedim(2, -1).cpu().numpy()
+        images = torch.cat([self._vae.decode(frame[None]).sample for frame in unscaled])
+        images = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return images.unflatten(0, shape).movedim(2, -1).cpu().numpy()

@@ -1,17 +1,17 @@
-"""Measures of a generated video that need no outside network."""
+"""Metrics of a generated video that need no outside network."""
 
 from tcan.metrics.background import background_mask, flicker
+from tcan.metrics.image import image_metrics
 from tcan.metrics.likeness import colour_distance, part_colours
-from tcan.metrics.picture import picture_measures
-from tcan.metrics.pose import joint_errors, mean_pose, pose_measures
+from tcan.metrics.pose import joint_errors, mean_pose, pose_metrics
 
 __all__ = [
     "background_mask",
     "colour_distance",
     "flicker",
+    "image_metrics",
     "joint_errors",
     "mean_pose",
     "part_colours",
-    "picture_measures",
-    "pose_measures",
+    "pose_metrics",
 ]

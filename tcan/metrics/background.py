@@ -15,7 +15,7 @@ def background_mask(poses: np.ndarray, height: int, width: int, margin: float = 
     hair and clothes beyond the joints). The mask is what all frames leave.
 
     Args:
-        poses: keypoints `[F, 18, 3]` in pixels of the picture.
+        poses: keypoints `[F, 18, 3]` in pixels of the image.
 
     Returns:
         bool `[height, width]`.

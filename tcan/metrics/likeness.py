@@ -1,4 +1,4 @@
-"""Likeness of a person in two pictures, whatever the two poses: the colours of the same parts of the body."""
+"""Likeness of a person in two images, whatever the two poses: the colours of the same parts of the body."""
 
 import cv2
 import numpy as np
@@ -13,7 +13,7 @@ of its limb, where the skin or the shoe begins."""
 def part_colours(frames: np.ndarray, poses: np.ndarray, radius: float = 0.02) -> np.ndarray:
     """Mean CIELAB colour of each part of the body in each frame.
 
-    A part is what lies within `radius` (a share of the picture's height) of the line between its two joints. What
+    A part is what lies within `radius` (a share of the image's height) of the line between its two joints. What
     covers it there, such as an arm before the chest, is measured with it.
 
     Args:
@@ -21,7 +21,7 @@ def part_colours(frames: np.ndarray, poses: np.ndarray, radius: float = 0.02) ->
         poses: keypoints `[F, 18, 3]` in pixels of the frames.
 
     Returns:
-        `[F, len(PARTS), 3]`, L in 0..100; NaN where a joint of the part is missing or the part is out of the picture.
+        `[F, len(PARTS), 3]`, L in 0..100; NaN where a joint of the part is missing or the part is out of the image.
     """
     height, width = frames.shape[1:3]
     colours = np.full((len(frames), len(PARTS), 3), np.nan)
@@ -44,7 +44,7 @@ def colour_distance(result: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
     Args:
         result: `part_colours` of a clip, `[F, P, 3]`.
-        reference: `part_colours` of the reference picture, `[P, 3]`.
+        reference: `part_colours` of the reference image, `[P, 3]`.
 
     Returns:
         `[F]`, NaN for a frame that shares no part with the reference.

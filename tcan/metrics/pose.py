@@ -14,10 +14,10 @@ JOINT_GROUPS = {
 
 
 def joint_errors(found: np.ndarray, truth: np.ndarray, height: int) -> np.ndarray:
-    """Distance of each found joint from the true one, as a share of the picture's height.
+    """Distance of each found joint from the true one, as a share of the image's height.
 
     Args:
-        found, truth: keypoints `[F, 18, 3]` of the same frames, in pixels of one picture of `height`.
+        found, truth: keypoints `[F, 18, 3]` of the same frames, in pixels of one image of `height`.
 
     Returns:
         `[F, 18]`: infinite where the joint was not found, NaN where the truth has no such joint.
@@ -27,8 +27,8 @@ def joint_errors(found: np.ndarray, truth: np.ndarray, height: int) -> np.ndarra
     return np.where(truth[..., 2] > 0, errors, np.nan)
 
 
-def pose_measures(found: np.ndarray, truth: np.ndarray, height: int) -> dict[str, float]:
-    """Shares, in [0, 1], of the true joints that are found within 5 % and 10 % of the picture's height.
+def pose_metrics(found: np.ndarray, truth: np.ndarray, height: int) -> dict[str, float]:
+    """Shares, in [0, 1], of the true joints that are found within 5 % and 10 % of the image's height.
 
     Arguments as `joint_errors`. A joint that is not found counts as missed; one that the truth lacks isn't counted.
 
@@ -37,13 +37,13 @@ def pose_measures(found: np.ndarray, truth: np.ndarray, height: int) -> dict[str
         pose_error: mean distance of the joints found, as a share of the height. NaN where no joint counts.
     """
     errors = joint_errors(found, truth, height)
-    measures = {"pose_5": _share(errors, 0.05), "pose_10": _share(errors, 0.10)}
+    metrics = {"pose_5": _share(errors, 0.05), "pose_10": _share(errors, 0.10)}
     for group, joints in JOINT_GROUPS.items():
-        measures[f"pose_5_{group}"] = _share(errors[:, joints], 0.05)
-        measures[f"pose_10_{group}"] = _share(errors[:, joints], 0.10)
+        metrics[f"pose_5_{group}"] = _share(errors[:, joints], 0.05)
+        metrics[f"pose_10_{group}"] = _share(errors[:, joints], 0.10)
     both = errors[np.isfinite(errors)]
-    measures["pose_error"] = float(both.mean()) if both.size else float("nan")
-    return measures
+    metrics["pose_error"] = float(both.mean()) if both.size else float("nan")
+    return metrics
 
 
 def mean_pose(poses: Sequence[np.ndarray]) -> np.ndarray:

@@ -13,14 +13,14 @@ class PoseErrors:
     dropout: float = 0.0
     """Chance of each joint to be missing."""
     jitter: float = 0.0
-    """Standard deviation, in x and in y, of how far each joint lies from its place, as a share of the picture's side."""
+    """Standard deviation, in x and in y, of how far each joint lies from its place, as a share of the image's side."""
     outliers: float = 0.0
     """Chance of a frame to be of no use: its joints have changed places at random, or, as often, none is found."""
 
     def apply(
         self, keypoints: NDArray[np.float32], side: int, rng: np.random.Generator
     ) -> NDArray[np.float32]:
-        """keypoints [F, 18, 3] of a picture of `side` pixels -> the same with errors, a copy."""
+        """keypoints [F, 18, 3] of a image of `side` pixels -> the same with errors, a copy."""
         frames, joints = keypoints.shape[:2]
         wrong = keypoints.copy()
         wrong[..., :2] += np.float32(self.jitter * side) * rng.standard_normal(

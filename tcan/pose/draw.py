@@ -1,4 +1,4 @@
-"""Poses as pictures, as the OpenPose ControlNet was trained on them."""
+"""Poses as images, as the OpenPose ControlNet was trained on them."""
 
 import math
 
@@ -33,13 +33,13 @@ COLOURS = (
 def draw_poses(
     keypoints: NDArray[np.float32], height: int, width: int, stick_width: int = 4
 ) -> NDArray[np.uint8]:
-    """keypoints [F, 18, 3] in pixels -> pictures [F, height, width, 3] RGB on black; a joint of score 0 isn't drawn.
+    """keypoints [F, 18, 3] in pixels -> images [F, height, width, 3] RGB on black; a joint of score 0 isn't drawn.
 
     Limbs are ellipses of half-width `stick_width` pixels at 0.6 of their colour's brightness, joints are circles of
     that radius. With 4 the strokes are those of controlnet_aux, made for 512 x 512.
     """
-    pictures = np.zeros((len(keypoints), height, width, 3), np.uint8)
-    for picture, joints in zip(pictures, np.asarray(keypoints, np.float64), strict=True):
+    images = np.zeros((len(keypoints), height, width, 3), np.uint8)
+    for image, joints in zip(images, np.asarray(keypoints, np.float64), strict=True):
         for (start, end), colour in zip(LIMBS[:DRAWN_LIMBS], COLOURS, strict=False):
             (x0, y0, s0), (x1, y1, s1) = joints[start], joints[end]
             if s0 <= 0 or s1 <= 0:
@@ -48,8 +48,8 @@ def draw_poses(
             axes = (int(math.hypot(x0 - x1, y0 - y1) / 2), stick_width)
             angle = int(math.degrees(math.atan2(y0 - y1, x0 - x1)))
             outline = np.array(cv2.ellipse2Poly(centre, axes, angle, 0, 360, 1))
-            cv2.fillConvexPoly(picture, outline, [int(channel * 0.6) for channel in colour])
+            cv2.fillConvexPoly(image, outline, [int(channel * 0.6) for channel in colour])
         for (x, y, score), colour in zip(joints, COLOURS, strict=True):
             if score > 0:
-                cv2.circle(picture, (int(x), int(y)), stick_width, colour, thickness=-1)
-    return pictures
+                cv2.circle(image, (int(x), int(y)), stick_width, colour, thickness=-1)
+    return images

@@ -31,7 +31,7 @@ class PoseFile:
 
     height: int | None
     width: int | None
-    """Of the picture whose pixels the keypoints are in; None where the file doesn't say, as OpenPose's own don't."""
+    """Of the image whose pixels the keypoints are in; None where the file doesn't say, as OpenPose's own don't."""
 
     fps: float | None
     """Frames a second, where the file says."""

@@ -53,7 +53,7 @@ class HandDetector:
 
     @property
     def fingerprint(self) -> str:
-        from tcan.weights import fingerprint
+        from tcan.fingerprint import fingerprint
 
         return fingerprint(self.network)
 
@@ -82,8 +82,8 @@ class HandDetector:
         blurred = [cv2.GaussianBlur(crop, (0, 0), 0.8) for crop in crops]
         maps = np.zeros((len(crops), HAND_MAP, HAND_MAP, HAND_POINTS + 1))
         for side in HAND_SIDES:
-            pictures = _inputs([util.smart_resize(crop, (side, side)) for crop in blurred], self.device)
-            heatmaps = self.network(pictures).permute(0, 2, 3, 1).cpu().numpy()
+            images = _inputs([util.smart_resize(crop, (side, side)) for crop in blurred], self.device)
+            heatmaps = self.network(images).permute(0, 2, 3, 1).cpu().numpy()
             for total, heatmap in zip(maps, heatmaps, strict=True):
                 full = util.smart_resize_k(heatmap, fx=STRIDE, fy=STRIDE)
                 total += util.smart_resize(full, (HAND_MAP, HAND_MAP)) / len(HAND_SIDES)
@@ -115,7 +115,7 @@ class FaceDetector:
 
     @property
     def fingerprint(self) -> str:
-        from tcan.weights import fingerprint
+        from tcan.fingerprint import fingerprint
 
         return fingerprint(self.network)
 
@@ -174,8 +174,8 @@ def _crop(frame: NDArray[np.uint8], square: Square) -> NDArray[np.uint8]:
     return np.ascontiguousarray(frame[y : y + side, x : x + side, ::-1])
 
 
-def _inputs(pictures: list[NDArray[np.uint8]], device: torch.device) -> torch.Tensor:
-    stacked = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2)
+def _inputs(images: list[NDArray[np.uint8]], device: torch.device) -> torch.Tensor:
+    stacked = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
     return (stacked.float() / 256 - 0.5).contiguous()
 
 

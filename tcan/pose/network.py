@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-STRIDE = 8  # picture pixels to a cell of the maps, in each direction
+STRIDE = 8  # image pixels to a cell of the maps, in each direction
 
 
 class ConvNorm(nn.Sequential):
@@ -73,10 +73,10 @@ class Stage(nn.Module):
 
 
 class BodyPoseNetwork(ModelMixin, ConfigMixin):
-    """Part affinity fields and heatmaps of a picture at 1/8 of its size.
+    """Part affinity fields and heatmaps of a image at 1/8 of its size.
 
-    `input_height` and `blur_sigma` are not the network's own: they tell the decoder the height to which a picture is
-    resized before the network, and the sigma, in pixels of the picture, by which its heatmaps are blurred before
+    `input_height` and `blur_sigma` are not the network's own: they tell the decoder the height to which a image is
+    resized before the network, and the sigma, in pixels of the image, by which its heatmaps are blurred before
     peaks are sought. They are kept here so that a folder of weights says all that its use needs.
     """
 

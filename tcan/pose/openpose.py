@@ -2,8 +2,8 @@
 
 The decoding is Cao et al.'s (CVPR 2017), with the constants and order of controlnet_aux's `Body`, whose people it
 finds. It differs in how the work is done. All that happens to a map between the network and its peaks (enlarging it
-by 8, cutting off the padding, resizing it to the picture, blurring it) is linear and acts on rows and columns apart, so
-it is two small matrices around the network's own small map. Only heatmaps are ever made at the picture's size; joint
+by 8, cutting off the padding, resizing it to the image, blurring it) is linear and acts on rows and columns apart, so
+it is two small matrices around the network's own small map. Only heatmaps are ever made at the image's size; joint
 scores and part affinity fields are computed at the few places where they are read.
 """
 
@@ -54,7 +54,7 @@ class PoseDetector(Protocol):
     ) -> list[NDArray[np.float32]]:
         """frames [F, H, W, 3] RGB -> for each frame its people's keypoints [P, 18, 3] in pixels; P may be 0.
 
-        zoom: how many times as large as usual the network sees them: for people who are small in their pictures.
+        zoom: how many times as large as usual the network sees them: for people who are small in their images.
         """
         ...
 
@@ -79,8 +79,8 @@ class OpenPose:
     """A pose network and its decoding.
 
     network: x [B, 3, h, w] (BGR, value / 256 - 0.5) -> paf [B, 38, h/8, w/8], heatmap [B, 19, h/8, w/8].
-    input_height: the height in pixels to which pictures are resized before the network (OpenPose: half of 368).
-    blur_sigma: of the heatmaps' Gaussian blur, in pixels of the picture as given.
+    input_height: the height in pixels to which images are resized before the network (OpenPose: half of 368).
+    blur_sigma: of the heatmaps' Gaussian blur, in pixels of the image as given.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class OpenPose:
 
     @property
     def fingerprint(self) -> str:
-        from tcan.weights import fingerprint
+        from tcan.fingerprint import fingerprint
 
         settings = {"input_height": self.input_height, "blur_sigma": self.blur_sigma}
         weights = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
@@ -151,13 +151,13 @@ class OpenPose:
         people: list[NDArray[np.float32]] = []
         for start in range(0, len(frames), batch_size):
             batch = frames[start : start + batch_size]
-            pictures, size = self._inputs(batch, zoom)
-            paf, heatmap = self.network(pictures)
+            images, size = self._inputs(batch, zoom)
+            paf, heatmap = self.network(images)
             people += self.decode(paf, heatmap, size, batch.shape[1:3])
         return people
 
     def _inputs(self, frames: NDArray[np.uint8], zoom: float) -> tuple[Tensor, tuple[int, int]]:
-        """The network's pictures [B, 3, h, w] and their height and width before padding to multiples of 8."""
+        """The network's images [B, 3, h, w] and their height and width before padding to multiples of 8."""
         height, width = frames.shape[1:3]
         scale = self.input_height * zoom / height
         # Products rather than the known height: rounded down as `Body` does it, a pixel may be lost.
@@ -170,10 +170,10 @@ class OpenPose:
             np.uint8,
         )
         method = _interpolation(scale)
-        for picture, frame in zip(padded, frames, strict=True):
-            picture[:h, :w] = cv2.resize(frame, (w, h), interpolation=method)
-        pictures = torch.from_numpy(padded).to(self.device).flip(-1).permute(0, 3, 1, 2)
-        return (pictures.float() / 256 - 0.5).contiguous(), (h, w)
+        for image, frame in zip(padded, frames, strict=True):
+            image[:h, :w] = cv2.resize(frame, (w, h), interpolation=method)
+        images = torch.from_numpy(padded).to(self.device).flip(-1).permute(0, 3, 1, 2)
+        return (images.float() / 256 - 0.5).contiguous(), (h, w)
 
     def decode(
         self,
@@ -184,7 +184,7 @@ class OpenPose:
     ) -> list[NDArray[np.float32]]:
         """The people [P, 18, 3] of each frame, from the network's maps.
 
-        paf [B, 38, h, w], heatmap [B, 19, h, w]; size: height and width of the network's pictures without their
+        paf [B, 38, h, w], heatmap [B, 19, h, w]; size: height and width of the network's images without their
         padding; frame_size: height and width of the frames, in whose pixels the keypoints are.
         """
         rows, columns = self._enlarging(heatmap.shape[-2:], size, frame_size)

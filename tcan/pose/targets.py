@@ -16,7 +16,7 @@ def pose_targets(
     sigma: float = 7.0,
     limb_width: float = 6.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps of one person a picture (Cao et al. 2017, equations 6 to 9).
+    """Maps of one person a image (Cao et al. 2017, equations 6 to 9).
 
     keypoints: [B, 18, 3] (x, y, score) in pixels; a joint with score 0 leaves no trace.
     sigma, limb_width: in pixels; a cell of the maps is `stride` pixels wide, so neither should be much smaller.

@@ -9,24 +9,24 @@ from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.pose.openpose import OPENPOSE_FILE, OpenPose
-from tcan.weights.bases import (
+from tcan.weights.model_folder import MODEL_FILE, check_base, read_model_info, read_parts, untrained_model
+from tcan.weights.original import LAYOUTS, build, convert, open_weights, parts_of
+from tcan.weights.pretrained import (
     NETWORKS,
-    base_fingerprint,
     check_together,
     encode_empty_prompt,
     load_part,
     load_pose_detector,
     load_scheduler,
+    pretrained_fingerprint,
 )
-from tcan.weights.model_folder import MODEL_FILE, check_base, read_model_info, read_parts, untrained_model
-from tcan.weights.original import LAYOUTS, build, convert, open_weights, parts_of
 
 
 def describe(path: Path) -> str:
     """What it is, in one line, and with how many parameters; all of it was found to fit.
 
     A file: only names and shapes are read. A folder in diffusers' layout: each part is loaded. A model folder: its
-    trained parts, and those of its bases that are on this machine.
+    trained parts, and those of its pretrained that are on this machine.
 
     Raises:
         UserError: it isn't there, is nothing known, or doesn't fit.
@@ -80,7 +80,7 @@ def _parts(sources: dict[str, str], trained_on: Mapping[str, Mapping[str, str]] 
         network: Any = load_pose_detector(source).network if part == "pose" else load_part(part, source)
         found.append(f"{part} ({_millions(network.state_dict().values())})")
         if trained_on and part != "pose":
-            given = {"source": source, "fingerprint": base_fingerprint(part, network)}
+            given = {"source": source, "fingerprint": pretrained_fingerprint(part, network)}
             check_base("this model", part, trained_on[part], given)
         if part == "text_encoder":
             width = encode_empty_prompt(network).shape[-1]
@@ -94,7 +94,7 @@ def _model_folder(path: Path) -> str:
     info = read_model_info(path)
     parts = read_parts(path, info, untrained_model(path, info))
     trained = ", ".join(f"{part} ({_millions(weights.values())})" for part, weights in parts.items())
-    sources = {part: base["source"] for part, base in info["bases"].items()}
+    sources = {part: base["source"] for part, base in info["pretrained"].items()}
     here = {
         part: source
         for part, source in sources.items()
@@ -105,9 +105,9 @@ def _model_folder(path: Path) -> str:
         load_scheduler(sources["scheduler"])
     text = f"TCAN of stage {info['stage']} at {info['width']} x {info['height']}: {trained}"
     if here:
-        text += f"; on bases here: {_parts(here, info['bases'])}"
+        text += f"; on pretrained here: {_parts(here, info['pretrained'])}"
     if elsewhere:
-        text += f"; on bases not looked at: {', '.join(sorted(elsewhere))}"
+        text += f"; on pretrained not looked at: {', '.join(sorted(elsewhere))}"
     return text
 
 

@@ -1,30 +1,13 @@
 """What loading and saving share: fingerprints, the check of names, one line of a library's error."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from diffusers.utils import logging as diffusers_logging
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from tcan.errors import UserError
-
-
-def fingerprint(module: nn.Module | Mapping[str, Tensor]) -> str:
-    """16 hex digits of the names, shapes and values of a module's parameters and buffers (or of a dict of tensors).
-
-    Values are taken as float32, so the same weights stored as fp16 and as fp32 have one fingerprint.
-    """
-    tensors = module.state_dict() if isinstance(module, nn.Module) else module
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu()
-        if tensor.is_floating_point():
-            tensor = tensor.float()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def check_keys(what: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -44,10 +27,6 @@ def check_shapes(what: str, expected: Mapping[str, Tensor], given: Mapping[str, 
             raise UserError(
                 f"{what}: does not fit: {name} is {list(given[name].shape)}, not {list(tensor.shape)}"
             )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 @contextmanager

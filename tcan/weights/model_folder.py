@@ -1,4 +1,4 @@
-"""The folder of a trained model: saved, read, and put on the bases that it was trained on."""
+"""The folder of a trained model: saved, read, and put on the pretrained that it was trained on."""
 
 import json
 import os
@@ -16,10 +16,16 @@ from torch import Tensor
 
 from tcan import __version__
 from tcan.appa import save_appa
-from tcan.errors import UserError
+from tcan.errors import UserError, first_line
 from tcan.model import TCAN
-from tcan.weights.bases import Bases, base_fingerprint, load_part, load_pose_detector, load_scheduler
-from tcan.weights.common import check_keys, check_shapes, first_line, quiet
+from tcan.weights.common import check_keys, check_shapes, quiet
+from tcan.weights.pretrained import (
+    PretrainedModels,
+    load_part,
+    load_pose_detector,
+    load_scheduler,
+    pretrained_fingerprint,
+)
 
 MODEL_FILE = "tcan.json"
 MODEL_PARTS = {
@@ -35,16 +41,16 @@ def save_model(
     tcan: TCAN,
     folder: str | os.PathLike,
     *,
-    bases: Mapping[str, Mapping[str, str]],
+    pretrained: Mapping[str, Mapping[str, str]],
     stage: int,
     height: int,
     width: int,
     stick_width: int,
     **more: Any,
 ) -> None:
-    """Writes what was trained, and the names and fingerprints of what it was trained on; nothing of the bases.
+    """Writes what was trained, and the names and fingerprints of what it was trained on; nothing of the pretrained.
 
-        tcan.json              bases, stage, lora_rank, lora_alpha, height, width, stick_width, library_version
+        tcan.json              pretrained, stage, lora_rank, lora_alpha, height, width, stick_width, library_version
         appearance_unet/       a diffusers UNet without what follows its last feature
         appa/                  a LoRA that any diffusers pipeline of the base can load
         motion_adapter/        a diffusers MotionAdapter                                (from stage 2 on)
@@ -53,9 +59,9 @@ def save_model(
     The folder appears, or replaces the one of its name, when it is whole.
 
     Args:
-        bases: `Bases.info`, and "pose" with the "source" of the pose network if animation is to find poses by itself.
-        height, width: of the pictures it was trained on, in pixels.
-        stick_width: of the pose pictures it was trained on, in pixels.
+        pretrained: `PretrainedModels.info`, and "pose" with the "source" of the pose network if animation is to find poses by itself.
+        height, width: of the images it was trained on, in pixels.
+        stick_width: of the pose images it was trained on, in pixels.
         more: kept in tcan.json, such as mlflow_run_id.
 
     Raises:
@@ -66,7 +72,7 @@ def save_model(
     info = {
         "schema_version": SCHEMA_VERSION,
         "library_version": __version__,
-        "bases": {part: dict(base) for part, base in bases.items()},
+        "pretrained": {part: dict(base) for part, base in pretrained.items()},
         "stage": stage,
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
@@ -91,9 +97,9 @@ def save_model(
 def export_model(model: str | os.PathLike, folder: str | os.PathLike, pose: str | None = None) -> None:
     """Writes a model folder that needs no other: what was trained, as `save_model`, and all that it was trained on.
 
-        bases/{vae,unet,controlnet,motion_adapter,text_encoder,scheduler,pose}/    in diffusers' layout
+        pretrained/{vae,unet,controlnet,motion_adapter,text_encoder,scheduler,pose}/    in diffusers' layout
 
-    tcan.json names them as `./bases/...`, so the folder may be moved. One base at a time is in memory.
+    tcan.json names them as `./pretrained/...`, so the folder may be moved. One base at a time is in memory.
 
     Args:
         model: a model folder.
@@ -107,24 +113,24 @@ def export_model(model: str | os.PathLike, folder: str | os.PathLike, pose: str 
     info = read_model_info(model)
     if folder.resolve() == model.resolve():
         raise UserError(f"{folder}: is the model's own folder; name another one")
-    if "pose" not in info["bases"]:
+    if "pose" not in info["pretrained"]:
         if pose is None:
             raise UserError(f"{model}: names no pose network; give one to export with it")
-        info["bases"]["pose"] = {"source": pose}
+        info["pretrained"]["pose"] = {"source": pose}
     read_parts(model, info, untrained_model(model, info))
     with _written_whole(folder) as partial, quiet():
-        for part, base in info["bases"].items():
-            target = partial / "bases" / part
+        for part, base in info["pretrained"].items():
+            target = partial / "pretrained" / part
             if part == "scheduler":
                 load_scheduler(base["source"]).save_pretrained(target)
             elif part == "pose":
                 load_pose_detector(base["source"]).save_pretrained(target)
             else:
                 network = load_part(part, base["source"])
-                given = {"source": base["source"], "fingerprint": base_fingerprint(part, network)}
+                given = {"source": base["source"], "fingerprint": pretrained_fingerprint(part, network)}
                 check_base(model, part, base, given)
                 network.save_pretrained(target)
-            base["source"] = f"./bases/{part}"
+            base["source"] = f"./pretrained/{part}"
         for part in _trained_parts(info):
             shutil.copytree(model / part, partial / part)
         _write_info(info, partial)
@@ -162,7 +168,7 @@ def _written_whole(folder: Path) -> Iterator[Path]:
 
 
 def read_model_info(folder: str | os.PathLike) -> dict[str, Any]:
-    """What tcan.json says; the sources of bases that lie in the folder itself as absolute paths.
+    """What tcan.json says; the sources of pretrained that lie in the folder itself as absolute paths.
 
     Raises:
         UserError: the folder is missing or no model folder, or of another version.
@@ -178,32 +184,32 @@ def read_model_info(folder: str | os.PathLike) -> dict[str, Any]:
         raise UserError(
             f"{file}: schema version {info.get('schema_version')}, this library reads {SCHEMA_VERSION}"
         )
-    for base in info["bases"].values():
+    for base in info["pretrained"].values():
         if base["source"].startswith("./"):
             base["source"] = str((Path(folder) / base["source"]).resolve())
     return info
 
 
-def load_model(folder: str | os.PathLike, bases: Bases) -> TCAN:
-    """TCAN of a model folder on the given bases, in their dtype and on their device, in eval mode.
+def load_model(folder: str | os.PathLike, pretrained: PretrainedModels) -> TCAN:
+    """TCAN of a model folder on the given pretrained, in their dtype and on their device, in eval mode.
 
     Raises:
         UserError: no model folder, a base that isn't the one it was trained on, a file that is missing or doesn't fit.
     """
     folder = Path(folder)
     info = read_model_info(folder)
-    for part, trained_on in info["bases"].items():
-        check_base(folder, part, trained_on, bases.info.get(part, {}))
+    for part, trained_on in info["pretrained"].items():
+        check_base(folder, part, trained_on, pretrained.info.get(part, {}))
     tcan = TCAN(
-        bases.unet,
-        bases.controlnet,
-        bases.motion_adapter,
-        bases.empty_prompt,
+        pretrained.unet,
+        pretrained.controlnet,
+        pretrained.motion_adapter,
+        pretrained.empty_prompt,
         info["lora_rank"],
         info["lora_alpha"],
     )
     tcan.load_parts(read_parts(folder, info, tcan))
-    return tcan.to(bases.empty_prompt.device, bases.empty_prompt.dtype).eval()
+    return tcan.to(pretrained.empty_prompt.device, pretrained.empty_prompt.dtype).eval()
 
 
 def check_base(
@@ -219,7 +225,7 @@ def check_base(
 
 
 def _trained_parts(info: Mapping[str, Any]) -> dict[str, str]:
-    """The parts that a model folder holds, and their files: after stage 1 the temporal layers are those of the bases."""
+    """The parts that a model folder holds, and their files: after stage 1 the temporal layers are those of the pretrained."""
     stage1 = ("appearance_unet", "appa")
     return {part: file for part, file in MODEL_PARTS.items() if info["stage"] == 2 or part in stage1}
 
@@ -248,7 +254,7 @@ def read_parts(folder: Path, info: Mapping[str, Any], tcan: TCAN) -> dict[str, d
 
 
 def untrained_model(folder: Path, info: Mapping[str, Any]) -> TCAN:
-    """A TCAN of the sizes of a model folder on torch's meta device: names and shapes, no memory, no bases.
+    """A TCAN of the sizes of a model folder on torch's meta device: names and shapes, no memory, no pretrained.
 
     Raises:
         UserError: a configuration that can't be read.

@@ -35,8 +35,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tcan.errors import UserError
-from tcan.weights.common import check_keys, check_shapes, first_line, quiet
+from tcan.errors import UserError, first_line
+from tcan.weights.common import check_keys, check_shapes, quiet
 
 SD15 = Path(__file__).parents[1] / "sd15"  # the architectures: configurations without weights
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging
 
-from tcan.weights import load_bases
+from tcan.weights import load_pretrained
 from tests.benchmarks import animation, sd15, training
 from tests.benchmarks.measure import Row
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-BASES = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
+PRETRAINED = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
 NO_GPU = [Row("everything at SD1.5 size on a GPU, in bfloat16", "has not been run", "no NVIDIA GPU at hand")]
 
 
@@ -43,16 +43,16 @@ def main(names: list[str]) -> None:
 
 
 def _animation() -> list[Row]:
-    bases = load_bases(**dict.fromkeys(BASES, "mini"))
-    return [*animation.temperature(bases, rounds=30), *animation.clip(bases, rounds=5)]
+    pretrained = load_pretrained(**dict.fromkeys(PRETRAINED, "mini"))
+    return [*animation.temperature(pretrained, rounds=30), *animation.clip(pretrained, rounds=5)]
 
 
 def _training() -> list[Row]:
-    bases = load_bases(**dict.fromkeys(BASES, "mini"))
+    pretrained = load_pretrained(**dict.fromkeys(PRETRAINED, "mini"))
     rows = []
     for stage, batch, frames in ((1, 16, 1), (2, 1, 16)):
-        rows += training.against_the_plain_way(bases, stage, batch, frames, rounds=5)
-        rows += training.predicted(bases, stage, batch, frames)
+        rows += training.against_the_plain_way(pretrained, stage, batch, frames, rounds=5)
+        rows += training.predicted(pretrained, stage, batch, frames)
     return rows
 
 
@@ -60,11 +60,11 @@ def _sd15() -> list[Row]:
     rows = sd15.arithmetic()
     if not torch.cuda.is_available():
         return rows + sd15.one_step() + NO_GPU
-    bases = sd15.random_bases("cuda", torch.bfloat16)
-    rows += sd15.measured(bases, sd15.openpose())
-    rows += [*animation.temperature(bases, rounds=10), *animation.clip(bases, rounds=3)]
+    pretrained = sd15.random_pretrained("cuda", torch.bfloat16)
+    rows += sd15.measured(pretrained, sd15.openpose())
+    rows += [*animation.temperature(pretrained, rounds=10), *animation.clip(pretrained, rounds=3)]
     for stage, batch, frames in ((1, 2, 1), (2, 1, 16)):
-        rows += training.against_the_plain_way(bases, stage, batch, frames, rounds=5)
+        rows += training.against_the_plain_way(pretrained, stage, batch, frames, rounds=5)
     return rows
 
 

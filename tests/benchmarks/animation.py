@@ -10,8 +10,8 @@ from torch import nn
 from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
 from tcan.temperature import temperature_map
-from tcan.weights import Bases
-from tests.benchmarks import plain
+from tcan.weights import PretrainedModels
+from tests.benchmarks import baseline
 from tests.benchmarks.measure import Row, ratio, side_by_side
 
 WINDOW, OVERLAP = 16, 4
@@ -19,26 +19,26 @@ GUIDANCE = 2.5
 SAME = 1e-3  # of pixels in [0, 1], and of predicted noise
 
 
-def trained_like(bases: Bases) -> TCAN:
-    """TCAN on these bases, nothing at the zero it starts from: else parts of it had no say in the result."""
+def trained_like(pretrained: PretrainedModels) -> TCAN:
+    """TCAN on these pretrained, nothing at the zero it starts from: else parts of it had no say in the result."""
     torch.manual_seed(0)
-    tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt)
+    tcan = TCAN(pretrained.unet, pretrained.controlnet, pretrained.motion_adapter, pretrained.empty_prompt)
     for name, parameter in tcan.named_parameters():
         if "lora_B" in name or (
             name.startswith("controlnet") and ".motion_modules." in name and "proj_out" in name
         ):
             nn.init.normal_(parameter, std=0.02)
-    return tcan.to(bases.empty_prompt)
+    return tcan.to(pretrained.empty_prompt)
 
 
-def pipeline(bases: Bases, tcan: TCAN) -> TCANPipeline:
-    pipe = TCANPipeline(bases.vae, tcan, copy.deepcopy(bases.scheduler))
+def pipeline(pretrained: PretrainedModels, tcan: TCAN) -> TCANPipeline:
+    pipe = TCANPipeline(pretrained.vae, tcan, copy.deepcopy(pretrained.scheduler))
     pipe.model_info["stick_width"] = 2
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-# Someone upright, in 64ths of the picture.
+# Someone upright, in 64ths of the image.
 BODY = [
     (32, 12), (32, 20), (26, 20), (22, 28), (20, 36), (38, 20), (42, 28), (44, 36), (28, 36), (28, 46), (28, 56),
     (36, 36), (36, 46), (36, 56), (31, 10), (33, 10), (29, 11), (35, 11),
@@ -46,7 +46,7 @@ BODY = [
 
 
 def walk(frames: int, size: int) -> np.ndarray:
-    """Keypoints `[F, 18, 3]`: a body that glides through a fourth of the picture to the right."""
+    """Keypoints `[F, 18, 3]`: a body that glides through a fourth of the image to the right."""
     body = np.array([(x / 64 - 0.125, y / 64) for x, y in BODY]) * size
     poses = np.ones((frames, len(BODY), 3), np.float32)
     poses[..., :2] = body
@@ -54,7 +54,7 @@ def walk(frames: int, size: int) -> np.ndarray:
     return poses
 
 
-def picture(size: int) -> np.ndarray:
+def image(size: int) -> np.ndarray:
     """uint8 `[size, size, 3]`: soft colours."""
     y, x = np.mgrid[:size, :size] / size
     return (np.stack([x, y, 1 - x * y], axis=-1) * 255).astype(np.uint8)
@@ -66,14 +66,17 @@ def check_same(difference: float, tcan: TCAN) -> None:
 
 
 @torch.no_grad()
-def temperature(bases: Bases, rounds: int) -> list[Row]:
+def temperature(pretrained: PretrainedModels, rounds: int) -> list[Row]:
     """One window's guided step with the map, without it, and with the softmax written out."""
-    tcan = trained_like(bases)
-    pipes = {"fused": pipeline(bases, tcan), "explicit": pipeline(bases, plain.with_explicit_softmax(tcan))}
-    size, device = 8 * bases.unet.config.sample_size, tcan.device
+    tcan = trained_like(pretrained)
+    pipes = {
+        "fused": pipeline(pretrained, tcan),
+        "explicit": pipeline(pretrained, baseline.with_explicit_softmax(tcan)),
+    }
+    size, device = 8 * pretrained.unet.config.sample_size, tcan.device
     drawn = pipes["fused"].draw(walk(WINDOW, size), size, size)
     poses = torch.from_numpy(drawn).permute(0, 3, 1, 2).to(device)
-    reference = pipes["fused"].encode(picture(size))
+    reference = pipes["fused"].encode(image(size))
     timestep = torch.tensor([500], device=device)
     noisy = torch.randn(1, WINDOW, *reference.shape[1:], device=device)
     features = tcan.appearance(reference, timestep)
@@ -102,13 +105,16 @@ def temperature(bases: Bases, rounds: int) -> list[Row]:
 
 
 class Clip:
-    """A clip of several windows from a picture and poses, our way and the plain one; that gets the poses drawn."""
+    """A clip of several windows from a image and poses, our way and the plain one; that gets the poses drawn."""
 
-    def __init__(self, bases: Bases, frames: int, steps: int):
-        size = 8 * bases.unet.config.sample_size
-        tcan = trained_like(bases)
-        self.ours, self.plain = pipeline(bases, tcan), pipeline(bases, plain.with_explicit_softmax(tcan))
-        self.steps, self.image, self.poses = steps, picture(size), walk(frames, size)
+    def __init__(self, pretrained: PretrainedModels, frames: int, steps: int):
+        size = 8 * pretrained.unet.config.sample_size
+        tcan = trained_like(pretrained)
+        self.ours, self.plain = (
+            pipeline(pretrained, tcan),
+            pipeline(pretrained, baseline.with_explicit_softmax(tcan)),
+        )
+        self.steps, self.image, self.poses = steps, image(size), walk(frames, size)
         self.drawn = self.ours.draw(self.poses, size, size)
         self.what = f"{frames} frames in {steps} steps"
 
@@ -119,7 +125,7 @@ class Clip:
         )  # fmt: skip
 
     def denoise_plainly(self) -> torch.Tensor:
-        return plain.denoise(
+        return baseline.denoise(
             self.plain, self.image, self.drawn, steps=self.steps, guidance_scale=GUIDANCE, window=WINDOW,
             overlap=OVERLAP, seed=0,
         )  # fmt: skip
@@ -128,22 +134,22 @@ class Clip:
         return torch.from_numpy(np.concatenate(list(self.ours.decode(self.denoise()))))
 
     def animate_plainly(self) -> torch.Tensor:
-        return torch.from_numpy(plain.decode(self.plain, self.denoise_plainly()))
+        return torch.from_numpy(baseline.decode(self.plain, self.denoise_plainly()))
 
 
 @torch.no_grad()
-def clip(bases: Bases, rounds: int, frames: int = 28, steps: int = 4) -> list[Row]:
+def clip(pretrained: PretrainedModels, rounds: int, frames: int = 28, steps: int = 4) -> list[Row]:
     """A whole clip, to its frames."""
-    both = Clip(bases, frames, steps)
+    both = Clip(pretrained, frames, steps)
     return [
         _against_the_plain_way(both, f"a clip of {both.what}", both.animate, both.animate_plainly, rounds)
     ]
 
 
 @torch.no_grad()
-def denoising(bases: Bases, rounds: int, frames: int = 28, steps: int = 1) -> list[Row]:
+def denoising(pretrained: PretrainedModels, rounds: int, frames: int = 28, steps: int = 1) -> list[Row]:
     """A clip's latents alone: in a clip of usual length decoding counts little beside its steps."""
-    both = Clip(bases, frames, steps)
+    both = Clip(pretrained, frames, steps)
     what = f"denoising {both.what}"
     return [_against_the_plain_way(both, what, both.denoise, both.denoise_plainly, rounds)]
 

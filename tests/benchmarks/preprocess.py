@@ -36,10 +36,10 @@ import pyarrow as pa
 import ray
 import torch
 
-from pipelines.config import BasesConfig, load_config
+from pipelines.config import PretrainedConfig, load_config
 from pipelines.preprocess.job import ALLOCATOR, preprocess
 from pipelines.preprocess.models import PoseAndLatents, load_models
-from pipelines.preprocess.rows import DECODED_SCHEMA
+from pipelines.preprocess.schemas import DECODED_SCHEMA
 from pipelines.preprocess.sources import list_sources
 from tcan.pose import OpenPose
 from tests.pipelines.faults import disc_frames, write_video
@@ -99,10 +99,10 @@ def openpose(people: int, batch: int = 16, side: int = 512) -> Row:
     maps = maps_of(bodies, side, side)
     network = Maps(*(m.expand(batch, -1, -1, -1).contiguous() for m in maps))
     ours, theirs = OpenPose(network), controlnet_aux_body(Maps(*maps))
-    picture = np.zeros((side, side, 3), np.uint8)
+    image = np.zeros((side, side, 3), np.uint8)
     ratios = []
     for _ in range(ROUNDS + 1):
-        alternative = seconds(lambda: theirs(picture))
+        alternative = seconds(lambda: theirs(image))
         ratios.append(
             alternative * batch / seconds(lambda: ours.decode(*network.maps, (184, 184), (side, side)))
         )
@@ -113,8 +113,8 @@ def openpose(people: int, batch: int = 16, side: int = 512) -> Row:
 class FedModels:
     """The job's models; whatever they are given, they take the same clip from memory."""
 
-    def __init__(self, bases: BasesConfig) -> None:
-        self.models = PoseAndLatents(bases, 16, "cpu")
+    def __init__(self, pretrained: PretrainedConfig) -> None:
+        self.models = PoseAndLatents(pretrained, 16, "cpu")
         frames = np.stack(disc_frames(CLIP, SIZE, SIZE)).tobytes()
         row = {
             "video_id": "x",
@@ -132,20 +132,20 @@ class FedModels:
         return self.models(self.clip)
 
 
-def models_alone(bases: BasesConfig, clips: int) -> float:
+def models_alone(pretrained: PretrainedConfig, clips: int) -> float:
     """Frames a second."""
-    models = FedModels(bases)
+    models = FedModels(pretrained)
     models()  # warms up
     return clips * CLIP / seconds(lambda: [models() for _ in range(clips)])
 
 
-def models_in_ray_data(bases: BasesConfig, clips: int, actors: int) -> float:
+def models_in_ray_data(pretrained: PretrainedConfig, clips: int, actors: int) -> float:
     """Frames a second, with the start, as the job's are."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     pool = ray.data.from_items(list(range(clips)), override_num_blocks=clips).map_batches(
         FedModels,
-        fn_constructor_args=(bases,),
+        fn_constructor_args=(pretrained,),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors),
@@ -156,13 +156,13 @@ def models_in_ray_data(bases: BasesConfig, clips: int, actors: int) -> float:
 
 
 @torch.inference_mode()
-def script(videos: list[str], bases: BasesConfig) -> None:
+def script(videos: list[str], pretrained: PretrainedConfig) -> None:
     """What a person would write."""
-    detector, vae = load_models(bases, "cpu")
+    detector, vae = load_models(pretrained, "cpu")
     pose = controlnet_aux_body(detector.network)  # type: ignore[attr-defined]
     for path in videos:
-        for picture in decord.VideoReader(path):
-            frame = picture.asnumpy()
+        for image in decord.VideoReader(path):
+            frame = image.asnumpy()
             pose(frame[..., ::-1].copy())
             pixels = torch.from_numpy(frame).movedim(-1, 0)[None].float() / 127.5 - 1
             vae.encode(pixels).latent_dist.mean.numpy()
@@ -180,7 +180,7 @@ def job(num_videos: int) -> list[Row]:
         write_video(
             Path(hour) / "hour.mp4", 3600 * HOUR_FPS, 72, 128, fps=HOUR_FPS, enlarged=30, preset="ultrafast"
         )
-        config = load_config("--preprocess.min_person_share=0", f"--tracking.folder={folder}/mlflow")
+        config = load_config("--preprocess.min_person_fraction=0", f"--tracking.folder={folder}/mlflow")
         times, peaks, alone = {}, {}, []
         cluster = {"num_cpus": cpus, "num_gpus": 0, "include_dashboard": False, "log_to_driver": False}
 
@@ -189,7 +189,7 @@ def job(num_videos: int) -> list[Row]:
                 patch.dict(os.environ, ALLOCATOR),  # as the job's
                 ProcessPoolExecutor(cpus, get_context("spawn")) as pool,
             ):
-                alone.append(sum(pool.map(models_alone, [config.bases] * cpus, [MODEL_CLIPS] * cpus)))
+                alone.append(sum(pool.map(models_alone, [config.pretrained] * cpus, [MODEL_CLIPS] * cpus)))
 
         for source in (few, videos, hour):
             if source == videos:
@@ -204,11 +204,11 @@ def job(num_videos: int) -> list[Row]:
             if source == videos:
                 models()
                 ray.init(address="local", **cluster)
-                in_ray_data = models_in_ray_data(config.bases, num_videos, cpus)
+                in_ray_data = models_in_ray_data(config.pretrained, num_videos, cpus)
                 ray.shutdown()
         rate = num_videos * FRAMES / times[videos]
         some = list_sources(videos)[: max(1, num_videos // 50)]
-        by_hand = len(some) * FRAMES / seconds(lambda: script(some, config.bases))
+        by_hand = len(some) * FRAMES / seconds(lambda: script(some, config.pretrained))
     return [
         (
             "the job's frames/s over those of its models alone",

@@ -40,7 +40,7 @@ class Cluster:
     """Bytes a second into and out of a node."""
     storage: float
     """Bytes a second of the storage, all readers together."""
-    gpu_rate: float = 0.4 * 312e12
+    gpu_peak_flops: float = 0.4 * 312e12
     """FLOP/s that a GPU reaches on this model: two fifths of an A100's in bf16."""
     gpus_per_node: int = 8
     inside_node: float = 200e9
@@ -111,7 +111,7 @@ class Share:
 
 def counted(config: Config, number: int) -> tuple[TrainingMemory, int]:
     """Memory, and operations of forward and backward, of one sample."""
-    tcan = fake_tcan(lambda: networks(config.bases, config.train.lora_rank), torch.bfloat16)
+    tcan = fake_tcan(lambda: networks(config.pretrained, config.train.lora_rank), torch.bfloat16)
     with FlopCounterMode(display=False) as operations:
         memory = training_memory(tcan, number, 1, config.train.frames, config.size, config.size)
     return memory, operations.get_total_flops()
@@ -246,7 +246,7 @@ def simulate(share: Share, cluster: Cluster, gpus: int) -> Scaled:
     """All workers load the next step's data while they take this step, and wait for the slowest."""
     rng = np.random.default_rng(0)
     rate = min(cluster.one_reader, cluster.storage / gpus)
-    compute, exchange = share.flops / cluster.gpu_rate, exchange_seconds(share.exchanged, cluster, gpus)
+    compute, exchange = share.flops / cluster.gpu_peak_flops, exchange_seconds(share.exchanged, cluster, gpus)
     total = loading = read = 0.0
     for _ in range(STEPS):
         reads = rng.choice(share.reads.ravel(), gpus)
@@ -285,7 +285,7 @@ def table(name: str, share: Share, cluster: Cluster) -> list[str]:
         reached = it.samples_per_second / it.ideal
         waits = (
             "loading"
-            if it.loading_seconds > share.flops / cluster.gpu_rate + it.exchange_seconds
+            if it.loading_seconds > share.flops / cluster.gpu_peak_flops + it.exchange_seconds
             else "exchange"
         )
         lines.append(
@@ -296,7 +296,7 @@ def table(name: str, share: Share, cluster: Cluster) -> list[str]:
     return lines
 
 
-def needed(shares: dict[str, Share], gpu_rate: float) -> list[str]:
+def needed(shares: dict[str, Share], gpu_peak_flops: float) -> list[str]:
     """What keeps the GPUs busy: exchange in a tenth of the arithmetic's time, data in time on average."""
     lines = [
         "\n**Needed for the exchange to cost a tenth of the arithmetic's time, and for data to come as fast as it is used**\n",
@@ -304,7 +304,7 @@ def needed(shares: dict[str, Share], gpu_rate: float) -> list[str]:
         f"|---|---|{'---|' * len(GPUS)}",
     ]
     for name, it in shares.items():
-        compute = it.flops / gpu_rate
+        compute = it.flops / gpu_peak_flops
         storage = "".join(f" {gpus * it.bytes_read / compute / 1e9:.1f} GB/s |" for gpus in GPUS)
         lines.append(f"| {name} | {it.exchanged / (0.1 * compute) * 8 / 1e9:.0f} Gb/s |{storage}")
     return lines
@@ -336,7 +336,7 @@ def main() -> None:
         f"{clip.read_seconds * 1e3:.0f} ms of a core to read; the dataset {dataset / 1e9:.0f} GB, of which a worker's memory "
         f"holds {config.train.cache_mb / 1024:.0f} GiB.",
         *(line for name, it in shares.items() for cluster in CLUSTERS for line in table(name, it, cluster)),
-        *needed(shares, CLUSTERS[0].gpu_rate),
+        *needed(shares, CLUSTERS[0].gpu_peak_flops),
     ]
     heading = "## Tables\n"
     page = PAGE.read_text()

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines.preprocess.latents import encode_frames
 from tcan.model import TCAN
 from tcan.pose import OpenPose
-from tcan.weights import Bases
+from tcan.weights import PretrainedModels
 from tests.benchmarks import animation, training
 from tests.benchmarks.measure import Row, peak_bytes, seconds, tensor_bytes
 from tests.benchmarks.training import Batch, Trainer
@@ -22,8 +22,8 @@ STEPS, FRAMES, WINDOWS = 25, 28, 2  # 28 frames are two windows of 16
 CPU_SIZE = 192
 
 
-def random_bases(device: str, dtype: torch.dtype, size: int = 512) -> Bases:
-    """For pictures of `size` x `size`: the networks' weights are the same for all."""
+def random_pretrained(device: str, dtype: torch.dtype, size: int = 512) -> PretrainedModels:
+    """For images of `size` x `size`: the networks' weights are the same for all."""
     with torch.device(device):
         networks: dict[str, Any] = {
             "vae": AutoencoderKL(
@@ -42,7 +42,7 @@ def random_bases(device: str, dtype: torch.dtype, size: int = 512) -> Bases:
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
     )  # fmt: skip
-    return Bases(**networks, empty_prompt=prompt, scheduler=scheduler, info={})
+    return PretrainedModels(**networks, empty_prompt=prompt, scheduler=scheduler, info={})
 
 
 def openpose() -> nn.Module:
@@ -62,9 +62,11 @@ def flops(run: Callable[[], Any]) -> int:
 def arithmetic() -> list[Row]:
     """Of a clip the plain way's operations to ours, counted on the meta device: multiplications and additions of
     matrix products, convolutions and attentions."""
-    bases = random_bases("meta", torch.bfloat16)
+    pretrained = random_pretrained("meta", torch.bfloat16)
     with torch.device("meta"):
-        tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt).bfloat16()
+        tcan = TCAN(
+            pretrained.unet, pretrained.controlnet, pretrained.motion_adapter, pretrained.empty_prompt
+        ).bfloat16()
         noisy, pose = torch.empty(1, 16, 4, 64, 64), torch.empty(1, 16, 3, 512, 512)
         timestep, reference = torch.empty(1, dtype=torch.int64), torch.empty(1, 4, 64, 64)
     features, residuals = tcan.appearance(reference, timestep), tcan.pose_residuals(noisy, timestep, pose)
@@ -86,52 +88,55 @@ def arithmetic() -> list[Row]:
 
 
 def one_step() -> list[Row]:
-    """What a CPU can be asked for: a step of each kind at SD1.5's size, on small pictures, once."""
-    bases = random_bases("cpu", torch.bfloat16, CPU_SIZE)
-    rows = [*animation.temperature(bases, rounds=1), *animation.denoising(bases, rounds=1)]
+    """What a CPU can be asked for: a step of each kind at SD1.5's size, on small images, once."""
+    pretrained = random_pretrained("cpu", torch.bfloat16, CPU_SIZE)
+    rows = [*animation.temperature(pretrained, rounds=1), *animation.denoising(pretrained, rounds=1)]
     for stage, frames in ((1, 1), (2, 16)):
-        rows += training.one_pass(bases, stage, 1, frames)
+        rows += training.one_pass(pretrained, stage, 1, frames)
     where = f"SD1.5 size on a CPU, {CPU_SIZE} x {CPU_SIZE}: "
     return [dataclasses.replace(row, what=where + row.what) for row in rows]
 
 
 def measured(
-    bases: Bases,
+    pretrained: PretrainedModels,
     pose_network: nn.Module,
     steps: int = STEPS,
     sizes: tuple[tuple[int, int], ...] = ((2, 1), (1, 16)),
 ) -> list[Row]:
-    """Seconds, frames a second and peak memory of everything on the bases' device.
+    """Seconds, frames a second and peak memory of everything on the pretrained' device.
 
     sizes: clips and frames of a training step of stage 1 and 2.
     """
-    device, size = bases.unet.device, 8 * bases.unet.config.sample_size
-    rate = matrix_rate(device, bases.unet.dtype)
+    device, size = pretrained.unet.device, 8 * pretrained.unet.config.sample_size
+    rate = peak_matmul_flops(device, pretrained.unet.dtype)
     rows = [Row("products of large matrices", f"{rate / 1e12:.0f} TFLOP/s", "what the shares below are of")]
     for stage, (batch, frames) in enumerate(sizes, 1):
         for checkpointing in (False, True):
-            trainer, data = Trainer(bases, stage, checkpointing=checkpointing), Batch(bases, batch, frames)
+            trainer, data = (
+                Trainer(pretrained, stage, checkpointing=checkpointing),
+                Batch(pretrained, batch, frames),
+            )
             rows.append(_training(trainer, data, rate, f"stage {stage}, {batch} x {frames} frames" + ", gradient checkpointing" * checkpointing))  # fmt: skip
-    rows += _animation(bases, size, steps, rate)
+    rows += _animation(pretrained, size, steps, rate)
 
-    pictures = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
     detector = OpenPose(pose_network, device=device)
-    latents = torch.randn(16, bases.vae.config.latent_channels, size // 8, size // 8)
-    pipe = animation.pipeline(bases, animation.trained_like(bases))
+    latents = torch.randn(16, pretrained.vae.config.latent_channels, size // 8, size // 8)
+    pipe = animation.pipeline(pretrained, animation.trained_like(pretrained))
     for what, run in (
-        ("OpenPose", lambda: detector.detect(pictures)),
-        ("VAE encoding", lambda: encode_frames(bases.vae, pictures, 8)),
+        ("OpenPose", lambda: detector.detect(images)),
+        ("VAE encoding", lambda: encode_frames(pretrained.vae, images, 8)),
         ("VAE decoding", lambda: list(pipe.decode(latents))),
     ):
         with torch.no_grad():
             run()
             rows.append(
-                Row(what, f"{len(pictures) / seconds(run, device.type):.1f} frames/s", "random weights")
+                Row(what, f"{len(images) / seconds(run, device.type):.1f} frames/s", "random weights")
             )
     return rows
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def peak_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the product of two square matrices: what the machine can be had to do."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -151,9 +156,9 @@ def _training(trainer: Trainer, data: Batch, rate: float, what: str) -> Row:
 
 
 @torch.no_grad()
-def _animation(bases: Bases, size: int, steps: int, rate: float) -> list[Row]:
-    pipe = animation.pipeline(bases, animation.trained_like(bases))
-    image, poses = animation.picture(size), animation.walk(FRAMES, size)
+def _animation(pretrained: PretrainedModels, size: int, steps: int, rate: float) -> list[Row]:
+    pipe = animation.pipeline(pretrained, animation.trained_like(pretrained))
+    image, poses = animation.image(size), animation.walk(FRAMES, size)
 
     def animate(steps: int) -> None:
         list(pipe.decode(pipe.denoise(image, poses, num_inference_steps=steps)))

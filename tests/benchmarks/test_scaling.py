@@ -7,7 +7,9 @@ import pytest
 
 from tests.benchmarks.scaling import STEPS, Cluster, Data, Share, clip_reads, simulate
 
-CLUSTER = Cluster("", node_network=10e9, storage=np.inf, gpu_rate=1e12, inside_node=100e9, one_reader=1e9)
+CLUSTER = Cluster(
+    "", node_network=10e9, storage=np.inf, gpu_peak_flops=1e12, inside_node=100e9, one_reader=1e9
+)
 SHARE = Share(
     samples=2,
     flops=1e11,

@@ -22,10 +22,10 @@ import torch
 from pipelines.config import load_config
 from pipelines.dataset import read_info
 from pipelines.demo import render
-from pipelines.train import loop
+from pipelines.train import trainer
 from pipelines.train.data import ClipStore, Sampler
 from tcan.model import TCAN
-from tcan.weights import load_bases
+from tcan.weights import load_pretrained
 from tests.runs import Stage1, workers_of
 
 STEPS, WARM_UP, CHECKPOINT_EVERY, ROUNDS = 24, 8, 12, 3
@@ -37,12 +37,12 @@ def bare(dataset: Path, keys: list[str]) -> float:
     train, stage = config.train, config.train.stage1
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    bases = load_bases(**loop.bases_sources(config))
+    pretrained = load_pretrained(**trainer.pretrained_sources(config))
     model = TCAN(
-        bases.unet,
-        bases.controlnet,
-        bases.motion_adapter,
-        bases.empty_prompt,
+        pretrained.unet,
+        pretrained.controlnet,
+        pretrained.motion_adapter,
+        pretrained.empty_prompt,
         train.lora_rank,
         train.lora_alpha,
     )
@@ -63,7 +63,7 @@ def bare(dataset: Path, keys: list[str]) -> float:
             batches = upcoming.result()
             upcoming = ahead.submit(sampler.worker_batches, step + 1, 0, 1, stage.micro_batch)
             for batch in batches:
-                (loop._loss(model, bases, batch, device) / len(batches)).backward()
+                (trainer._loss(model, pretrained, batch, device) / len(batches)).backward()
             torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -73,20 +73,20 @@ def bare(dataset: Path, keys: list[str]) -> float:
 
 @torch.no_grad()
 def encoding(keys: list[str]) -> float:
-    """Seconds to encode a step's pictures, reference and target of each sample, as a loop without latents has to."""
+    """Seconds to encode a step's images, reference and target of each sample, as a loop without latents has to."""
     config = load_config(*keys)
     torch.set_num_threads(1)
-    vae = load_bases(**loop.bases_sources(config)).vae
-    pictures = torch.rand(2 * config.train.stage1.micro_batch, 3, config.size, config.size) * 2 - 1
+    vae = load_pretrained(**trainer.pretrained_sources(config)).vae
+    images = torch.rand(2 * config.train.stage1.micro_batch, 3, config.size, config.size) * 2 - 1
     seconds = []
     for _ in range(ROUNDS + 1):
         began = time.perf_counter()
-        vae.encode(pictures)
+        vae.encode(images)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:]) * config.train.stage1.batch_size / config.train.stage1.micro_batch
 
 
-def trainer(
+def run_trainer(
     dataset: Path, keys: list[str], workers: int, kill: bool = False, cores: list[int] | None = None
 ) -> dict[str, float]:
     """Medians of what a run of stage 1 recorded; kill: a worker is killed after the first checkpoint; cores: those that
@@ -143,7 +143,7 @@ def main() -> None:
         return
     keys += [
         f"--train.stage1.steps={STEPS}", f"--train.stage1.checkpoint_every={CHECKPOINT_EVERY}",
-        "--train.stage1.picture_every=0", "--train.stage1.validate_every=0",
+        "--train.stage1.sample_every=0", "--train.stage1.validate_every=0",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         measure(given.dataset or puppets(Path(folder)), keys)
@@ -157,10 +157,10 @@ def measure(dataset: Path, keys: list[str]) -> None:
         command += [*keys, "--train.workers=1"]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         plain.append(float(said.split()[-1]))
-        one.append(trainer(dataset, keys, 1))
-        one_core.append(trainer(dataset, keys, 1, cores=[0]))
-        two.append(trainer(dataset, keys, 2))
-    killed = trainer(dataset, keys, 2, kill=True)
+        one.append(run_trainer(dataset, keys, 1))
+        one_core.append(run_trainer(dataset, keys, 1, cores=[0]))
+        two.append(run_trainer(dataset, keys, 2))
+    killed = run_trainer(dataset, keys, 2, kill=True)
 
     def median(runs: list[dict[str, float]], key: str) -> float:
         return statistics.median(run[key] for run in runs)

@@ -7,23 +7,32 @@ from torch import Tensor
 
 from tcan.memory import training_memory
 from tcan.model import TCAN, diffusion_loss
-from tcan.weights import Bases
-from tests.benchmarks import plain
+from tcan.weights import PretrainedModels
+from tests.benchmarks import baseline
 from tests.benchmarks.measure import Row, peak_bytes, ratio, seconds, side_by_side, tensor_bytes
 
 
 class Trainer:
     """A worker's step: batch -> loss -> gradients -> AdamW."""
 
-    def __init__(self, bases: Bases, stage: int, *, checkpointing: bool = False, whole_unet: bool = False):
+    def __init__(
+        self,
+        pretrained: PretrainedModels,
+        stage: int,
+        *,
+        checkpointing: bool = False,
+        whole_unet: bool = False,
+    ):
         torch.manual_seed(0)
-        self.bases = bases
-        self.tcan = TCAN(bases.unet, bases.controlnet, bases.motion_adapter, bases.empty_prompt)
+        self.pretrained = pretrained
+        self.tcan = TCAN(
+            pretrained.unet, pretrained.controlnet, pretrained.motion_adapter, pretrained.empty_prompt
+        )
         if whole_unet:
-            plain.with_whole_appearance_unet(self.tcan, bases.unet)
+            baseline.with_whole_appearance_unet(self.tcan, pretrained.unet)
         if checkpointing:
             self.tcan.enable_gradient_checkpointing()
-        self.tcan.to(bases.empty_prompt).set_stage(stage)  # device and dtype
+        self.tcan.to(pretrained.empty_prompt).set_stage(stage)  # device and dtype
         self.tcan.train()
         self.device = self.tcan.device.type
         trained = [parameter for parameter in self.tcan.parameters() if parameter.requires_grad]
@@ -32,7 +41,9 @@ class Trainer:
     def gradients(self, latents: Tensor, reference: Tensor, pose: Tensor) -> None:
         timestep = torch.full((len(latents),), 500, device=latents.device)
         noise = torch.randn_like(latents)
-        diffusion_loss(self.tcan, self.bases.scheduler, latents, noise, timestep, pose, reference).backward()
+        diffusion_loss(
+            self.tcan, self.pretrained.scheduler, latents, noise, timestep, pose, reference
+        ).backward()
 
     def step(self, latents: Tensor, reference: Tensor, pose: Tensor) -> None:
         self.gradients(latents, reference, pose)
@@ -41,15 +52,17 @@ class Trainer:
 
 
 class Batch:
-    """Random pictures, and random latents in their place: what a dataset of latents holds is mean and deviation."""
+    """Random images, and random latents in their place: what a dataset of latents holds is mean and deviation."""
 
-    def __init__(self, bases: Bases, batch: int, frames: int):
-        size, device = 8 * bases.unet.config.sample_size, bases.unet.device
-        self.clips, self.vae = (batch, frames), bases.vae
-        self.pixels = torch.rand(batch, frames, 3, size, size, device=device, dtype=bases.unet.dtype) * 2 - 1
+    def __init__(self, pretrained: PretrainedModels, batch: int, frames: int):
+        size, device = 8 * pretrained.unet.config.sample_size, pretrained.unet.device
+        self.clips, self.vae = (batch, frames), pretrained.vae
+        self.pixels = (
+            torch.rand(batch, frames, 3, size, size, device=device, dtype=pretrained.unet.dtype) * 2 - 1
+        )
         self.pose = torch.rand(batch, frames, 3, size, size, device=device)
         self.mean = torch.randn(
-            batch, frames, bases.unet.config.in_channels, size // 8, size // 8, device=device
+            batch, frames, pretrained.unet.config.in_channels, size // 8, size // 8, device=device
         )
         self.deviation = torch.rand_like(self.mean)
 
@@ -59,27 +72,29 @@ class Batch:
 
     @torch.no_grad()
     def encoded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from the pictures: the VAE in the loop."""
+        """The same from the images: the VAE in the loop."""
         latents = self.vae.encode(self.pixels.flatten(0, 1)).latent_dist.sample().unflatten(0, self.clips)
         reference = self.vae.encode(self.pixels[:, 0]).latent_dist.mean
         return latents.float(), reference.float(), self.pose
 
 
-def steps(bases: Bases, stage: int, batch: int, frames: int) -> dict[str, tuple[Trainer, Callable[[], None]]]:
+def steps(
+    pretrained: PretrainedModels, stage: int, batch: int, frames: int
+) -> dict[str, tuple[Trainer, Callable[[], None]]]:
     """By name the trainer and one step of it."""
-    data = Batch(bases, batch, frames)
+    data = Batch(pretrained, batch, frames)
 
     def from_pixels(trainer: Trainer) -> None:
-        with plain.unfused_attention():
+        with baseline.unfused_attention():
             trainer.step(*data.encoded())
 
     def from_latents(trainer: Trainer) -> None:
         trainer.step(*data.latents())
 
     trainers = {
-        "plain": Trainer(bases, stage, whole_unet=True),
-        "ours": Trainer(bases, stage),
-        "checkpointing": Trainer(bases, stage, checkpointing=True),
+        "plain": Trainer(pretrained, stage, whole_unet=True),
+        "ours": Trainer(pretrained, stage),
+        "checkpointing": Trainer(pretrained, stage, checkpointing=True),
     }
     return {
         name: (t, (lambda t=t: from_pixels(t)) if name == "plain" else (lambda t=t: from_latents(t)))
@@ -87,16 +102,18 @@ def steps(bases: Bases, stage: int, batch: int, frames: int) -> dict[str, tuple[
     }
 
 
-def against_the_plain_way(bases: Bases, stage: int, batch: int, frames: int, rounds: int) -> list[Row]:
+def against_the_plain_way(
+    pretrained: PretrainedModels, stage: int, batch: int, frames: int, rounds: int
+) -> list[Row]:
     """A step of `batch` clips of `frames` frames."""
-    sides = steps(bases, stage, batch, frames)
+    sides = steps(pretrained, stage, batch, frames)
     device = sides["ours"][0].device
     times = side_by_side({name: run for name, (_, run) in sides.items()}, rounds, device)
     held, peak = {}, {}
     for name, (trainer, run) in sides.items():
         peak[name] = peak_bytes(run, device)
         held[name] = tensor_bytes(trainer.tcan, trainer.optimizer) + (name == "plain") * tensor_bytes(
-            bases.vae
+            pretrained.vae
         )
     total = {name: held[name] + peak[name] for name in sides}
     what = f"stage {stage}, {batch} x {frames} frames"
@@ -115,25 +132,25 @@ def against_the_plain_way(bases: Bases, stage: int, batch: int, frames: int, rou
     ]  # fmt: skip
 
 
-def one_pass(bases: Bases, stage: int, batch: int, frames: int) -> list[Row]:
+def one_pass(pretrained: PretrainedModels, stage: int, batch: int, frames: int) -> list[Row]:
     """Loss and gradients of one step, each way after the other has gone: where both don't fit beside each other. The
     optimizer, whose step is the same, is left out."""
-    data, time, total = Batch(bases, batch, frames), {}, {}
+    data, time, total = Batch(pretrained, batch, frames), {}, {}
     for name in ("plain", "ours"):
-        trainer = Trainer(bases, stage, whole_unet=name == "plain")
+        trainer = Trainer(pretrained, stage, whole_unet=name == "plain")
 
         def run(trainer: Trainer = trainer, name: str = name) -> None:
             if name == "ours":
                 trainer.gradients(*data.latents())
             else:
-                with plain.unfused_attention():
+                with baseline.unfused_attention():
                     trainer.gradients(*data.encoded())
 
         total[name] = peak_bytes(run, trainer.device)
         for parameter in trainer.tcan.parameters():
             parameter.grad = None
         time[name] = seconds(run, trainer.device)
-        total[name] += tensor_bytes(trainer.tcan) + (name == "plain") * tensor_bytes(bases.vae)
+        total[name] += tensor_bytes(trainer.tcan) + (name == "plain") * tensor_bytes(pretrained.vae)
     what = f"stage {stage}, {batch} x {frames} frames, without the optimizer"
     gibibytes = f"{total['ours'] / 2**30:.1f} GiB, gradients included; plain {total['plain'] / 2**30:.1f} GiB"
     return [
@@ -142,10 +159,10 @@ def one_pass(bases: Bases, stage: int, batch: int, frames: int) -> list[Row]:
     ]  # fmt: skip
 
 
-def predicted(bases: Bases, stage: int, batch: int, frames: int) -> list[Row]:
+def predicted(pretrained: PretrainedModels, stage: int, batch: int, frames: int) -> list[Row]:
     """The activations that `tcan memory` reckons with against what the allocator saw."""
-    trainer, data = Trainer(bases, stage), Batch(bases, batch, frames)
-    size = 8 * bases.unet.config.sample_size
+    trainer, data = Trainer(pretrained, stage), Batch(pretrained, batch, frames)
+    size = 8 * pretrained.unet.config.sample_size
     reckoned = training_memory(trainer.tcan, stage, batch, frames, size, size).activations
     for parameter in trainer.tcan.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

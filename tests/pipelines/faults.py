@@ -62,9 +62,9 @@ def write_video(
             silence.sample_rate = 44100
             container.mux(hum.encode(silence))
             container.mux(hum.encode())
-        for i, picture in enumerate(disc_frames(num_frames, height, width, seed)):
-            picture = picture.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for i, image in enumerate(disc_frames(num_frames, height, width, seed)):
+            image = image.repeat(enlarged, axis=0).repeat(enlarged, axis=1)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if times:
                 frame.pts, frame.time_base = times[i], Fraction(1, 1000)
             container.mux(stream.encode(frame))
@@ -73,7 +73,7 @@ def write_video(
 
 
 def rotate(path: Path) -> Path:
-    """Marks an mp4 as filmed with the camera on its side: its pictures are to be shown turned by 90 degrees clockwise."""
+    """Marks an mp4 as filmed with the camera on its side: its images are to be shown turned by 90 degrees clockwise."""
     content = bytearray(path.read_bytes())
     header = content.index(b"tkhd")
     matrix = header + 4 + 40  # version 0: 40 bytes of times, ids and volume come first
@@ -94,7 +94,7 @@ def rotate(path: Path) -> Path:
 
 
 def trim(path: Path, seconds: float) -> Path:
-    """Cuts off an mp4's beginning as phones do: what later pictures refer to stays in the file, marked as not to be shown."""
+    """Cuts off an mp4's beginning as phones do: what later images refer to stays in the file, marked as not to be shown."""
     trimmed = path.with_stem(f"{path.stem} trimmed")
     with (
         av.open(str(path)) as whole,
@@ -167,7 +167,7 @@ def write_corpus(folder: Path) -> dict[str, tuple[str, str]]:
     stub = write_video(bad("only a header.mp4", "decode", "not a video"), 20, seed=53)
     stub.write_bytes(stub.read_bytes()[:40])
     write_sound(bad("only sound.mp4", "decode"))
-    Image.fromarray(disc_frames(1)[0]).save(bad("picture.mp4", "decode", "too short"), format="png")
+    Image.fromarray(disc_frames(1)[0]).save(bad("image.mp4", "decode", "too short"), format="png")
     bad("nowhere.mp4", "list", "link to nowhere").symlink_to(folder / "gone.mp4")
     latin = bad("caf\\xe9.mp4", "list", "its name is not UTF-8").with_name(os.fsdecode(b"caf\xe9.mp4"))
     write_video(folder / "café.mp4", 20, seed=54).rename(latin)

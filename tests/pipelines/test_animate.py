@@ -20,7 +20,7 @@ from pipelines.puppets.world import sample_clip, write_clip
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pose import draw_poses, read_poses
-from tcan.video import VideoFrames, read_picture, read_video, write_picture, write_video
+from tcan.video import VideoFrames, read_image, read_video, write_image, write_video
 from tests.pipelines.test_cli import error_of
 
 STEP = ("--animate.steps", "1", "--animate.guidance_scale", "1")
@@ -30,16 +30,16 @@ def config(*more: str) -> Config:
     return load_config(*STEP, *more)
 
 
-def pictures(folder: Path) -> np.ndarray:
+def images(folder: Path) -> np.ndarray:
     """The frames of a folder of PNG, `[F, H, W, 3]`."""
-    return np.stack([read_picture(file) for file in sorted(folder.iterdir())])
+    return np.stack([read_image(file) for file in sorted(folder.iterdir())])
 
 
 @pytest.fixture(scope="module")
 def puppets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hero.png, and dance.mp4 (6 frames) with its true keypoints in dance.json."""
     folder = tmp_path_factory.mktemp("puppets")
-    write_picture(sample_clip("dance", 1, 1).frames[0], folder / "hero.png")
+    write_image(sample_clip("dance", 1, 1).frames[0], folder / "hero.png")
     write_clip(sample_clip("dance", 2, 6, every=2), folder / "dance")
     return folder
 
@@ -86,8 +86,8 @@ def test_a_long_video_passes_through_in_pieces(
     generator = torch.Generator().manual_seed(0)
     options = {"num_inference_steps": 1, "guidance_scale": 1, "generator": generator}
     options["start_from_reference"] = True  # mini.yaml's
-    whole = pipe(read_picture(puppets / "hero.png"), frames, **options).frames
-    np.testing.assert_array_equal(pictures(tmp_path / "result"), to_uint8(whole))
+    whole = pipe(read_image(puppets / "hero.png"), frames, **options).frames
+    np.testing.assert_array_equal(images(tmp_path / "result"), to_uint8(whole))
     assert fps == 30 and whole.shape == (50, 64, 64, 3)
 
 
@@ -102,7 +102,7 @@ def test_the_file_of_tcan_pose_drives_as_the_video_does(
     distances = np.stack(found.people)[:, 0, torso, :2] - np.stack(truth.people)[:, 0, torso, :2]
     assert np.median(np.linalg.norm(distances, axis=-1)) < 4
     assert read_video(tmp_path / "dance.preview.mp4")[0].shape == (6, 128, 128, 3)
-    assert read_picture(tmp_path / "hero.preview.png").shape == (128, 128, 3)
+    assert read_image(tmp_path / "hero.preview.png").shape == (128, 128, 3)
 
     hero, by_hand = (
         puppets / "hero.png",
@@ -110,13 +110,13 @@ def test_the_file_of_tcan_pose_drives_as_the_video_does(
     )
     animate(Animation(hero, tmp_path / "a", puppets / "dance.mp4"), model_folder, config())
     animate(Animation(hero, tmp_path / "b", **by_hand), model_folder, config())
-    np.testing.assert_array_equal(pictures(tmp_path / "a"), pictures(tmp_path / "b"))
+    np.testing.assert_array_equal(images(tmp_path / "a"), images(tmp_path / "b"))
 
     corrected = json.loads((tmp_path / "dance.json").read_text())
     corrected["frames"][0]["people"][0]["pose_keypoints_2d"][3 * 4 + 1] -= 30  # the right wrist, up
     (tmp_path / "dance.json").write_text(json.dumps(corrected))
     animate(Animation(hero, tmp_path / "c", **by_hand), model_folder, config())
-    assert (pictures(tmp_path / "c") != pictures(tmp_path / "a")).any()
+    assert (images(tmp_path / "c") != images(tmp_path / "a")).any()
 
 
 def test_a_registered_model_animates_through_pyfunc(
@@ -126,7 +126,7 @@ def test_a_registered_model_animates_through_pyfunc(
 
     model = shutil.copytree(model_folder, tmp_path / "model")
     info = json.loads((model / "tcan.json").read_text())
-    info["bases"]["pose"] = {"source": "mini"}  # as training writes it
+    info["pretrained"]["pose"] = {"source": "mini"}  # as training writes it
     (model / "tcan.json").write_text(json.dumps(info))
     settings = config(f"--tracking.folder={tmp_path / 'runs'}")
     with tracking.run("stage2", "stage 2", settings.tracking, {}) as run:
@@ -144,7 +144,7 @@ def test_a_registered_model_animates_through_pyfunc(
     first, second = served.predict(pd.DataFrame([row, row]), params={"seed": 3})
     again = served.predict([row], params={"guidance_scale": 1.0, "seed": 3})[0]
     frames = TCANPipeline.from_pretrained(model)(
-        read_picture(row["image"]),
+        read_image(row["image"]),
         read_video(row["driving"])[0],
         generator=torch.Generator().manual_seed(3),
         num_inference_steps=2,
@@ -160,13 +160,13 @@ def test_a_registered_model_animates_through_pyfunc(
 def test_poses_by_hand_without_retargeting_in_a_rectangle(
     model_folder: Path, puppets: Path, tmp_path: Path
 ) -> None:
-    """Drawn where they are, at the result's size, between the picture and the result."""
+    """Drawn where they are, at the result's size, between the image and the result."""
     hero, poses = puppets / "hero.png", puppets / "dance.json"
     animation = Animation(hero, tmp_path / "wide", poses=poses, fps=12, side_by_side=True)
     wide = config("--animate.retarget", "false", "--animate.width", "128")
     assert read_inputs(animation, wide).fps == 12
     animate(animation, model_folder, wide)
-    shown = pictures(tmp_path / "wide")
+    shown = images(tmp_path / "wide")
     assert shown.shape == (6, 64, 3 * 128, 3)
     placed = np.concatenate(read_poses(poses).people)
     placed[..., 1] -= 32  # the middle half of 128 x 128 is 128 x 64
@@ -191,14 +191,14 @@ def test_bad_input(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     }
     for change, reason in (
         ({"image": None, "out": None}, "missing: --image, --out; tcan animate --help explains"),
-        ({"image": "missing.png"}, "no such picture"),
-        ({"image": "renamed.png"}, "cannot be read as a picture"),
+        ({"image": "missing.png"}, "no such image"),
+        ({"image": "renamed.png"}, "cannot be read as a image"),
         ({"fps": 0}, "--fps 0: must be more than 0"),
         ({"driving": None}, "needs a motion; give a video with --driving or poses with --poses"),
         ({"driving": "missing.mp4"}, "no such video"),
         ({"driving": "renamed.mp4"}, "cannot be read as a video"),
         ({"model": "missing"}, "no model folder"),
-        ({"driving": "hero.png"}, "hero.png: is a picture; give a video"),
+        ({"driving": "hero.png"}, "hero.png: is a image; give a video"),
         ({"out": "renamed.png/out.mp4"}, "renamed.png is no folder that can be written to"),
         ({"out": "out.avi"}, "name it .mp4, .webm, .gif, or without a suffix"),
         ({"out": "out.gif", "audio": True}, "cannot hold sound"),
@@ -233,7 +233,7 @@ def test_bad_input(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_bad_input_of_pose(puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "renamed.mp4").write_text("text")
-    write_picture(np.zeros((64, 64, 3), np.uint8), tmp_path / "nobody.png")
+    write_image(np.zeros((64, 64, 3), np.uint8), tmp_path / "nobody.png")
     for source, out, reason in (
         ("missing.mp4", "poses.json", "no such video"),
         ("renamed.mp4", "poses.json", "cannot be read as a video"),

@@ -111,7 +111,11 @@ def times(dataset: str) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_bucket_of_videos_becomes_a_dataset_in_a_bucket(
-    bucket: str, bases_folder: Path, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+    bucket: str,
+    pretrained_folder: Path,
+    tmp_path: Path,
+    ray_cluster: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "videos"
     for i in range(3):
@@ -120,7 +124,11 @@ def test_a_bucket_of_videos_becomes_a_dataset_in_a_bucket(
     (folder / "twin.mp4").write_bytes((folder / "0 ä.mp4").read_bytes())
     last = folder / "2 ä.mp4"
     videos, out = f"{bucket}/videos", f"{bucket}/data/set"
-    options = [*OPTIONS, f"--bases.vae={bases_folder}", f"--bases.pose={bases_folder}/pose"]
+    options = [
+        *OPTIONS,
+        f"--pretrained.vae={pretrained_folder}",
+        f"--pretrained.pose={pretrained_folder}/pose",
+    ]
     options.append(f"--tracking.folder={tmp_path / 'mlflow'}")
 
     def job() -> None:
@@ -135,7 +143,7 @@ def test_a_bucket_of_videos_becomes_a_dataset_in_a_bucket(
     counts = {"sources": 4, "videos": 2, "clips": 6, "frames": 80, "rejected": 1, "duplicates": 1}
     assert read_info(out)["counts"] == counts
     before = times(out)
-    config = make_config(bases_folder, tmp_path)
+    config = make_config(pretrained_folder, tmp_path)
     assert preprocess(videos, out, config)["new_videos"] == 0
     assert "nothing to add" in capsys.readouterr().out and times(out) == before
 

@@ -83,7 +83,7 @@ def test_help_of_a_job_leaves_out_what_only_others_read(capsys: pytest.CaptureFi
         cli.main(["animate", "--help"])
     text = capsys.readouterr().out
     read = {section for section in cli.COMMANDS["animate"].sections if f"--{section}." in text}
-    assert read == {"bases", "animate", "tracking"}
+    assert read == {"pretrained", "animate", "tracking"}
     assert "--seed" in text and "--train." not in text and "--preprocess." not in text
 
 
@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             full.write(b"x")
     except OSError as error:
         assert error.errno == errno.ENOSPC
-        message = cli._mendable(error)
+        message = cli.user_message(error)
     assert message is not None and message.startswith("the disk is full")
 
 
@@ -241,7 +241,7 @@ def test_what_ray_wraps_is_found(ray_cluster: None) -> None:
         try:
             ray.get(fails.remote(mendable))
         except Exception as error:
-            assert cli._mendable(error) == message
+            assert cli.user_message(error) == message
 
 
 def test_workers_ended_for_their_memory_are_one_line() -> None:
@@ -250,13 +250,13 @@ def test_workers_ended_for_their_memory_are_one_line() -> None:
 
     ended = OutOfMemoryError("5 worker(s) were killed due to the node running low on memory.")
     for error in (ended, ControllerError(ended), WorkerGroupError("failed", {0: ended})):
-        message = cli._mendable(error)
+        message = cli.user_message(error)
         assert message is not None and message.startswith("a machine's main memory is full")
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    assert cli._mendable(ValueError("a bug")) is None
-    assert cli._mendable(OSError(errno.ENOENT, "a bug")) is None
+    assert cli.user_message(ValueError("a bug")) is None
+    assert cli.user_message(OSError(errno.ENOENT, "a bug")) is None
 
 
 def test_memory_of_a_stage_is_printed_by_zero_stage_and_gpus(capsys: pytest.CaptureFixture[str]) -> None:

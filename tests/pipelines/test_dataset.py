@@ -18,7 +18,7 @@ from PIL import Image
 from pipelines import cli
 from pipelines.config import load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, file_name, read_info
-from pipelines.preprocess.inspect import preview
+from pipelines.preprocess.dataset_commands import preview
 from pipelines.preprocess.shards import (
     ShardWriter,
     VideoAssembler,
@@ -29,11 +29,12 @@ from pipelines.preprocess.shards import (
 )
 from pipelines.preprocess.sources import Source
 from tcan.errors import UserError
-from tcan.weights import fingerprint, load_part
+from tcan.fingerprint import fingerprint
+from tcan.weights import load_part
 from tests.pipelines.test_preprocess import encoded_row, ending, person
 
 IDS = ["0" * 16, "8" * 16, "f" * 16]
-IDENTITY = {"schema_version": 2, "validation_share": 0.1}
+IDENTITY = {"schema_version": 2, "validation_fraction": 0.1}
 
 
 def write_dataset(
@@ -45,7 +46,7 @@ def write_dataset(
         writer = ShardWriter(str(folder), identity, 2**30, 1e9)
         sources = [Source(f"/{video}", video, "1-1") for video in IDS]
         assembler = VideoAssembler(
-            writer, sources, min_person_share=0, min_person_height=0, validation_share=0.1
+            writer, sources, min_person_fraction=0, min_person_height=0, validation_fraction=0.1
         )
         for video in IDS[:2]:
             for start in (0, 3, 6):
@@ -97,7 +98,7 @@ def rewrite(change: Callable[[list[dict]], None]) -> Callable[[Path], None]:
 
 def edit_info(folder: Path) -> None:
     info = json.loads((folder / "dataset.json").read_text())
-    info["identity"]["validation_share"] = 0.0
+    info["identity"]["validation_fraction"] = 0.0
     (folder / "dataset.json").write_text(json.dumps(info))
 
 
@@ -205,12 +206,18 @@ def test_rejected_sources_are_forgotten_when_they_are_to_be_tried_again(tmp_path
         assert forget_rejected(str(tmp_path), {}, {"/a", "/b"}) == 0
 
 
-def test_a_preview_shows_latents_and_poses(tmp_path: Path, bases_folder: Path) -> None:
-    write_dataset(tmp_path / "data", fingerprint(load_part("vae", str(bases_folder))))
+def test_a_preview_shows_latents_and_poses(tmp_path: Path, pretrained_folder: Path) -> None:
+    write_dataset(tmp_path / "data", fingerprint(load_part("vae", str(pretrained_folder))))
     out = tmp_path / "preview.png"
     assert (
         cli.main(
-            ["dataset", "preview", str(tmp_path / "data"), f"--out={out}", f"--bases.vae={bases_folder}"]
+            [
+                "dataset",
+                "preview",
+                str(tmp_path / "data"),
+                f"--out={out}",
+                f"--pretrained.vae={pretrained_folder}",
+            ]
         )
         == 0
     )
@@ -227,9 +234,9 @@ def test_a_preview_shows_latents_and_poses(tmp_path: Path, bases_folder: Path) -
 
 
 def test_hands_and_faces_are_columns_where_they_were_asked_for(
-    tmp_path: Path, bases_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, pretrained_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of wide pictures, whose square begins elsewhere: a face lies on its body's joint, and on the preview."""
+    """Of wide images, whose square begins elsewhere: a face lies on its body's joint, and on the preview."""
     identity = IDENTITY | {"hand_fingerprint": "feed", "face_fingerprint": "beef"}
     people = np.tile(np.stack([person(100, 40), person(90, 10)]), (3, 1, 1))
     latent = np.zeros((3, 4, 8, 16), "<f2").tobytes()
@@ -238,7 +245,7 @@ def test_hands_and_faces_are_columns_where_they_were_asked_for(
     hands[:, 1] = people[:, :1]
     faces[:, 7] = people[:, 0]
     parts |= {"hands": hands.tobytes(), "faces": faces.tobytes()}
-    vae = fingerprint(load_part("vae", str(bases_folder)))
+    vae = fingerprint(load_part("vae", str(pretrained_folder)))
     write_dataset(tmp_path / "data", vae, identity, parts)
     table = pq.read_table(the_file(tmp_path / "data"))
     assert table.schema.names == [*CLIP_SCHEMA.names, "hands", "faces"]
@@ -250,7 +257,13 @@ def test_hands_and_faces_are_columns_where_they_were_asked_for(
     assert cli.main(["dataset", "verify", str(tmp_path / "data")]) == 0
 
     out = tmp_path / "preview.png"
-    preview_of = ["dataset", "preview", str(tmp_path / "data"), f"--out={out}", f"--bases.vae={bases_folder}"]
+    preview_of = [
+        "dataset",
+        "preview",
+        str(tmp_path / "data"),
+        f"--out={out}",
+        f"--pretrained.vae={pretrained_folder}",
+    ]
     assert cli.main(preview_of) == 0
     x, y = clip["people"][0, 0, :2].astype(int)
     assert (np.asarray(Image.open(out))[y, x] == 255).all()
@@ -271,14 +284,14 @@ def test_an_unfinished_or_missing_dataset_is_one_line(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_files_are_one_line(
-    tmp_path: Path, bases_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, pretrained_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_dataset(tmp_path / "data", fingerprint(load_part("vae", str(bases_folder))))
+    data = write_dataset(tmp_path / "data", fingerprint(load_part("vae", str(pretrained_folder))))
     (file,) = (data / "clips").glob("*.parquet")
     whole = file.read_bytes()
     commands = (
         ["info", str(data)],
-        ["preview", str(data), f"--out={tmp_path}/a.png", f"--bases.vae={bases_folder}"],
+        ["preview", str(data), f"--out={tmp_path}/a.png", f"--pretrained.vae={pretrained_folder}"],
     )
     for damage, words in (
         (lambda: file.write_bytes(whole[:-50]), f"{file}: cannot be read"),

@@ -51,7 +51,7 @@ def test_what_the_demo_leaves(out: Path):
         report = json.loads((out / "evaluation" / character / "evaluation.json").read_text())
         assert report["videos"] == 3 and report["frames"] == 12
         controls = {"pose_5_mean_pose", "pose_5_other", "colour_distance_other", "flicker_source"}
-        assert controls < report["measures"].keys()
+        assert controls < report["metrics"].keys()
     assert np.asarray(Image.open(out / "sheet.png")).std() > 10
 
 

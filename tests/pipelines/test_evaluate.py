@@ -1,4 +1,4 @@
-"""`tcan evaluate`: measures and controls of results that are known beforehand."""
+"""`tcan evaluate`: metrics and controls of results that are known beforehand."""
 
 import csv
 from pathlib import Path
@@ -42,7 +42,7 @@ def videos() -> list[Evaluated]:
 
 def test_perfect_results_and_their_controls(videos: list[Evaluated]) -> None:
     for video in videos:
-        m = video.measures
+        m = video.metrics
         assert (m["l1"], m["psnr"], m["ssim"]) == (0, np.inf, pytest.approx(1, abs=1e-4))
         assert m["pose_5"] == m["pose_5_wrists"] == m["pose_5_true"] == 1
         assert m["flicker"] == m["flicker_source"]
@@ -50,7 +50,7 @@ def test_perfect_results_and_their_controls(videos: list[Evaluated]) -> None:
         assert m["pose_5_other"] < 0.6 and m["pose_5_mean_pose"] < 0.6
         assert m["colour_distance"] < m["colour_distance_other"]
         assert m["identified_chance"] == pytest.approx(1 / 3)
-    assert np.mean([video.measures["identified"] for video in videos]) > 0.9
+    assert np.mean([video.metrics["identified"] for video in videos]) > 0.9
 
 
 def test_a_result_that_stands_still() -> None:
@@ -60,15 +60,15 @@ def test_a_result_that_stands_still() -> None:
         video.found = np.repeat(video.poses[:1], len(video.poses), axis=0)
     measure(videos)
     for video in videos:
-        assert video.measures["flicker"] == 0 or np.isnan(video.measures["flicker"])
-        assert video.measures["pose_5"] < 0.7
+        assert video.metrics["flicker"] == 0 or np.isnan(video.metrics["flicker"])
+        assert video.metrics["pose_5"] < 0.7
 
 
 def test_one_video_has_no_control_by_another() -> None:
     video = perfect(1)
     measure([video])
-    assert np.isnan(video.measures["pose_5_other"]) and np.isnan(video.measures["colour_distance_other"])
-    assert "another" not in table(means([video.measures]))
+    assert np.isnan(video.metrics["pose_5_other"]) and np.isnan(video.metrics["colour_distance_other"])
+    assert "another" not in table(means([video.metrics]))
 
 
 def test_means_leave_out_what_a_video_lacks() -> None:

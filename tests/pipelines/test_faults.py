@@ -17,7 +17,7 @@ import pytest
 
 from pipelines import cli
 from pipelines.dataset import decode_row, read_info
-from pipelines.preprocess.inspect import verify
+from pipelines.preprocess.dataset_commands import verify
 from pipelines.preprocess.sources import list_sources
 from tests.pipelines.faults import write_video
 from tests.pipelines.test_preprocess import OPTIONS, read_clips
@@ -61,11 +61,15 @@ def assert_same_clips(out: Path, rows: list[dict], truth: list[dict]) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(bases_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(pretrained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     write_videos(folder / "videos")
     command = [sys.executable, "-m", "tests.pipelines.faulty_cluster", str(folder / "videos"), str(folder)]
-    command += [*OPTIONS, f"--bases.vae={bases_folder}", f"--bases.pose={bases_folder / 'pose'}"]
+    command += [
+        *OPTIONS,
+        f"--pretrained.vae={pretrained_folder}",
+        f"--pretrained.pose={pretrained_folder / 'pose'}",
+    ]
     command += [f"--tracking.folder={folder / 'mlflow'}"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -98,12 +102,16 @@ def workers() -> list[str]:
 def test_a_job_whose_disk_is_full_ends_and_goes_on_when_there_is_room(
     small_disk: Path,
     tmp_path: Path,
-    bases_folder: Path,
+    pretrained_folder: Path,
     ray_cluster: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     videos, out = write_videos(tmp_path / "videos"), small_disk / "out"
-    options = [f"--bases.vae={bases_folder}", f"--bases.pose={bases_folder / 'pose'}", *OPTIONS]
+    options = [
+        f"--pretrained.vae={pretrained_folder}",
+        f"--pretrained.pose={pretrained_folder / 'pose'}",
+        *OPTIONS,
+    ]
     options += [f"--tracking.folder={tmp_path / 'mlflow'}", "--preprocess.commit_seconds=0"]
     job = ["preprocess", str(videos), str(out), *options]
     assert cli.main(job) == 2

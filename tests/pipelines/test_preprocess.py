@@ -36,14 +36,14 @@ from pipelines.preprocess.decode import DECODER, DecodeError, decode, decode_cli
 from pipelines.preprocess.job import plan, preprocess
 from pipelines.preprocess.models import PoseAndLatents
 from pipelines.preprocess.pose import pack_people, unpack_people
-from pipelines.preprocess.rows import DECODED_SCHEMA, ENCODED_SCHEMA
+from pipelines.preprocess.schemas import DECODED_SCHEMA, ENCODED_SCHEMA
 from pipelines.preprocess.shards import Contents, ShardWriter, VideoAssembler, read_contents, writing
 from pipelines.preprocess.sources import Source, identify, list_sources
 from pipelines.puppets.world import Clip, sample_clip, write_clip
 from tcan.errors import UserError
 from tcan.pose.hands import FaceDetector
 from tcan.pose.openpose import open_pose_module
-from tcan.video import fit_picture
+from tcan.video import fit_image
 from tcan.video import write_video as write_frames
 from tcan.weights import load_part
 from tests.pipelines.faults import KEPT, SIZE, disc_frames, rotate, trim, write_corpus, write_video
@@ -52,7 +52,7 @@ OPTIONS = (
     "--size=64",
     "--preprocess.clip_frames=16",
     "--preprocess.min_clip_frames=8",
-    "--preprocess.min_person_share=0",
+    "--preprocess.min_person_fraction=0",
 )
 
 
@@ -63,10 +63,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
     return folder, write_corpus(folder)
 
 
-def make_config(bases: Path, folder: Path, *options: str) -> Config:
+def make_config(pretrained: Path, folder: Path, *options: str) -> Config:
     sources = [
-        f"--bases.vae={bases}",
-        f"--bases.pose={bases / 'pose'}",
+        f"--pretrained.vae={pretrained}",
+        f"--pretrained.pose={pretrained / 'pose'}",
         f"--tracking.folder={folder / 'mlflow'}",
     ]
     return load_config(*OPTIONS, *sources, *options)
@@ -78,21 +78,21 @@ class Made:
     expected: dict[str, tuple[str, str]]
     out: Path
     config: Config
-    bases: Path
+    pretrained: Path
     summary: dict
 
 
 @pytest.fixture(scope="session")
 def made(
     corpus: tuple[Path, dict],
-    bases_folder: Path,
+    pretrained_folder: Path,
     ray_cluster: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Made:
     folder = tmp_path_factory.mktemp("made")
-    config = make_config(bases_folder, folder)
+    config = make_config(pretrained_folder, folder)
     summary = preprocess(str(corpus[0]), str(folder / "out"), config)
-    return Made(*corpus, folder / "out", config, bases_folder, summary)
+    return Made(*corpus, folder / "out", config, pretrained_folder, summary)
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -213,7 +213,7 @@ def test_the_crop_is_the_centre_square_scaled(tmp_path: Path) -> None:
     assert np.abs(frame - truth).mean() < 2
 
 
-def test_whole_pictures_keep_their_shape_up_to_a_limit(tmp_path: Path) -> None:
+def test_whole_images_keep_their_shape_up_to_a_limit(tmp_path: Path) -> None:
     for name, height, width, sent in (
         ("wide", 64, 150, (64, 144, [3, 0, 147, 64])),  # 150 is no multiple of 8
         ("tall", 160, 80, (128, 64, [0, 0, 80, 160])),
@@ -251,7 +251,7 @@ def test_resampling_takes_the_frame_of_that_time(tmp_path: Path) -> None:
     ],
 )
 def test_odd_videos_look_as_they_should(tmp_path: Path, name: str, options: dict) -> None:
-    """Against the pictures that were drawn: their shapes, places, colours and the way up."""
+    """Against the images that were drawn: their shapes, places, colours and the way up."""
     path = write_video(tmp_path / name, 20, **options)
     size = {"height": SIZE, "width": SIZE} | {
         key: options[key] for key in ("height", "width") if key in options
@@ -264,7 +264,7 @@ def test_odd_videos_look_as_they_should(tmp_path: Path, name: str, options: dict
         truth = np.rot90(truth, k=-1, axes=(1, 2))  # clockwise
     clip, _ = decode_clips(str(path), **DECODE)
     frames = np.frombuffer(clip["frames"], np.uint8).reshape(16, SIZE, SIZE, 3).astype(int)
-    truth = np.stack([fit_picture(np.ascontiguousarray(picture), SIZE, SIZE) for picture in truth[:16]])
+    truth = np.stack([fit_image(np.ascontiguousarray(image), SIZE, SIZE) for image in truth[:16]])
     assert np.abs(frames - truth).mean() < 6, np.abs(frames - truth).mean()
 
 
@@ -292,10 +292,10 @@ def test_of_a_long_video_what_was_trimmed_off_is_not_shown(
 
 
 def test_clips_end_where_the_scene_is_cut(tmp_path: Path) -> None:
-    pictures = [
+    images = [
         np.full((SIZE, SIZE, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200), (30, 200, 30))
     ]
-    frames = [pictures[0]] * 20 + [pictures[1]] * 5 + [pictures[2]] * 13
+    frames = [images[0]] * 20 + [images[1]] * 5 + [images[2]] * 13
     write_frames(frames, tmp_path / "a.mp4", fps=25)
     *clips, end = decode_clips(
         str(tmp_path / "a.mp4"), **DECODE | {"cut_threshold": 27.0, "min_clip_frames": 4}
@@ -368,7 +368,7 @@ def test_nothing_decodes_for_nobody(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_long_video_is_not_decoded_ahead_of_its_reader(tmp_path: Path) -> None:
-    """660 MB of pictures, and a reader that takes its time."""
+    """660 MB of images, and a reader that takes its time."""
     path = write_video(
         tmp_path / "a.mp4", 60, height=72, width=128, enlarged=20, codec="mpeg4", index_first=False
     )
@@ -407,7 +407,7 @@ def person(x: float, height: float) -> np.ndarray:
     ).astype("<f4")
 
 
-def test_hands_and_faces_are_found_for_everybody_of_a_clip(tmp_path: Path, bases_folder: Path) -> None:
+def test_hands_and_faces_are_found_for_everybody_of_a_clip(tmp_path: Path, pretrained_folder: Path) -> None:
     """Networks of OpenPose's layout with random weights, which find bodies of a kind in noise."""
     networks = {
         "body_pose_model.pth": open_pose_module("model").bodypose_model(),
@@ -425,7 +425,7 @@ def test_hands_and_faces_are_found_for_everybody_of_a_clip(tmp_path: Path, bases
     noise = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
     blurred = [cv2.GaussianBlur(frame, (0, 0), 4) for frame in noise]
     frames = np.stack([cv2.normalize(frame, None, 0, 255, cv2.NORM_MINMAX) for frame in blurred])
-    bases = dataclasses.replace(load_config().bases, vae=str(bases_folder), pose=str(tmp_path))
+    pretrained = dataclasses.replace(load_config().pretrained, vae=str(pretrained_folder), pose=str(tmp_path))
     decoded = pa.Table.from_pylist(
         [
             {
@@ -439,14 +439,14 @@ def test_hands_and_faces_are_found_for_everybody_of_a_clip(tmp_path: Path, bases
         ],
         DECODED_SCHEMA,
     )
-    (row,) = PoseAndLatents(bases, 16, "cpu", hands=True, face=True)(decoded).to_pylist()
+    (row,) = PoseAndLatents(pretrained, 16, "cpu", hands=True, face=True)(decoded).to_pylist()
     clip = decode_row(row)
     people = np.split(clip["people"], np.cumsum(row["people_per_frame"])[:-1])
     assert len(clip["hands"]) == len(clip["faces"]) == len(clip["people"]) == sum(row["people_per_frame"])
     faces = FaceDetector.from_pretrained(tmp_path).detect(frames, people)
     assert np.array_equal(clip["faces"], np.concatenate(faces)) and clip["faces"].any()
 
-    (row,) = PoseAndLatents(bases, 16, "cpu")(decoded).to_pylist()
+    (row,) = PoseAndLatents(pretrained, 16, "cpu")(decoded).to_pylist()
     assert row["hands"] is None and row["faces"] is None
 
 
@@ -478,8 +478,8 @@ def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Pat
     with writing(str(tmp_path)):
         writer = ShardWriter(str(tmp_path), {"size": SIZE}, 2**30, 1e9)
         assembler = VideoAssembler(
-            writer, [Source(f"/{video}", video, "1-1") for video in ids], min_person_share=0.5,
-            min_person_height=0.4, validation_share=0.1,
+            writer, [Source(f"/{video}", video, "1-1") for video in ids], min_person_fraction=0.5,
+            min_person_height=0.4, validation_fraction=0.1,
         )  # fmt: skip
         rows = [
             (encoded_row(ids[0], 2, [swapped, swapped]), None),
@@ -521,7 +521,7 @@ def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Pat
 
 
 def test_the_square_holds_most_of_the_person() -> None:
-    """In pictures of 128 x 64 and 64 x 128; bodies are lines, so that what is in the square can be counted on them."""
+    """In images of 128 x 64 and 64 x 128; bodies are lines, so that what is in the square can be counted on them."""
 
     def corner(places: list[float], tall: bool = False) -> int:
         bodies = np.stack([person(x, 40) for x in places])
@@ -539,7 +539,7 @@ def test_the_square_holds_most_of_the_person() -> None:
     nobody = np.zeros((4, 18, 3), np.float32)
     assert square_around(nobody, 64, 128) == Square(32, 0, 64)
 
-    # Seen is who is in the square, not who is beside it in the same picture.
+    # Seen is who is in the square, not who is beside it in the same image.
     assert Square(0, 0, 64).shows(np.stack([person(20, 40), person(70, 40), nobody[0]])).tolist() == [
         True,
         False,
@@ -557,8 +557,8 @@ def test_a_long_video_is_not_held_in_memory(tmp_path: Path) -> None:
         with writing(str(tmp_path)):
             writer = ShardWriter(str(tmp_path), {}, 2**30, 1e9)
             assembler = VideoAssembler(
-                writer, [Source("/a", "0" * 16, "1-1")], min_person_share=0, min_person_height=0,
-                validation_share=0.1,
+                writer, [Source("/a", "0" * 16, "1-1")], min_person_fraction=0, min_person_height=0,
+                validation_fraction=0.1,
             )  # fmt: skip
             for clip in range(32):
                 latents = {name: noise.bytes(2**20) for name in ("latent_mean", "latent_logvar")}
@@ -598,12 +598,12 @@ def test_two_jobs_do_not_write_to_one_dataset(tmp_path: Path) -> None:
         pass
 
 
-def test_an_out_that_cannot_be_is_one_line(tmp_path: Path, bases_folder: Path) -> None:
+def test_an_out_that_cannot_be_is_one_line(tmp_path: Path, pretrained_folder: Path) -> None:
     write_video(tmp_path / "a.mp4", 8)
     (tmp_path / "file").touch()
     for out in ("file", "file/below"):
         with pytest.raises(UserError, match=r"is a file|cannot be written"):
-            preprocess(str(tmp_path / "a.mp4"), str(tmp_path / out), make_config(bases_folder, tmp_path))
+            preprocess(str(tmp_path / "a.mp4"), str(tmp_path / out), make_config(pretrained_folder, tmp_path))
 
 
 # --- the job ---------------------------------------------------------------------------------------------------------
@@ -636,7 +636,7 @@ def test_every_source_is_kept_or_rejected_with_a_reason(made: Made) -> None:
 
 
 def test_latents_read_back_are_the_vaes_own(made: Made) -> None:
-    vae = AutoencoderKL.from_pretrained(made.bases / "vae").eval()
+    vae = AutoencoderKL.from_pretrained(made.pretrained / "vae").eval()
     rows = [row for row in read_clips(made.out) if Path(row["source"]).name in ("a.mp4", "with sound.mp4")]
     assert len(rows) == 4
     for row in rows:
@@ -768,7 +768,7 @@ def test_who_is_at_the_side_is_whole_in_the_canvas(
     config = load_config(*options)
     out = tmp_path / "person"
     preprocess(str(tmp_path / "videos"), str(out), config)
-    vae = load_part("vae", config.bases.vae).eval()
+    vae = load_part("vae", config.pretrained.vae).eval()
     rows = {Path(row["source"]).stem: row for row in read_clips(out)}
     assert rows.keys() == truth.keys()
     for name, row in rows.items():
@@ -782,10 +782,10 @@ def test_who_is_at_the_side_is_whole_in_the_canvas(
         for i, latent in ((0, clip["reference_latent_mean"]), (10, clip["latent_mean"][10])):
             with torch.no_grad():
                 decoded = vae.decode(torch.from_numpy(latent[None].astype(np.float32))).sample[0]
-            picture = (decoded.movedim(0, -1).numpy() + 1) * 127.5
+            image = (decoded.movedim(0, -1).numpy() + 1) * 127.5
             square = Image.fromarray(video[i].asnumpy()).resize((160, 160), box=tuple(crop))
             differences = [  # in its place, and a latent beside it
-                np.abs(np.roll(square, shift, axis=(0, 1)).astype(int) - picture)[16:-16, 16:-16].mean()
+                np.abs(np.roll(square, shift, axis=(0, 1)).astype(int) - image)[16:-16, 16:-16].mean()
                 for shift in ((0, 0), (0, 8), (0, -8), (8, 0), (-8, 0))
             ]
             assert differences[0] < 0.7 * min(differences[1:]), differences
@@ -813,7 +813,7 @@ def test_who_is_at_the_side_is_whole_in_the_canvas(
 
 
 @pytest.fixture
-def driver(tmp_path: Path, bases_folder: Path) -> Iterator[subprocess.Popen]:
+def driver(tmp_path: Path, pretrained_folder: Path) -> Iterator[subprocess.Popen]:
     """A job of its own process and Ray, which commits every video as soon as it is done."""
     for i in range(12):
         write_video(tmp_path / "videos" / f"{i}.mp4", 48, seed=20 + i)
@@ -824,7 +824,11 @@ def driver(tmp_path: Path, bases_folder: Path) -> Iterator[subprocess.Popen]:
         "import sys\nfrom pipelines.config import load_config\nfrom pipelines.preprocess.job import preprocess\n"
         "preprocess(sys.argv[1], sys.argv[2], load_config(*sys.argv[3:]))\n"
     )
-    options = [*OPTIONS, f"--bases.vae={bases_folder}", f"--bases.pose={bases_folder / 'pose'}"]
+    options = [
+        *OPTIONS,
+        f"--pretrained.vae={pretrained_folder}",
+        f"--pretrained.pose={pretrained_folder / 'pose'}",
+    ]
     options += [f"--tracking.folder={tmp_path / 'mlflow'}", "--preprocess.commit_seconds=0"]
     command = [sys.executable, str(script), str(tmp_path / "videos"), str(tmp_path / "out"), *options]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -835,7 +839,7 @@ def driver(tmp_path: Path, bases_folder: Path) -> Iterator[subprocess.Popen]:
 
 @pytest.mark.slow
 def test_a_killed_job_is_finished_by_the_next(
-    driver: subprocess.Popen, tmp_path: Path, bases_folder: Path, ray_cluster: None
+    driver: subprocess.Popen, tmp_path: Path, pretrained_folder: Path, ray_cluster: None
 ) -> None:
     out = tmp_path / "out"
     while not list(out.glob("clips/*.parquet")):
@@ -847,7 +851,7 @@ def test_a_killed_job_is_finished_by_the_next(
     assert not (out / "dataset.json").exists()
     (out / "clips" / ".clips-0.parquet.partial").write_text("half")
 
-    config = make_config(bases_folder, tmp_path)
+    config = make_config(pretrained_folder, tmp_path)
     summary = preprocess(str(tmp_path / "videos"), str(out), config)
     clean = preprocess(str(tmp_path / "videos"), str(tmp_path / "clean"), config)
     after = files_of(out)

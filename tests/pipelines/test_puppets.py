@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.puppets.world import DISTRIBUTIONS, FPS, sample_clip, write_clip
 
-TOLERANCE = 0.05  # of the picture's height: a joint nearer than that counts as found
+TOLERANCE = 0.05  # of the image's height: a joint nearer than that counts as found
 
 
 def joints_found(keypoints: np.ndarray, guess: np.ndarray, size: int) -> float:
@@ -54,7 +54,7 @@ def test_character_motion_and_background_have_their_own_seeds():
     assert not np.array_equal(clip.keypoints, stranger.keypoints)
 
 
-def test_keypoints_scale_with_the_picture():
+def test_keypoints_scale_with_the_image():
     small, large = sample_clip("wide", 3, 4, size=64), sample_clip("wide", 3, 4, size=512)
     np.testing.assert_allclose(small.keypoints[..., :2] * 8, large.keypoints[..., :2], atol=0.01)
     np.testing.assert_array_equal(small.keypoints[..., 2], large.keypoints[..., 2])
@@ -80,7 +80,7 @@ def test_right_and_left_are_the_dancers_own(clips):
     )  # who faces the viewer has the right side at the left
 
 
-def test_puppets_fill_the_picture(clips):
+def test_puppets_fill_the_image(clips):
     tallest = []
     for clip in clips:
         rows = clip.mask.any(2)

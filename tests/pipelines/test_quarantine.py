@@ -8,7 +8,7 @@ import ray
 import ray.data
 
 from pipelines.preprocess.quarantine import DEATHS, Quarantine, count_attempts
-from pipelines.preprocess.rows import DECODED_SCHEMA, ENCODED_SCHEMA
+from pipelines.preprocess.schemas import DECODED_SCHEMA, ENCODED_SCHEMA
 
 
 class Deadly:

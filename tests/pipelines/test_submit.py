@@ -112,11 +112,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_a_job_is_followed_and_its_exit_status_passed_on(
-    cluster: str, tmp_path: Path, bases_folder: Path
+    cluster: str, tmp_path: Path, pretrained_folder: Path
 ) -> None:
     write_video(tmp_path / "videos" / "a b.mp4", 20)
     (tmp_path / "mine.yaml").write_text(
-        f"size: 64\nbases: {{vae: {bases_folder}, pose: {bases_folder / 'pose'}}}\npreprocess: {{min_person_share: 0}}\n"
+        f"size: 64\nbases: {{vae: {pretrained_folder}, pose: {pretrained_folder / 'pose'}}}\npreprocess: {{min_person_fraction: 0}}\n"
     )
 
     def tcan(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -65,8 +65,8 @@ def test_round_trip(config: Config, tmp_path: Path) -> None:
     with tracking.run("train", "stage 1", config.tracking, params) as run:
         for step in range(3):
             run.metrics({"loss": 1 / (step + 1), "grad_norm": float(step)}, step=step)
-        run.picture(np.full((8, 8, 3), 200, np.uint8), "samples", step=2)
-        run.picture(np.full((8, 8, 3), 200, np.uint8), "sheets/all.png")
+        run.image(np.full((8, 8, 3), 200, np.uint8), "samples", step=2)
+        run.image(np.full((8, 8, 3), 200, np.uint8), "sheets/all.png")
         run.file(tmp_path / "film.mp4", "videos")
         assert client_of(config).get_run(run.id).info.status == "RUNNING"
     client = client_of(config)

@@ -34,18 +34,19 @@ from pipelines import tracking
 from pipelines.config import Config, load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
 from pipelines.storage import read_bytes
-from pipelines.train.bar import progress
 from pipelines.train.checkpoint import FrozenFingerprint, sweep
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
-from pipelines.train.guard import LossGuard, out_of_memory
-from pipelines.train.speed import Speed
-from pipelines.train.watch import Watch
+from pipelines.train.heartbeat import Watch
+from pipelines.train.loss_guard import LossGuard, out_of_memory
+from pipelines.train.progress import progress
+from pipelines.train.throughput import Speed
 from tcan.errors import UserError
+from tcan.fingerprint import fingerprint
+from tcan.memory_efficient import make_memory_efficient
 from tcan.model import TCAN, diffusion_loss
 from tcan.pose import PoseErrors, draw_poses
-from tcan.saving import save_activations
-from tcan.weights import fingerprint, load_bases
+from tcan.weights import load_pretrained
 from tests import compare_losses
 from tests.pipelines.test_cli import error_of
 from tests.runs import Stage1, workers_of
@@ -173,7 +174,7 @@ def test_stage1_takes_reference_and_target_apart(dataset):
             frames[video].index(mark(s, 0)) for s in (sample["reference"], sample["latents"][0])
         )
         distances[video][(target - reference) % len(frames[video])] += 1
-        kept.append(bool(sample["keep_reference"]))
+        kept.append(bool(sample["reference_mask"]))
         assert 0 <= sample["timestep"] < 1000
     assert set(distances[0]) == set(range(30, 70))  # U[30, L - 31], L = 100
     assert 0 not in distances[1] and len(distances[1]) > 35  # any other frame
@@ -190,7 +191,7 @@ def test_stage2_takes_consecutive_frames_and_the_first_as_reference(dataset):
         assert numbers == list(range(numbers[0], numbers[0] + 16))
         assert mark(sample["reference"], 0) == -1
         assert mark(sample["reference"], 1) == mark(sample["latents"][0], 1)
-        assert sample["keep_reference"]
+        assert sample["reference_mask"]
         starts[mark(sample["latents"][0], 1)].add(numbers[0])
     assert starts[0] <= set(range(85)) and len(starts[0]) > 60  # across the borders of its clips
     assert starts[2] == {*range(9), 40, 41}  # not across the gap
@@ -383,7 +384,7 @@ def test_operations_of_frozen_and_trained_layers_are_counted_once():
     )
     network.requires_grad_(False)
     network[3].weight.requires_grad_(True)
-    save_activations(network)  # its convolutions have a backward pass of their own
+    make_memory_efficient(network)  # its convolutions have a backward pass of their own
     x = torch.randn(batch, 3, side, side, requires_grad=True)
 
     def products(convolution: torch.nn.Conv2d) -> int:
@@ -399,7 +400,7 @@ def test_operations_of_frozen_and_trained_layers_are_counted_once():
             network(x).sum().backward()
     found = speed.metrics(seconds=0.5)
     assert found["tflops_per_second"] == pytest.approx(expected / 0.5 / 1e12, rel=1e-12)
-    assert found["device_share"] == pytest.approx(expected / 0.5 / 2e9, rel=1e-12)
+    assert found["mfu"] == pytest.approx(expected / 0.5 / 2e9, rel=1e-12)
 
 
 def test_a_bar_on_a_terminal_leaves_lines_whole():
@@ -550,9 +551,9 @@ def test_losses_of_two_runs_are_compared(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> Path:
-    """Random bases, a good deal smaller than mini."""
-    folder = tmp_path_factory.mktemp("bases")
+def pretrained(tmp_path_factory) -> Path:
+    """Random pretrained, a good deal smaller than mini."""
+    folder = tmp_path_factory.mktemp("pretrained")
     torch.manual_seed(0)
     channels = (16, 32, 32, 32)
     AutoencoderKL(
@@ -589,8 +590,8 @@ def bases(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory, bases) -> Path:
-    vae = fingerprint(AutoencoderKL.from_pretrained(bases / "vae"))
+def clips(tmp_path_factory, pretrained) -> Path:
+    vae = fingerprint(AutoencoderKL.from_pretrained(pretrained / "vae"))
     folder = tmp_path_factory.mktemp("clips") / "dataset"
     write_dataset(folder, {name: [(0, 16), (16, 16)] for name in "abcdefgh"}, SIZE, SIZE, vae)
     rng = np.random.default_rng(0)
@@ -608,20 +609,20 @@ def clips(tmp_path_factory, bases) -> Path:
 STEPS = {1: 12, 2: 4}
 
 
-def arguments(bases: Path, folder: Path, *more: str) -> list[str]:
+def arguments(pretrained: Path, folder: Path, *more: str) -> list[str]:
     keys = {
         "size": SIZE, "tracking.folder": folder / "mlflow", "train.log_every": 3, "train.workers": 2, "train.frames": 8,
-        **{f"bases.{part}": bases for part in ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")},
-        "train.stage1.steps": STEPS[1], "train.stage1.checkpoint_every": 3, "train.stage1.picture_every": 0,
-        "train.stage2.steps": STEPS[2], "train.stage2.checkpoint_every": 2, "train.stage2.picture_every": 4,
+        **{f"pretrained.{part}": pretrained for part in ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")},
+        "train.stage1.steps": STEPS[1], "train.stage1.checkpoint_every": 3, "train.stage1.sample_every": 0,
+        "train.stage2.steps": STEPS[2], "train.stage2.checkpoint_every": 2, "train.stage2.sample_every": 4,
         "train.stage1.validate_every": 6, "train.stage2.validate_every": 4, "train.validation_samples": 3,
         **{f"train.stage{n}.batch_size": 4 for n in (1, 2)}, **{f"train.stage{n}.micro_batch": 2 for n in (1, 2)},
     }  # fmt: skip
     return [*(f"--{key}={value}" for key, value in keys.items()), *more]
 
 
-def configured(bases: Path, folder: Path, *more: str) -> Config:
-    return load_config(*arguments(bases, folder, *more))
+def configured(pretrained: Path, folder: Path, *more: str) -> Config:
+    return load_config(*arguments(pretrained, folder, *more))
 
 
 def weights(model: Path) -> dict[str, bytes]:
@@ -646,12 +647,12 @@ def losses(config: Config, out: Path, stage: int, key: str = "loss") -> dict[int
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory, bases, clips, ray_cluster) -> tuple[Config, Path]:
+def calm(tmp_path_factory, pretrained, clips, ray_cluster) -> tuple[Config, Path]:
     """Both stages, two workers, undisturbed."""
     from pipelines.train.job import train
 
     folder = tmp_path_factory.mktemp("calm")
-    config = configured(bases, folder, "--train.profile=2")
+    config = configured(pretrained, folder, "--train.profile=2")
     assert train(clips, folder / "out", config) == folder / "out" / "model"
     return config, folder / "out"
 
@@ -668,7 +669,7 @@ def strike(storage: Path, blows: list[signal.Signals], over: threading.Event) ->
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory, bases, clips) -> dict[int, dict[str, dict]]:
+def engines(tmp_path_factory, pretrained, clips) -> dict[int, dict[str, dict]]:
     """What `tests.engines` found: by number of workers, by engine."""
     folder = tmp_path_factory.mktemp("engines")
     found = {}
@@ -677,7 +678,7 @@ def engines(tmp_path_factory, bases, clips) -> dict[int, dict[str, dict]]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "tests.engines"]
-        rest = [workers, port, folder, bases, clips]
+        rest = [workers, port, folder, pretrained, clips]
         processes = [
             subprocess.Popen(
                 [*command, *map(str, [rank, *rest])], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -699,7 +700,7 @@ def test_every_zero_stage_takes_the_same_steps(engines):
 
 
 @pytest.mark.slow
-def test_only_what_is_trained_is_in_the_optimizer_and_in_checkpoints(engines, bases):
+def test_only_what_is_trained_is_in_the_optimizer_and_in_checkpoints(engines, pretrained):
     for name, found in engines[2].items():
         assert found["in_checkpoint"] == sorted(found["trained"]), name
         assert found["trained"] and all(
@@ -752,10 +753,10 @@ def test_the_losses_are_those_committed(calm):
 
 
 @pytest.mark.slow
-def test_operations_a_second_are_recorded(calm, bases):
+def test_operations_a_second_are_recorded(calm, pretrained):
     config, out = calm
     parts = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
-    known = load_bases(**dict.fromkeys(parts, str(bases)))
+    known = load_pretrained(**dict.fromkeys(parts, str(pretrained)))
     model = TCAN(known.unet, known.controlnet, known.motion_adapter, known.empty_prompt)
     for stage, frames in ((1, 1), (2, config.train.frames)):
         model.set_stage(stage)
@@ -769,7 +770,7 @@ def test_operations_a_second_are_recorded(calm, bases):
         assert of_each_step == pytest.approx(of_each_step[:1] * STEPS[stage], rel=1e-9)
         # A sample of stage 1 whose reference is dropped takes a little less.
         assert of_each_step[0] == pytest.approx(4 * counter.get_total_flops(), rel=0.02)
-        assert not losses(config, out, stage, "device_share")  # of a CPU there is no telling
+        assert not losses(config, out, stage, "mfu")  # of a CPU there is no telling
 
 
 @pytest.mark.slow
@@ -805,7 +806,7 @@ def test_a_finished_model_is_found_in_the_registry(calm):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_and_names_the_videos(tmp_path, bases, clips, ray_cluster):
+def test_a_loss_that_is_no_number_stops_and_names_the_videos(tmp_path, pretrained, clips, ray_cluster):
     from pipelines.train.job import train
 
     bad = shutil.copytree(clips, tmp_path / "bad")
@@ -817,12 +818,12 @@ def test_a_loss_that_is_no_number_stops_and_names_the_videos(tmp_path, bases, cl
         pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
     keys = ("--train.workers=1", "--train.stage1.batch_size=2", "--train.stage1.checkpoint_every=1")
     with pytest.raises(UserError, match=r"the loss is nan; videos .*c.*; .*train.bad_loss") as stopped:
-        train(bad, tmp_path / "out", configured(bases, tmp_path, *keys), stage="1")
+        train(bad, tmp_path / "out", configured(pretrained, tmp_path, *keys), stage="1")
     step = int(re.search(r"step (\d+)", str(stopped.value))[1])
     assert ("no checkpoint yet" if step == 1 else f"checkpoint is of step {step - 1}") in str(stopped.value)
     # Each video comes once in three steps of two: a third of the steps are left out.
     keys += ("--train.bad_loss=skip", "--train.stage1.validate_every=0", "--train.stage1.steps=6")
-    config = configured(bases, tmp_path, *keys)
+    config = configured(pretrained, tmp_path, *keys)
     train(bad, tmp_path / "out", config, stage="1")
     curve = losses(config, tmp_path / "out", 1)
     assert sorted(curve) == list(range(1, 7)) and sum(np.isnan(v).any() for v in curve.values()) == 2
@@ -844,12 +845,14 @@ def test_again_leaves_what_is_finished_alone(calm, clips, capsys):
 
 
 @pytest.mark.slow
-def test_a_worker_killed_and_one_that_hangs_change_nothing(calm, tmp_path, bases, clips, ray_cluster, capfd):
+def test_a_worker_killed_and_one_that_hangs_change_nothing(
+    calm, tmp_path, pretrained, clips, ray_cluster, capfd
+):
     from pipelines.train.job import train
 
-    # Pictures of every step take the time in which Ray Train comes to know of a checkpoint: else the end comes first.
-    slower = "--train.hang_seconds=30", "--train.stage1.picture_every=1"
-    config, over = configured(bases, tmp_path, *slower), threading.Event()
+    # Images of every step take the time in which Ray Train comes to know of a checkpoint: else the end comes first.
+    slower = "--train.hang_seconds=30", "--train.stage1.sample_every=1"
+    config, over = configured(pretrained, tmp_path, *slower), threading.Event()
     blows = [signal.SIGKILL, signal.SIGSTOP]
     watcher = threading.Thread(target=strike, args=(tmp_path / "out" / "stage1", blows, over))
     watcher.start()
@@ -874,11 +877,11 @@ def checkpoints(storage: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_driver_ended_in_every_way_goes_on(calm, tmp_path, bases, clips, bucket):
+def test_a_driver_ended_in_every_way_goes_on(calm, tmp_path, pretrained, clips, bucket):
     """From checkpoints in a bucket."""
     from mlflow import MlflowClient
 
-    training = Stage1(clips, tmp_path, arguments(bases, tmp_path, f"--train.storage={bucket}/run"))
+    training = Stage1(clips, tmp_path, arguments(pretrained, tmp_path, f"--train.storage={bucket}/run"))
 
     def wait_for(driver: psutil.Popen, happened: Callable[[], Any]) -> None:
         while not happened():
@@ -900,7 +903,7 @@ def test_a_driver_ended_in_every_way_goes_on(calm, tmp_path, bases, clips, bucke
     driver.wait()
     training.finish(training.start(2))
 
-    config = load_config(*arguments(bases, tmp_path))
+    config = load_config(*arguments(pretrained, tmp_path))
     assert losses(config, tmp_path / "out", 1) == losses(*calm, 1)
     assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
     client = MlflowClient(tracking.resolve_uri(config.tracking))
@@ -908,12 +911,12 @@ def test_a_driver_ended_in_every_way_goes_on(calm, tmp_path, bases, clips, bucke
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_good_checkpoint(calm, tmp_path, bases, clips, small_disk):
+def test_a_full_disk_leaves_the_last_good_checkpoint(calm, tmp_path, pretrained, clips, small_disk):
     """One with room for one checkpoint and half of the next."""
     kept = next((calm[1] / "stage1").glob("step_*"))
     room = 3 * sum(file.stat().st_size for file in kept.glob("trained-*")) // 2
     subprocess.run(["mount", "-o", f"remount,size={room}", small_disk], check=True)
-    keys = arguments(bases, tmp_path, f"--train.storage={small_disk}")
+    keys = arguments(pretrained, tmp_path, f"--train.storage={small_disk}")
     training = Stage1(clips, tmp_path, keys)
 
     assert training.start(2, "--train.max_failures=0").wait() == 2, training.said()
@@ -928,7 +931,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(calm, tmp_path, bases, clip
 
 
 @pytest.mark.slow
-def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, bases, clips, ray_cluster):
+def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, pretrained, clips, ray_cluster):
     """One or two workers of two CPUs where there are two in all; checkpoints in a storage of their own."""
     from pipelines.train.job import train
 
@@ -937,7 +940,7 @@ def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, bases, 
         "--train.cpus_per_worker=2",
         f"--train.storage=file://{tmp_path}/storage",
     )
-    config = configured(bases, tmp_path, *keys)
+    config = configured(pretrained, tmp_path, *keys)
     train(clips, tmp_path / "out", config)
     checkpoints = [*(tmp_path / "storage" / "stage1").glob("step_*")]
     assert len(checkpoints) == config.train.keep_checkpoints
@@ -954,24 +957,24 @@ def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, bases, 
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, bases, clips, capsys):
+def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, pretrained, clips, capsys):
     from pipelines.train.job import train
 
-    config = configured(bases, tmp_path)
+    config = configured(pretrained, tmp_path)
     other = write_dataset(tmp_path / "other", {"a": [(0, 16)]}, SIZE, SIZE, vae="0123456789abcdef")
     with pytest.raises(UserError, match="another VAE"):
         train(other, tmp_path / "out", config)
     with pytest.raises(UserError, match="no dataset here"):
         train(tmp_path / "nothing", tmp_path / "out", config)
     with pytest.raises(UserError, match="below the training size"):
-        train(clips, tmp_path / "out", configured(bases, tmp_path, "--size=128"))
+        train(clips, tmp_path / "out", configured(pretrained, tmp_path, "--size=128"))
     with pytest.raises(UserError, match="run stage 1 first"):
         train(clips, tmp_path / "out", config, stage="2")
     for text, words in ((None, "cannot be read"), ("{", "cannot be read"), ("[1]", "must hold")):
         file = tmp_path / "deepspeed.json"
         if text:
             file.write_text(text)
-        keys = arguments(bases, tmp_path, f"--train.deepspeed={file}")
+        keys = arguments(pretrained, tmp_path, f"--train.deepspeed={file}")
         line = error_of(capsys, "train", str(clips), "--out", str(tmp_path / "out"), *keys)
         assert line.startswith(f"train.deepspeed = {file}: {words}")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Random bases of the mini size, in float64, and a TCAN on them in which nothing is zero."""
+"""Random pretrained of the mini size, in float64, and a TCAN on them in which nothing is zero."""
 
 import os
 
@@ -15,7 +15,7 @@ from tcan.model import TCAN
 
 
 @pytest.fixture(scope="session")
-def bases() -> dict:
+def pretrained() -> dict:
     """unet, controlnet, motion_adapter, empty_prompt: what TCAN's constructor takes."""
     torch.manual_seed(0)
     channels = (48, 96, 128, 128)
@@ -43,10 +43,10 @@ def bases() -> dict:
 
 
 @pytest.fixture
-def fresh(bases: dict) -> TCAN:
+def fresh(pretrained: dict) -> TCAN:
     """TCAN as it's built, before any training."""
     torch.manual_seed(1)
-    return TCAN(**bases)
+    return TCAN(**pretrained)
 
 
 @pytest.fixture

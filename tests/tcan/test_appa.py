@@ -37,13 +37,13 @@ def test_exactly_the_named_projections_have_lora(fresh: TCAN) -> None:
         assert value.any() == ("lora_A" in name)
 
 
-def test_saved_file_is_an_ordinary_diffusers_lora(bases: dict, model: TCAN, tmp_path: Path) -> None:
+def test_saved_file_is_an_ordinary_diffusers_lora(pretrained: dict, model: TCAN, tmp_path: Path) -> None:
     save_appa(model.denoiser, tmp_path)
     saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     assert {name.removeprefix("unet.") for name in saved} == appa_state_dict(model.denoiser).keys()
     # diffusers' own loader puts it on a plain UNet
-    unet = UNet2DConditionModel.from_config(bases["unet"].config).double()
-    unet.load_state_dict(bases["unet"].state_dict())
+    unet = UNet2DConditionModel.from_config(pretrained["unet"].config).double()
+    unet.load_state_dict(pretrained["unet"].state_dict())
     state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
         tmp_path, return_lora_metadata=True
     )
@@ -54,8 +54,8 @@ def test_saved_file_is_an_ordinary_diffusers_lora(bases: dict, model: TCAN, tmp_
     torch.testing.assert_close(layer(x), mine(x), rtol=0, atol=1e-12)
 
 
-def test_loading_is_strict_and_exact(bases: dict, model: TCAN) -> None:
-    other = TCAN(**bases).denoiser
+def test_loading_is_strict_and_exact(pretrained: dict, model: TCAN) -> None:
+    other = TCAN(**pretrained).denoiser
     state = appa_state_dict(model.denoiser)
     load_appa_state_dict(other, state)
     assert all(torch.equal(value, state[key]) for key, value in appa_state_dict(other).items())
@@ -68,9 +68,9 @@ def test_loading_is_strict_and_exact(bases: dict, model: TCAN) -> None:
             load_appa_state_dict(other, wrong)
 
 
-def test_rank_and_alpha_scale_the_change(bases: dict) -> None:
+def test_rank_and_alpha_scale_the_change(pretrained: dict) -> None:
     torch.manual_seed(0)
-    unet = TCAN(**bases, lora_rank=4, lora_alpha=8).denoiser
+    unet = TCAN(**pretrained, lora_rank=4, lora_alpha=8).denoiser
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     torch.nn.init.normal_(layer.lora_B["default"].weight)
     x = torch.randn(2, 128, dtype=torch.float64)

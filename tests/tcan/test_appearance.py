@@ -10,8 +10,8 @@ from tcan.model import TCAN
 
 
 @torch.no_grad()
-def test_features_are_the_hidden_states_after_norm1(bases: dict, fresh: TCAN, batch) -> None:
-    inputs, unet = batch(2, 1), bases["unet"]
+def test_features_are_the_hidden_states_after_norm1(pretrained: dict, fresh: TCAN, batch) -> None:
+    inputs, unet = batch(2, 1), pretrained["unet"]
     seen: list[torch.Tensor] = []
     blocks = [
         *unet.mid_block.attentions[0].transformer_blocks,
@@ -23,7 +23,7 @@ def test_features_are_the_hidden_states_after_norm1(bases: dict, fresh: TCAN, ba
         ),
     ]
     hooks = [b.norm1.register_forward_hook(lambda _, __, out: seen.append(out)) for b in blocks]
-    unet(inputs["reference_latent"], inputs["timestep"], bases["empty_prompt"].expand(2, -1, -1))
+    unet(inputs["reference_latent"], inputs["timestep"], pretrained["empty_prompt"].expand(2, -1, -1))
     for hook in hooks:
         hook.remove()
     features = fresh.appearance(inputs["reference_latent"], inputs["timestep"])
@@ -31,8 +31,8 @@ def test_features_are_the_hidden_states_after_norm1(bases: dict, fresh: TCAN, ba
     assert all(torch.equal(a, b) for a, b in zip(features, seen, strict=True))
 
 
-def test_appearance_unet_keeps_a_part_of_the_unet(bases: dict, fresh: TCAN) -> None:
-    whole, kept = bases["unet"].state_dict(), fresh.appearance_unet.state_dict()
+def test_appearance_unet_keeps_a_part_of_the_unet(pretrained: dict, fresh: TCAN) -> None:
+    whole, kept = pretrained["unet"].state_dict(), fresh.appearance_unet.state_dict()
     assert all(torch.equal(value, whole[name]) for name, value in kept.items())
     last = "up_blocks.3.attentions.1."
     block = last + "transformer_blocks.0."
@@ -47,11 +47,11 @@ def test_appearance_unet_keeps_a_part_of_the_unet(bases: dict, fresh: TCAN) -> N
 
 
 @torch.no_grad()
-def test_one_plain_unet_in_both_roles(bases: dict, batch) -> None:
-    inputs, plain = batch(2, 1), bases["unet"]
+def test_one_plain_unet_in_both_roles(pretrained: dict, batch) -> None:
+    inputs, plain = batch(2, 1), pretrained["unet"]
     unet = copy.deepcopy(plain)
     assert install_appearance(unet) == len(joined_blocks(unet)) == 7
-    prompt, noisy, t = bases["empty_prompt"].expand(2, -1, -1), inputs["noisy"][:, 0], inputs["timestep"]
+    prompt, noisy, t = pretrained["empty_prompt"].expand(2, -1, -1), inputs["noisy"][:, 0], inputs["timestep"]
     expected = plain(noisy, t, prompt).sample
     torch.testing.assert_close(unet(noisy, t, prompt).sample, expected, rtol=0, atol=1e-12)
     features = capture_features(unet, inputs["reference_latent"], t, prompt)

@@ -10,12 +10,12 @@ from tcan.model import TCAN, diffusion_loss
 SIZE = 64
 
 
-def build(bases: dict) -> dict:
-    """The bases' architecture anew."""
+def build(pretrained: dict) -> dict:
+    """The pretrained' architecture anew."""
     return {
-        "unet": UNet2DConditionModel.from_config(bases["unet"].config),
-        "controlnet": ControlNetModel.from_config(bases["controlnet"].config),
-        "motion_adapter": MotionAdapter.from_config(bases["motion_adapter"].config),
+        "unet": UNet2DConditionModel.from_config(pretrained["unet"].config),
+        "controlnet": ControlNetModel.from_config(pretrained["controlnet"].config),
+        "motion_adapter": MotionAdapter.from_config(pretrained["motion_adapter"].config),
         "empty_prompt": torch.zeros(1, 4, 64),
     }
 
@@ -52,11 +52,11 @@ def measured(tcan: TCAN, stage: int, batch: int, frames: int) -> tuple[int, int,
 
 
 @pytest.mark.parametrize("stage,batch,frames", [(1, 2, 1), (2, 1, 3)])
-def test_reckoned_is_what_a_step_takes(bases: dict, stage: int, batch: int, frames: int) -> None:
-    real = TCAN(**build(bases))
+def test_reckoned_is_what_a_step_takes(pretrained: dict, stage: int, batch: int, frames: int) -> None:
+    real = TCAN(**build(pretrained))
     peak, gradients, state = measured(real, stage, batch, frames)
     reckoned = training_memory(
-        fake_tcan(lambda: build(bases), torch.float32), stage, batch, frames, SIZE, SIZE
+        fake_tcan(lambda: build(pretrained), torch.float32), stage, batch, frames, SIZE, SIZE
     )
     assert abs(reckoned.activations / peak - 1) < 0.05
     parts = reckoned.per_device(zero_stage=0, devices=1)
@@ -67,8 +67,8 @@ def test_reckoned_is_what_a_step_takes(bases: dict, stage: int, batch: int, fram
     )  # single numbers, such as AdamW's count of steps, not reckoned
 
 
-def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(bases: dict) -> None:
-    tcan = TCAN(**build(bases))
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(pretrained: dict) -> None:
+    tcan = TCAN(**build(pretrained))
     one, three = (training_memory(tcan, 2, batch, 2, SIZE, SIZE).activations for batch in (1, 3))
     assert abs(three / (3 * one) - 1) < 0.02
     tcan.enable_gradient_checkpointing()

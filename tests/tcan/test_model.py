@@ -14,27 +14,27 @@ from tcan.temporal import temporal_layers, zero_output
 CLOSE = dict(rtol=0, atol=1e-11)
 
 
-def plain_prediction(bases: dict, inputs: dict) -> torch.Tensor:
-    """The bases alone: UNet with the ControlNet's residuals, picture by picture."""
+def plain_prediction(pretrained: dict, inputs: dict) -> torch.Tensor:
+    """The pretrained alone: UNet with the ControlNet's residuals, image by image."""
     batch, frames = inputs["noisy"].shape[:2]
     noisy, t = inputs["noisy"].flatten(0, 1), inputs["timestep"].repeat_interleave(frames)
-    prompt = bases["empty_prompt"].expand(batch * frames, -1, -1)
-    down, middle = bases["controlnet"](noisy, t, prompt, inputs["pose"].flatten(0, 1), return_dict=False)
-    eps = bases["unet"](
+    prompt = pretrained["empty_prompt"].expand(batch * frames, -1, -1)
+    down, middle = pretrained["controlnet"](noisy, t, prompt, inputs["pose"].flatten(0, 1), return_dict=False)
+    eps = pretrained["unet"](
         noisy, t, prompt, down_block_additional_residuals=down, mid_block_additional_residual=middle
     ).sample
     return eps.unflatten(0, (batch, frames))
 
 
 @torch.no_grad()
-def test_a_dropped_reference_before_training_is_the_plain_unet(bases: dict, fresh: TCAN, batch) -> None:
+def test_a_dropped_reference_before_training_is_the_plain_unet(pretrained: dict, fresh: TCAN, batch) -> None:
     inputs = batch(2, 1)
-    out = fresh(**inputs, keep_reference=torch.tensor([False, True]))
-    expected = plain_prediction(bases, inputs)
+    out = fresh(**inputs, reference_mask=torch.tensor([False, True]))
+    expected = plain_prediction(pretrained, inputs)
     torch.testing.assert_close(out[0], expected[0], **CLOSE)
     assert (out[1] - expected[1]).abs().max() > 1e-4
     torch.testing.assert_close(
-        fresh(**inputs, keep_reference=torch.zeros(2, dtype=torch.bool)), expected, **CLOSE
+        fresh(**inputs, reference_mask=torch.zeros(2, dtype=torch.bool)), expected, **CLOSE
     )
 
 
@@ -186,7 +186,7 @@ def test_frozen_parts_stay_in_eval_mode(model: TCAN) -> None:
 
 def test_a_batch_without_any_reference_gives_zero_gradients_not_none(model: TCAN, batch) -> None:
     model.set_stage(1)
-    model(**batch(2, 1), keep_reference=torch.tensor([False, False])).square().sum().backward()
+    model(**batch(2, 1), reference_mask=torch.tensor([False, False])).square().sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.appearance_unet.parameters())
     assert all(p.grad is not None for n, p in model.denoiser.named_parameters() if "lora" in n)
 
@@ -200,7 +200,7 @@ def test_gradient_checkpointing_changes_no_gradient(model: TCAN, batch, stage: i
         if checkpointing:
             model.enable_gradient_checkpointing()
         model.zero_grad()
-        first = model(**batch(2, frames), keep_reference=keep)
+        first = model(**batch(2, frames), reference_mask=keep)
         model.eval()(**batch(1, frames))  # another batch between forward and backward must not disturb it
         first.square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -243,8 +243,8 @@ def test_loss_on_v_and_weighted_by_min_snr(model: TCAN, batch, gamma: float | No
 
 
 @torch.no_grad()
-def test_parts_round_trip(bases: dict, model: TCAN, batch) -> None:
-    other = TCAN(**bases)
+def test_parts_round_trip(pretrained: dict, model: TCAN, batch) -> None:
+    other = TCAN(**pretrained)
     inputs = batch(1, 2)
     assert not torch.equal(other(**inputs), model(**inputs))
     other.load_parts(model.parts())
@@ -254,13 +254,13 @@ def test_parts_round_trip(bases: dict, model: TCAN, batch) -> None:
             other.load_parts({name: dict(list(part.items())[1:])})
 
 
-def test_the_bases_are_left_as_they_are(bases: dict) -> None:
-    keys = {name: list(bases[name].state_dict()) for name in ("unet", "controlnet", "motion_adapter")}
-    model = TCAN(**bases)
+def test_the_pretrained_are_left_as_they_are(pretrained: dict) -> None:
+    keys = {name: list(pretrained[name].state_dict()) for name in ("unet", "controlnet", "motion_adapter")}
+    model = TCAN(**pretrained)
     model.set_stage(1)
     for name, expected in keys.items():
-        assert list(bases[name].state_dict()) == expected
-        assert not {p.data_ptr() for p in bases[name].parameters()} & {
+        assert list(pretrained[name].state_dict()) == expected
+        assert not {p.data_ptr() for p in pretrained[name].parameters()} & {
             p.data_ptr() for p in model.parameters()
         }
 

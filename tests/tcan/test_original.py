@@ -12,7 +12,7 @@ from torch import Tensor
 from tcan.errors import UserError
 from tcan.pose import OpenPose
 from tcan.pose.openpose import open_pose_module
-from tcan.weights import load_bases, load_part
+from tcan.weights import load_part, load_pretrained
 from tcan.weights.check import describe
 from tests.tcan import original_files as files
 
@@ -289,9 +289,9 @@ def test_all_of_sd15_from_single_files(checkpoint: tuple[Path, dict[str, Tensor]
     sd = str(checkpoint[0])
     control = save(files.tensors(files.controlnet()), tmp_path / "control_v11p_sd15_openpose.pth")
     motion = save(files.tensors(files.motion_modules()), tmp_path / "mm_sd_v15_v2.ckpt")
-    bases = load_bases(
+    pretrained = load_pretrained(
         vae=sd, unet=sd, controlnet=str(control), motion_adapter=str(motion), text_encoder=sd, scheduler=sd
     )
-    assert bases.empty_prompt.shape == (1, 77, 768)
-    assert bases.scheduler.config.beta_schedule == "scaled_linear"
-    assert bases.info["unet"]["source"] == sd and len(bases.info["unet"]["fingerprint"]) == 16
+    assert pretrained.empty_prompt.shape == (1, 77, 768)
+    assert pretrained.scheduler.config.beta_schedule == "scaled_linear"
+    assert pretrained.info["unet"]["source"] == sd and len(pretrained.info["unet"]["fingerprint"]) == 16

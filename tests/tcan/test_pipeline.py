@@ -14,7 +14,7 @@ from tcan.pipeline import TCANPipeline
 from tcan.pose import draw_poses
 from tcan.schedule import sampler
 from tcan.temperature import temperature_map
-from tcan.video import fit_picture
+from tcan.video import fit_image
 
 PARTS = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
 SIZE = 64
@@ -32,7 +32,7 @@ def pipe(model_folder: Path) -> TCANPipeline:
 
 
 def dance(num_frames: int) -> np.ndarray:
-    """Keypoints `[F, 18, 3]` of someone upright in a picture of 64 x 64 whose arms move."""
+    """Keypoints `[F, 18, 3]` of someone upright in a image of 64 x 64 whose arms move."""
     places = [
         (32, 12), (32, 20), (26, 20), (22, 28), (20, 36), (38, 20), (42, 28), (44, 36), (28, 36), (28, 46), (28, 56),
         (36, 36), (36, 46), (36, 56), (31, 10), (33, 10), (29, 11), (35, 11),
@@ -42,7 +42,7 @@ def dance(num_frames: int) -> np.ndarray:
     return poses
 
 
-def picture(seed: int = 0) -> np.ndarray:
+def random_image(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 
 
@@ -63,7 +63,7 @@ def plain_way(
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
     reference = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
     noise = torch.randn(length, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
-    length = 1 if len(poses) == 1 else length  # a picture
+    length = 1 if len(poses) == 1 else length  # a image
     starts = [0]
     while starts[-1] + length < len(poses):
         starts.append(starts[-1] + length - overlap)
@@ -131,7 +131,7 @@ def test_another_scheduler_follows_its_own_formula(pipe: TCANPipeline) -> None:
     """Euler's method on dx / dsigma = eps, with sigma = sqrt((1 - a) / a) (Karras et al., arXiv 2206.00364)."""
     euler = TCANPipeline(pipe.vae, pipe.tcan, sampler(pipe.scheduler, "EulerDiscreteScheduler"))
     euler.model_info = pipe.model_info
-    image, poses = picture(), dance(3)
+    image, poses = random_image(), dance(3)
     latents = euler(
         image, poses, retarget=False, generator=torch.Generator().manual_seed(5), output_type="latent",
         num_inference_steps=2, guidance_scale=1, window=3, overlap=0, ptm=False,
@@ -158,7 +158,7 @@ def test_every_scheduler_of_this_kind_samples(pipe: TCANPipeline) -> None:
         other.set_progress_bar_config(disable=True)
         runs = [
             other(
-                picture(), dance(2), retarget=False, generator=torch.Generator().manual_seed(5), window=2, overlap=0,
+                random_image(), dance(2), retarget=False, generator=torch.Generator().manual_seed(5), window=2, overlap=0,
                 num_inference_steps=2, guidance_scale=1, output_type="latent",
             ).frames
             for _ in range(2)
@@ -177,21 +177,29 @@ def test_a_model_remembers_its_schedule(model_folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("num_frames", [1, 3, 5])
 def test_any_number_of_frames(pipe: TCANPipeline, num_frames: int) -> None:
-    output = pipe(picture(), dance(num_frames), retarget=False, num_inference_steps=1, window=4, overlap=1)
+    output = pipe(
+        random_image(), dance(num_frames), retarget=False, num_inference_steps=1, window=4, overlap=1
+    )
     assert output.frames.shape == (num_frames, SIZE, SIZE, 3)
     assert output.frames.min() >= 0 and output.frames.max() <= 1
 
 
-def test_rectangles_and_pictures(pipe: TCANPipeline) -> None:
+def test_rectangles_and_images(pipe: TCANPipeline) -> None:
     wide = pipe(
-        picture(), dance(2), retarget=False, num_inference_steps=1, height=64, width=128, output_type="pil"
+        random_image(),
+        dance(2),
+        retarget=False,
+        num_inference_steps=1,
+        height=64,
+        width=128,
+        output_type="pil",
     )
     assert [frame.size for frame in wide.frames] == [(128, 64)] * 2
     with pytest.raises(UserError, match="multiples of 64"):
-        pipe(picture(), dance(1), height=100)
+        pipe(random_image(), dance(1), height=100)
 
 
-def test_what_is_seen_depends_on_seed_picture_and_pose_alone(pipe: TCANPipeline) -> None:
+def test_what_is_seen_depends_on_seed_image_and_pose_alone(pipe: TCANPipeline) -> None:
     def frames(image: np.ndarray, poses: np.ndarray, seed: int, **more: object) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         options = (
@@ -200,27 +208,27 @@ def test_what_is_seen_depends_on_seed_picture_and_pose_alone(pipe: TCANPipeline)
         return pipe(image, poses, generator=generator, **options).frames
 
     poses = dance(4)
-    first = frames(picture(), poses, 0)
-    assert torch.equal(first, frames(picture(), poses, 0))
+    first = frames(random_image(), poses, 0)
+    assert torch.equal(first, frames(random_image(), poses, 0))
     moved = poses.copy()
     moved[:, 4, 0] += 8
-    assert not torch.allclose(first, frames(picture(1), poses, 0))
-    assert not torch.allclose(first, frames(picture(), moved, 0))
-    assert not torch.allclose(first, frames(picture(), poses, 1))
-    without = frames(picture(), poses, 0, ptm=False)
+    assert not torch.allclose(first, frames(random_image(1), poses, 0))
+    assert not torch.allclose(first, frames(random_image(), moved, 0))
+    assert not torch.allclose(first, frames(random_image(), poses, 1))
+    without = frames(random_image(), poses, 0, ptm=False)
     assert not torch.allclose(first, without)
-    assert not torch.allclose(first, frames(picture(), poses, 0, ptm_strength=2))
-    assert torch.equal(without, frames(picture(), poses, 0, ptm_strength=0))
-    assert torch.equal(without, frames(picture(), poses, 0, ptm_limit=0))
-    assert torch.equal(first, frames(picture(), poses, 0, ptm_limit=SIZE // 8))
-    assert not torch.allclose(first, frames(picture(), poses, 0, controlnet_scale=0))
-    assert not torch.allclose(first, frames(picture(), poses, 0, loop=True))
-    assert not torch.allclose(first, frames(picture(), poses, 0, guidance_scale=1))
+    assert not torch.allclose(first, frames(random_image(), poses, 0, ptm_strength=2))
+    assert torch.equal(without, frames(random_image(), poses, 0, ptm_strength=0))
+    assert torch.equal(without, frames(random_image(), poses, 0, ptm_limit=0))
+    assert torch.equal(first, frames(random_image(), poses, 0, ptm_limit=SIZE // 8))
+    assert not torch.allclose(first, frames(random_image(), poses, 0, controlnet_scale=0))
+    assert not torch.allclose(first, frames(random_image(), poses, 0, loop=True))
+    assert not torch.allclose(first, frames(random_image(), poses, 0, guidance_scale=1))
 
 
 def test_retargeting_puts_the_motion_on_the_character(pipe: TCANPipeline) -> None:
-    """A character twice as large in a picture twice as large is the same character on the canvas."""
-    image = np.repeat(np.repeat(picture(), 2, axis=0), 2, axis=1)
+    """A character twice as large in a image twice as large is the same character on the canvas."""
+    image = np.repeat(np.repeat(random_image(), 2, axis=0), 2, axis=1)
     character = dance(1)[0]
     character[:, :2] *= 2
     output = pipe(image, dance(3), character=character, num_inference_steps=1)
@@ -229,7 +237,7 @@ def test_retargeting_puts_the_motion_on_the_character(pipe: TCANPipeline) -> Non
 
 def test_poses_need_a_network_or_keypoints(pipe: TCANPipeline) -> None:
     with pytest.raises(UserError, match="the driving video: this pipeline has no pose network"):
-        pipe(picture(), np.stack([picture()]))
+        pipe(random_image(), np.stack([random_image()]))
 
 
 class KnownPoses:
@@ -268,7 +276,7 @@ def test_saved_and_loaded_again(pipe: TCANPipeline, tmp_path: Path) -> None:
         assert all(torch.equal(value, loaded[part][name]) for name, value in weights.items())
 
 
-def test_other_pictures_are_cut_not_stretched() -> None:
+def test_other_images_are_cut_not_stretched() -> None:
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, 32:96] = 255
-    assert fit_picture(wide, 32, 32).min() > 240
+    assert fit_image(wide, 32, 32).min() > 240

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from tcan.errors import UserError
 from tcan.schedule import min_snr_weight, noise_schedule, sampler
-from tcan.weights.bases import load_scheduler
+from tcan.weights.pretrained import load_scheduler
 
 
 def base() -> DDIMScheduler:
@@ -18,7 +18,7 @@ def alphas() -> torch.Tensor:
     return (1 - betas).cumprod(0)
 
 
-def test_without_options_it_is_the_bases() -> None:
+def test_without_options_it_is_the_pretrained() -> None:
     same = noise_schedule(base())
     for key, value in base().config.items():
         assert key.startswith("_") or same.config[key] == value

@@ -7,7 +7,7 @@ import torch
 from tcan.temperature import temperature_map, temperature_of_places
 
 
-def test_hand_made_picture_against_brute_force() -> None:
+def test_hand_made_image_against_brute_force() -> None:
     height, width = 12, 20
     poses = torch.zeros(3, 3, height, width, dtype=torch.uint8)
     poses[0, 0, 2, 3] = 7  # each in one channel of one frame alone

@@ -130,19 +130,19 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_weights_are_a_motion_adapters(bases: dict, model: TCAN, tmp_path: Path) -> None:
-    adapter = bases["motion_adapter"]
+def test_weights_are_a_motion_adapters(pretrained: dict, model: TCAN, tmp_path: Path) -> None:
+    adapter = pretrained["motion_adapter"]
     assert temporal_state_dict(model.denoiser).keys() == adapter.state_dict().keys()
     model.float()  # diffusers builds and loads in float32
     saved = temporal_state_dict(model.denoiser)
     model.motion_adapter().save_pretrained(tmp_path)
-    again = motion_unet(bases["unet"], MotionAdapter.from_pretrained(tmp_path))
+    again = motion_unet(pretrained["unet"], MotionAdapter.from_pretrained(tmp_path))
     assert all(torch.equal(value.float(), saved[key]) for key, value in temporal_state_dict(again).items())
     assert len(temporal_layers(again)) == len(temporal_layers(model.denoiser)) == 4 + 8
 
 
-def test_adapters_that_do_not_fit_are_refused(bases: dict) -> None:
-    config = dict(bases["motion_adapter"].config)
+def test_adapters_that_do_not_fit_are_refused(pretrained: dict) -> None:
+    config = dict(pretrained["motion_adapter"].config)
     for change in ({"use_motion_mid_block": True}, {"motion_norm_num_groups": 8}):
         with pytest.raises(ValueError):
-            motion_unet(bases["unet"], MotionAdapter.from_config({**config, **change}))
+            motion_unet(pretrained["unet"], MotionAdapter.from_config({**config, **change}))

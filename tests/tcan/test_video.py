@@ -1,4 +1,4 @@
-"""Videos and pictures on disk."""
+"""Videos and images on disk."""
 
 import tracemalloc
 from fractions import Fraction
@@ -13,11 +13,11 @@ from tcan.errors import UserError
 from tcan.video import (
     VideoFrames,
     check_target,
+    fit_image,
     fit_keypoints,
-    fit_picture,
-    read_picture,
+    read_image,
     read_video,
-    write_picture,
+    write_image,
     write_video,
 )
 
@@ -55,11 +55,11 @@ def test_each_format_holds_the_frames(tmp_path: Path) -> None:
         assert np.abs(read[:, :63, :49].astype(int) - frames).mean() < 4, name
         with av.open(str(tmp_path / name)) as container:
             assert container.streams.video[0].codec_context.name == codec
-    write_video(iter(frames), tmp_path / "pictures", fps=25)
+    write_video(iter(frames), tmp_path / "images", fps=25)
     names = [f"{i:06}.png" for i in range(12)]
-    assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == names
+    assert sorted(file.name for file in (tmp_path / "images").iterdir()) == names
     for name, frame in zip(names, frames, strict=True):
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "pictures" / name)), frame)
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "images" / name)), frame)
     assert len(list(tmp_path.iterdir())) == 4  # nothing else is left
 
 
@@ -123,14 +123,14 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
     for name, sound, reason in (
         ("clip.avi", False, "name it .mp4, .webm, .gif, or without a suffix"),
         ("clip.gif", True, "cannot hold sound"),
-        ("pictures", True, "cannot hold sound"),
+        ("images", True, "cannot hold sound"),
         ("full", False, "a folder that is there already"),
         ("file", False, "a file that is there already"),
     ):
         with pytest.raises(UserError, match=reason):
             check_target(tmp_path / name, sound)
     with pytest.raises(UserError, match="cannot write the video"):
-        write_video(smooth_frames(2, 32, 32), tmp_path / "no" / "pictures", fps=24)
+        write_video(smooth_frames(2, 32, 32), tmp_path / "no" / "images", fps=24)
 
 
 def test_a_video_is_decoded_as_it_is_asked_for(tmp_path: Path) -> None:
@@ -192,38 +192,38 @@ def test_unusable_videos(tmp_path: Path) -> None:
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+def test_image_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     pixels = np.zeros((4, 8, 3), np.uint8)
     pixels[:, :4] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_picture(tmp_path / "turned.png"), np.rot90(pixels, k=-1))
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), np.rot90(pixels, k=-1))
 
 
-def test_names_that_are_no_pictures(tmp_path: Path) -> None:
+def test_names_that_are_no_images(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "clips", tmp_path / "clips.mp4", tmp_path / "clips.psd"):
-        with pytest.raises(UserError, match="must name a picture"):
-            write_picture(smooth_frames(1, 64, 64)[0], path)
+        with pytest.raises(UserError, match="must name a image"):
+            write_image(smooth_frames(1, 64, 64)[0], path)
     assert not list(tmp_path.iterdir())
 
 
-def test_unusable_pictures(tmp_path: Path) -> None:
-    write_picture(smooth_frames(1, 64, 64)[0], tmp_path / "whole.png")
+def test_unusable_images(tmp_path: Path) -> None:
+    write_image(smooth_frames(1, 64, 64)[0], tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not a image")
     (tmp_path / "empty.png").touch()
     for name in ("cut.png", "text.png", "empty.png", "missing.png"):
         with pytest.raises(UserError, match=name):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
 
 
-def test_keypoints_follow_the_picture() -> None:
-    """A white dot in a wide picture, and its keypoint, end in the same place of a tall canvas."""
-    picture = np.zeros((100, 200, 3), np.uint8)
-    picture[58:63, 108:113] = 255
-    fitted = fit_picture(picture, 128, 64)
+def test_keypoints_follow_the_image() -> None:
+    """A white dot in a wide image, and its keypoint, end in the same place of a tall canvas."""
+    image = np.zeros((100, 200, 3), np.uint8)
+    image[58:63, 108:113] = 255
+    fitted = fit_image(image, 128, 64)
     keypoints = np.zeros((18, 3), np.float32)
     keypoints[4] = (110.5, 60.5, 0.7)
     placed = fit_keypoints(keypoints, 100, 200, 128, 64)

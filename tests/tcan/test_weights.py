@@ -14,14 +14,14 @@ from transformers import CLIPTextModel
 from pipelines.animate import load_pipeline
 from pipelines.config import load_config
 from tcan.errors import UserError
+from tcan.fingerprint import fingerprint
 from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
 from tcan.weights import (
-    Bases,
+    PretrainedModels,
     export_model,
-    fingerprint,
-    load_bases,
     load_model,
+    load_pretrained,
     read_model_info,
     save_model,
 )
@@ -32,12 +32,12 @@ UNET = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def loaded(bases_folder: Path) -> Bases:
-    return load_bases(**dict.fromkeys(PARTS, str(bases_folder)))
+def loaded(pretrained_folder: Path) -> PretrainedModels:
+    return load_pretrained(**dict.fromkeys(PARTS, str(pretrained_folder)))
 
 
 @pytest.fixture(scope="module")
-def trained(loaded: Bases) -> TCAN:
+def trained(loaded: PretrainedModels) -> TCAN:
     """A TCAN none of whose parts is as it was at first."""
     torch.manual_seed(1)
     model = TCAN(loaded.unet, loaded.controlnet, loaded.motion_adapter, loaded.empty_prompt)
@@ -48,8 +48,10 @@ def trained(loaded: Bases) -> TCAN:
 
 
 @pytest.fixture
-def model_folder(trained: TCAN, loaded: Bases, tmp_path: Path) -> Path:
-    save_model(trained, tmp_path / "model", bases=loaded.info, stage=2, height=128, width=128, stick_width=2)
+def model_folder(trained: TCAN, loaded: PretrainedModels, tmp_path: Path) -> Path:
+    save_model(
+        trained, tmp_path / "model", pretrained=loaded.info, stage=2, height=128, width=128, stick_width=2
+    )
     return tmp_path / "model"
 
 
@@ -73,32 +75,36 @@ def test_fingerprint_knows_names_and_shapes() -> None:
     assert len(prints) == 3
 
 
-def test_bases_from_a_parent_folder_and_from_each_part(bases_folder: Path, loaded: Bases) -> None:
-    each = load_bases(**{part: str(bases_folder / part) for part in PARTS})
+def test_pretrained_from_a_parent_folder_and_from_each_part(
+    pretrained_folder: Path, loaded: PretrainedModels
+) -> None:
+    each = load_pretrained(**{part: str(pretrained_folder / part) for part in PARTS})
     for part, info in loaded.info.items():
         assert each.info[part].get("fingerprint") == info.get("fingerprint")
-    stored = load_file(bases_folder / "unet" / UNET)
+    stored = load_file(pretrained_folder / "unet" / UNET)
     assert all(torch.equal(stored[name], value) for name, value in loaded.unet.state_dict().items())
     assert loaded.empty_prompt.shape == (1, 4, 64)
     assert not any(p.requires_grad for p in loaded.vae.parameters())
 
 
-def test_the_prompt_is_empty(bases_folder: Path, loaded: Bases) -> None:
+def test_the_prompt_is_empty(pretrained_folder: Path, loaded: PretrainedModels) -> None:
     """Begin, then end to the full length of 4: of a vocabulary of 3 the last two, as in CLIP's."""
-    encoder = CLIPTextModel.from_pretrained(bases_folder / "text_encoder").eval()
+    encoder = CLIPTextModel.from_pretrained(pretrained_folder / "text_encoder").eval()
     with torch.no_grad():
         expected = encoder(torch.tensor([[1, 2, 2, 2]])).last_hidden_state
     torch.testing.assert_close(loaded.empty_prompt, expected)
 
 
-def test_bases_in_another_dtype_keep_their_fingerprints(bases_folder: Path, loaded: Bases) -> None:
-    small = load_bases(**dict.fromkeys(PARTS, str(bases_folder)), dtype=torch.bfloat16)
+def test_pretrained_in_another_dtype_keep_their_fingerprints(
+    pretrained_folder: Path, loaded: PretrainedModels
+) -> None:
+    small = load_pretrained(**dict.fromkeys(PARTS, str(pretrained_folder)), dtype=torch.bfloat16)
     assert small.unet.dtype == small.empty_prompt.dtype == torch.bfloat16
     assert small.info == loaded.info
 
 
-def test_bases_that_lack_a_key_or_have_one_too_many(bases_folder: Path, tmp_path: Path) -> None:
-    unet = UNet2DConditionModel.from_pretrained(bases_folder / "unet")
+def test_pretrained_that_lack_a_key_or_have_one_too_many(pretrained_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(pretrained_folder / "unet")
     for change, reason in (("remove", "lacks conv_in.weight"), ("add", "has too many stray")):
         folder = tmp_path / change
         unet.save_pretrained(folder)
@@ -109,43 +115,45 @@ def test_bases_that_lack_a_key_or_have_one_too_many(bases_folder: Path, tmp_path
             weights["stray"] = torch.zeros(1)
         save_file(weights, folder / UNET)
         with pytest.raises(UserError, match=reason):
-            load_bases(**dict.fromkeys(PARTS, str(bases_folder)) | {"unet": str(folder)})
+            load_pretrained(**dict.fromkeys(PARTS, str(pretrained_folder)) | {"unet": str(folder)})
 
 
 @pytest.mark.parametrize("source", ["no/such/folder/here", "/no/such/folder", "nothing"])
-def test_bases_that_are_not_there(bases_folder: Path, source: str) -> None:
+def test_pretrained_that_are_not_there(pretrained_folder: Path, source: str) -> None:
     with pytest.raises(UserError, match="vae") as error:
-        load_bases(**dict.fromkeys(PARTS, str(bases_folder)) | {"vae": source})
+        load_pretrained(**dict.fromkeys(PARTS, str(pretrained_folder)) | {"vae": source})
     assert "\n" not in str(error.value)
 
 
-def test_model_round_trip(trained: TCAN, loaded: Bases, model_folder: Path) -> None:
+def test_model_round_trip(trained: TCAN, loaded: PretrainedModels, model_folder: Path) -> None:
     again = load_model(model_folder, loaded)
     for part, weights in trained.parts().items():
         for name, value in again.parts()[part].items():
             assert torch.equal(value, weights[name]), (part, name)
     info = read_model_info(model_folder)
-    assert info["bases"] == loaded.info
+    assert info["pretrained"] == loaded.info
     assert (info["stage"], info["height"], info["stick_width"], info["lora_rank"]) == (2, 128, 2, 16)
     assert [entry.name for entry in model_folder.parent.iterdir()] == ["model"]
 
 
-def test_model_of_stage_one_has_the_bases_temporal_layers(
-    trained: TCAN, loaded: Bases, tmp_path: Path
+def test_model_of_stage_one_has_the_pretrained_temporal_layers(
+    trained: TCAN, loaded: PretrainedModels, tmp_path: Path
 ) -> None:
-    save_model(trained, tmp_path / "model", bases=loaded.info, stage=1, height=128, width=128, stick_width=2)
+    save_model(
+        trained, tmp_path / "model", pretrained=loaded.info, stage=1, height=128, width=128, stick_width=2
+    )
     assert not (tmp_path / "model" / "motion_adapter").exists()
     again = load_model(tmp_path / "model", loaded)
     adapter = loaded.motion_adapter.state_dict()
     assert all(torch.equal(value, adapter[name]) for name, value in again.parts()["motion_adapter"].items())
 
 
-def test_model_replaces_the_one_before(trained: TCAN, loaded: Bases, model_folder: Path) -> None:
+def test_model_replaces_the_one_before(trained: TCAN, loaded: PretrainedModels, model_folder: Path) -> None:
     (model_folder / "old").touch()
     save_model(
         trained,
         model_folder,
-        bases=loaded.info,
+        pretrained=loaded.info,
         stage=1,
         height=64,
         width=64,
@@ -165,7 +173,7 @@ def test_model_replaces_the_one_before(trained: TCAN, loaded: Bases, model_folde
         f"temporal_controlnet/{UNET}",
     ],
 )
-def test_model_that_is_not_whole(loaded: Bases, model_folder: Path, file: str) -> None:
+def test_model_that_is_not_whole(loaded: PretrainedModels, model_folder: Path, file: str) -> None:
     weights = load_file(model_folder / file)
     name = min(weights)
     save_file({key: value for key, value in weights.items() if key != name}, model_folder / file)
@@ -182,24 +190,28 @@ def test_model_that_is_not_whole(loaded: Bases, model_folder: Path, file: str) -
         load_model(model_folder, loaded)
 
 
-def test_model_on_other_bases(bases_folder: Path, model_folder: Path, tmp_path: Path) -> None:
-    unet = UNet2DConditionModel.from_pretrained(bases_folder / "unet")
+def test_model_on_other_pretrained(pretrained_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(pretrained_folder / "unet")
     unet.conv_out.bias.data[0] += 1e-3
     unet.save_pretrained(tmp_path / "unet")
-    others = load_bases(**dict.fromkeys(PARTS, str(bases_folder)) | {"unet": str(tmp_path / "unet")})
+    others = load_pretrained(
+        **dict.fromkeys(PARTS, str(pretrained_folder)) | {"unet": str(tmp_path / "unet")}
+    )
     with pytest.raises(UserError, match="trained on another unet"):
         load_model(model_folder, others)
 
 
-def export(model: Path, bases_folder: Path, out: Path) -> Path:
-    export_model(model, out.with_name("before"), pose=str(bases_folder / "pose"))
+def export(model: Path, pretrained_folder: Path, out: Path) -> Path:
+    export_model(model, out.with_name("before"), pose=str(pretrained_folder / "pose"))
     return out.with_name("before").rename(out)  # it may be moved
 
 
-def test_export_needs_nothing_else(trained: TCAN, bases_folder: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(bases_folder, tmp_path / "bases")
-    bases = load_bases(**dict.fromkeys(PARTS, str(copied)))
-    save_model(trained, tmp_path / "model", bases=bases.info, stage=2, height=64, width=64, stick_width=2)
+def test_export_needs_nothing_else(trained: TCAN, pretrained_folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(pretrained_folder, tmp_path / "pretrained")
+    pretrained = load_pretrained(**dict.fromkeys(PARTS, str(copied)))
+    save_model(
+        trained, tmp_path / "model", pretrained=pretrained.info, stage=2, height=64, width=64, stick_width=2
+    )
     pipe = TCANPipeline.from_pretrained(tmp_path / "model", pose=str(copied))
     out = export(tmp_path / "model", copied, tmp_path / "out")
     shutil.rmtree(copied)
@@ -215,13 +227,13 @@ def test_export_needs_nothing_else(trained: TCAN, bases_folder: Path, tmp_path: 
 
 
 def test_exported_parts_open_with_diffusers_alone(
-    trained: TCAN, model_folder: Path, bases_folder: Path, tmp_path: Path
+    trained: TCAN, model_folder: Path, pretrained_folder: Path, tmp_path: Path
 ) -> None:
-    out = export(model_folder, bases_folder, tmp_path / "out")
-    unet = UNet2DConditionModel.from_pretrained(out / "bases" / "unet")
+    out = export(model_folder, pretrained_folder, tmp_path / "out")
+    unet = UNet2DConditionModel.from_pretrained(out / "pretrained" / "unet")
     unet.load_lora_adapter(out / "appa", prefix="unet", weight_name="pytorch_lora_weights.safetensors")
     motion = UNetMotionModel.from_unet2d(
-        UNet2DConditionModel.from_pretrained(out / "bases" / "unet"),
+        UNet2DConditionModel.from_pretrained(out / "pretrained" / "unet"),
         MotionAdapter.from_pretrained(out / "motion_adapter"),
     )
     attention = "up_blocks.3.attentions.1.transformer_blocks.0.attn1.to_v"
@@ -234,9 +246,9 @@ def test_exported_parts_open_with_diffusers_alone(
 
 
 def test_what_cannot_be_exported(
-    trained: TCAN, model_folder: Path, loaded: Bases, bases_folder: Path, tmp_path: Path
+    trained: TCAN, model_folder: Path, loaded: PretrainedModels, pretrained_folder: Path, tmp_path: Path
 ) -> None:
-    pose = str(bases_folder / "pose")
+    pose = str(pretrained_folder / "pose")
     with pytest.raises(UserError, match="names no pose network"):
         export_model(model_folder, tmp_path / "out")
     with pytest.raises(UserError, match="is the model's own folder"):
@@ -247,11 +259,11 @@ def test_what_cannot_be_exported(
         with pytest.raises(UserError, match="is there already and no model folder"):
             export_model(model_folder, taken, pose=pose)
         assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
-    unet = UNet2DConditionModel.from_pretrained(bases_folder / "unet")
+    unet = UNet2DConditionModel.from_pretrained(pretrained_folder / "unet")
     unet.conv_out.bias.data[0] += 1e-3
     unet.save_pretrained(tmp_path / "unet")
     info = loaded.info | {"unet": loaded.info["unet"] | {"source": str(tmp_path / "unet")}}
-    save_model(trained, tmp_path / "other", bases=info, stage=2, height=64, width=64, stick_width=2)
+    save_model(trained, tmp_path / "other", pretrained=info, stage=2, height=64, width=64, stick_width=2)
     with pytest.raises(UserError, match="was trained on another unet"):
         export_model(tmp_path / "other", tmp_path / "out", pose=pose)
     with pytest.raises(UserError, match="was trained on another unet"):
@@ -264,13 +276,13 @@ def test_what_cannot_be_exported(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_folders_are(bases_folder: Path, model_folder: Path, tmp_path: Path) -> None:
-    unet = UNet2DConditionModel.from_pretrained(bases_folder / "unet")
+def test_what_folders_are(pretrained_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(pretrained_folder / "unet")
     size = f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M"
-    assert describe(bases_folder / "unet") == f"unet ({size}), in diffusers' layout"
-    whole = describe(bases_folder)
+    assert describe(pretrained_folder / "unet") == f"unet ({size}), in diffusers' layout"
+    whole = describe(pretrained_folder)
     assert all(f"{part} (" in whole for part in (*PARTS[:5], "pose")) and f"unet ({size})" in whole
-    assert "on bases here: vae (" in describe(model_folder)
+    assert "on pretrained here: vae (" in describe(model_folder)
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     with pytest.raises(UserError, match="holds FluxTransformer2DModel, which is no part of TCAN"):
         describe(tmp_path)
@@ -279,15 +291,15 @@ def test_what_folders_are(bases_folder: Path, model_folder: Path, tmp_path: Path
         describe(tmp_path / "empty")
 
 
-def test_bases_that_do_not_fit_each_other(bases_folder: Path, tmp_path: Path) -> None:
+def test_pretrained_that_do_not_fit_each_other(pretrained_folder: Path, tmp_path: Path) -> None:
     """Each loads; together they would fail at the first step."""
-    config = UNet2DConditionModel.load_config(bases_folder / "unet") | {"cross_attention_dim": 32}
+    config = UNet2DConditionModel.load_config(pretrained_folder / "unet") | {"cross_attention_dim": 32}
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "unet")
     with pytest.raises(UserError, match="controlnet does not fit unet: its cross_attention_dim is 64"):
-        load_bases(**dict.fromkeys(PARTS, str(bases_folder)) | {"unet": str(tmp_path / "unet")})
+        load_pretrained(**dict.fromkeys(PARTS, str(pretrained_folder)) | {"unet": str(tmp_path / "unet")})
 
 
-def test_no_model_folder(loaded: Bases, model_folder: Path, tmp_path: Path) -> None:
+def test_no_model_folder(loaded: PretrainedModels, model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model folder"):
         load_model(tmp_path / "nothing", loaded)
     info = json.loads((model_folder / "tcan.json").read_text())

@@ -7,16 +7,16 @@ from tcan.metrics import (
     background_mask,
     colour_distance,
     flicker,
+    image_metrics,
     joint_errors,
     mean_pose,
     part_colours,
-    picture_measures,
-    pose_measures,
+    pose_metrics,
 )
 
 
 def standing_pose() -> np.ndarray:
-    """18 joints `[1, 18, 3]` of someone upright in a picture of 100 x 100."""
+    """18 joints `[1, 18, 3]` of someone upright in a image of 100 x 100."""
     places = [
         (50, 20), (50, 30), (42, 30), (38, 42), (36, 54), (58, 30), (62, 42), (64, 54), (45, 56), (45, 72), (45, 88),
         (55, 56), (55, 72), (55, 88), (48, 18), (52, 18), (46, 19), (54, 19),
@@ -24,30 +24,30 @@ def standing_pose() -> np.ndarray:
     return np.array([[(x, y, 1) for x, y in places]], dtype=np.float32)
 
 
-def test_picture_measures_of_equal_frames() -> None:
+def test_image_metrics_of_equal_frames() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    assert picture_measures(frames, frames) == {"l1": 0, "psnr": np.inf, "ssim": pytest.approx(1)}
+    assert image_metrics(frames, frames) == {"l1": 0, "psnr": np.inf, "ssim": pytest.approx(1)}
 
 
-def test_picture_measures_by_formula() -> None:
+def test_image_metrics_by_formula() -> None:
     # 10 apart everywhere, once over and once under: uint8 differences would wrap around
     truth = np.full((1, 16, 16, 3), 100, np.uint8)
     result = truth.copy()
     result[:, :8] += 10
     result[:, 8:] -= 10
-    measures = picture_measures(result, truth)
-    assert measures["l1"] == pytest.approx(10 / 255, rel=1e-5)
-    assert measures["psnr"] == pytest.approx(20 * np.log10(255 / 10), rel=1e-5)
+    metrics = image_metrics(result, truth)
+    assert metrics["l1"] == pytest.approx(10 / 255, rel=1e-5)
+    assert metrics["psnr"] == pytest.approx(20 * np.log10(255 / 10), rel=1e-5)
 
 
 def test_psnr_is_the_mean_over_frames() -> None:
     truth = np.zeros((2, 16, 16, 3), np.uint8)
     result = np.stack([np.full((16, 16, 3), 1, np.uint8), np.full((16, 16, 3), 100, np.uint8)])
     expected = np.mean([20 * np.log10(255 / 1), 20 * np.log10(255 / 100)])
-    assert picture_measures(result, truth)["psnr"] == pytest.approx(expected, rel=1e-5)
+    assert image_metrics(result, truth)["psnr"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_pose_measures_of_shifted_joints() -> None:
+def test_pose_metrics_of_shifted_joints() -> None:
     truth = standing_pose()
     found = truth.copy()
     found[0, 4, 0] += 4  # wrist, 4 % of the height: within both
@@ -56,14 +56,14 @@ def test_pose_measures_of_shifted_joints() -> None:
     found[0, 10] = 0  # ankle not found: missed
     found[0, 0, 0] += 40  # nose, which the truth lacks: not counted
     truth[0, 0] = 0
-    measures = pose_measures(found, truth, height=100)
-    assert measures["pose_5"] == pytest.approx(14 / 17)
-    assert measures["pose_10"] == pytest.approx(15 / 17)
-    assert measures["pose_5_wrists"] == 0.5
-    assert measures["pose_10_wrists"] == 1
-    assert measures["pose_5_elbows"] == measures["pose_10_elbows"] == 0.5
-    assert measures["pose_5_ankles"] == 0.5
-    assert measures["pose_error"] == pytest.approx((0.04 + 0.08 + 0.30) / 16)
+    metrics = pose_metrics(found, truth, height=100)
+    assert metrics["pose_5"] == pytest.approx(14 / 17)
+    assert metrics["pose_10"] == pytest.approx(15 / 17)
+    assert metrics["pose_5_wrists"] == 0.5
+    assert metrics["pose_10_wrists"] == 1
+    assert metrics["pose_5_elbows"] == metrics["pose_10_elbows"] == 0.5
+    assert metrics["pose_5_ankles"] == 0.5
+    assert metrics["pose_error"] == pytest.approx((0.04 + 0.08 + 0.30) / 16)
     errors = joint_errors(found, truth, height=100)
     assert np.isnan(errors[0, 0]) and np.isinf(errors[0, 10])
 

@@ -7,7 +7,7 @@ STANDING = np.array(
     [
         (0.00, -0.12),  # nose
         (0.00, 0.00),  # neck
-        (-0.12, 0.01),  # right shoulder, elbow, wrist (the picture's left)
+        (-0.12, 0.01),  # right shoulder, elbow, wrist (the image's left)
         (-0.19, 0.15),
         (-0.23, 0.29),
         (0.12, 0.01),
@@ -36,7 +36,7 @@ def body(x: float, y: float, size: float, turn: float = 0.0) -> np.ndarray:
 
 
 def cut(keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Without the joints that lie outside the picture."""
+    """Without the joints that lie outside the image."""
     x, y = keypoints[:, 0], keypoints[:, 1]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     return np.where(inside[:, None], keypoints, 0).astype(np.float32)

@@ -24,8 +24,8 @@ def test_draws_what_controlnet_aux_draws(open_pose, height, width):
         poses.append(pose)
     drawn = draw_poses(np.array(poses, np.float32), height, width)
     assert drawn.shape == (len(poses), height, width, 3) and drawn.dtype == np.uint8
-    for pose, picture in zip(poses, drawn, strict=True):
-        np.testing.assert_array_equal(picture, theirs(open_pose, pose, height, width))
+    for pose, image in zip(poses, drawn, strict=True):
+        np.testing.assert_array_equal(image, theirs(open_pose, pose, height, width))
 
 
 def test_thinner_sticks_cover_less_and_nobody_is_black():

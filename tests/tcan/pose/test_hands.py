@@ -1,5 +1,5 @@
-"""Hands and faces, on networks of OpenPose's own layout with random weights, against controlnet_aux called picture by
-picture."""
+"""Hands and faces, on networks of OpenPose's own layout with random weights, against controlnet_aux called image by
+image."""
 
 from pathlib import Path
 

@@ -90,7 +90,7 @@ def test_a_nodding_head_moves_only_the_head():
 def test_what_the_character_lacks_follows_at_its_size():
     driving = dance()
     character = body(300, 100, 600)
-    character[LEGS] = 0  # a picture down to the hips
+    character[LEGS] = 0  # a image down to the hips
     whole = retarget(driving, body(300, 100, 600))
     np.testing.assert_allclose(retarget(driving, character), whole, atol=1e-3)
 

@@ -21,18 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.config import Config, StageConfig, TrackingConfig, TrainConfig
-from pipelines.train import checkpoint, guard
+from pipelines.train import checkpoint
 from pipelines.train.data import NO_ERRORS, Batch, ClipStore, Sampler
 from pipelines.train.engine import averaged, make_engine
-from pipelines.train.log import Log
-from pipelines.train.speed import Speed, matrix_rate, profiler
+from pipelines.train.heartbeat import Pulse
+from pipelines.train.loss_guard import LossGuard, arm, disarm, out_of_memory
+from pipelines.train.run_logger import Log
+from pipelines.train.throughput import Speed, peak_matmul_flops, profiler
 from pipelines.train.validation import Samples, Validation, validation_sampler
-from pipelines.train.watch import Pulse
 from tcan.errors import UserError
 from tcan.model import TCAN, diffusion_loss
 from tcan.pose import PoseErrors
 from tcan.schedule import noise_schedule
-from tcan.weights import Bases, load_bases, load_model, portable_source, save_model
+from tcan.weights import PretrainedModels, load_model, load_pretrained, portable_source, save_model
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Task:
     dataset: str
     vae_scaling_factor: float
     from_model: str | None
-    """Model folder to start from; None: the bases alone."""
+    """Model folder to start from; None: the pretrained alone."""
     tracking: TrackingConfig
     run_id: str
     deepspeed: dict[str, Any]
@@ -73,12 +74,12 @@ def run_worker(settings: dict[str, Task]) -> None:
         _run(task, rank, workers)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         stage_config = stage_of(task.config, task.stage)
-        if reason := guard.out_of_memory(error, task.config.train, stage_config, task.stage):
+        if reason := out_of_memory(error, task.config.train, stage_config, task.stage):
             ray.get(task.watch.give_up.remote(reason))  # the next try would end like this one
             raise UserError(reason) from error
         raise
     finally:
-        guard.disarm()
+        disarm()
 
 
 def _run(task: Task, rank: int, workers: int) -> None:
@@ -87,34 +88,34 @@ def _run(task: Task, rank: int, workers: int) -> None:
     device = ray.train.torch.get_device()
     torch.set_num_threads(config.cpus_per_worker)
 
-    bases = load_bases(**bases_sources(task.config))
-    bases.scheduler = noise_schedule(bases.scheduler, **schedule_options(config))
-    engine = make_engine(_model(task, bases), config, stage_config, workers, task.deepspeed)
+    pretrained = load_pretrained(**pretrained_sources(task.config))
+    pretrained.scheduler = noise_schedule(pretrained.scheduler, **schedule_options(config))
+    engine = make_engine(_model(task, pretrained), config, stage_config, workers, task.deepspeed)
     frozen = checkpoint.FrozenFingerprint(engine.module)
     state = checkpoint.load(engine)
     done = saved = state["step"]
     scratch = Path(tempfile.gettempdir()) / f"tcan-{task.run_id}-{rank}"
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed worker left
-    loss_guard = guard.LossGuard(config.spike, state)
+    loss_guard = LossGuard(config.spike, state)
 
     def make(split: str, batch_size: int) -> Sampler:
         return _sampler(task, dataclasses.replace(stage_config, batch_size=batch_size), split)
 
     def loss_of(batch: Batch, snr_gamma: float | None = None) -> Tensor:
-        return _loss(engine, bases, batch, device, snr_gamma)
+        return _loss(engine, pretrained, batch, device, snr_gamma)
 
     # The other samplers judge the model: their poses stay as they are.
     errors = PoseErrors(config.pose_dropout, config.pose_jitter, config.pose_outliers)
     sampler = _sampler(task, stage_config, "train", errors)
     log = Log(task, stage_config, rank, done)
     micro_batches = stage_config.batch_size // stage_config.micro_batch
-    speed = Speed(micro_batches, workers, matrix_rate(device, engine.module.dtype))
+    speed = Speed(micro_batches, workers, peak_matmul_flops(device, engine.module.dtype))
     profile = None
     if config.profile and rank == 0:
         profile = profiler(config.profile, lambda seen: log.trace(seen, f"from_step_{done + 3:06d}"))
     samples = validation = None
-    if stage_config.picture_every:
-        samples = Samples(make, task.stage, bases, device, lambda batch: _on(batch, device))
+    if stage_config.sample_every:
+        samples = Samples(make, task.stage, pretrained, device, lambda batch: _on(batch, device))
     if stage_config.validate_every and (held_out := validation_sampler(make, config.validation_samples)):
         validation = Validation(held_out, config.validation_samples)
     judged: dict[str, float] = {}
@@ -123,7 +124,7 @@ def _run(task: Task, rank: int, workers: int) -> None:
         began = time.perf_counter()
         frozen.check()
         log.flush()
-        writer = _model_writer(task, engine, bases) if last else None
+        writer = _model_writer(task, engine, pretrained) if last else None
         # Every checkpoint has a score, else keep-best could not order them.
         score = {"validation_loss": judged.get("validation_loss", math.inf)} if config.keep == "best" else {}
         checkpoint.save(engine, {"step": step, "model": last, **loss_guard.state}, score, scratch, writer)
@@ -138,7 +139,7 @@ def _run(task: Task, rank: int, workers: int) -> None:
     if profile:
         profile.start()
     for step in range(done, stage_config.steps):
-        guard.arm(config.hang_seconds)
+        arm(config.hang_seconds)
         began = time.perf_counter()
         batches = upcoming.result()
         waited = time.perf_counter() - began
@@ -184,11 +185,11 @@ def _run(task: Task, rank: int, workers: int) -> None:
             with averaged(engine):
                 judged = validation.measure(loss_of, device)
             log.metrics(judged, step + 1)
-        if samples and (last or (step + 1) % stage_config.picture_every == 0):
+        if samples and (last or (step + 1) % stage_config.sample_every == 0):
             # By all workers: under ZeRO-3 each holds a part of the weights.
             with averaged(engine):
-                picture, clip = samples.draw(engine.module)
-            log.samples(picture, clip, step + 1)
+                image, clip = samples.draw(engine.module)
+            log.samples(image, clip, step + 1)
         if last or stop or (leaving and not left) or (step + 1) % stage_config.checkpoint_every == 0:
             save(saved := step + 1, last)
             left |= leaving  # Ray Train takes the workers away when the machine goes, and starts others
@@ -216,9 +217,9 @@ def stage_of(config: Config, stage: int) -> StageConfig:
     return config.train.stage1 if stage == 1 else config.train.stage2
 
 
-def bases_sources(config: Config) -> dict[str, str]:
-    """What `tcan.weights.load_bases` takes: training needs no pose network."""
-    sources = dataclasses.asdict(config.bases)
+def pretrained_sources(config: Config) -> dict[str, str]:
+    """What `tcan.weights.load_pretrained` takes: training needs no pose network."""
+    sources = dataclasses.asdict(config.pretrained)
     del sources["pose"]
     return sources
 
@@ -236,17 +237,17 @@ def learning_rate(step: int, config: StageConfig) -> float:
 # --- model and engine ------------------------------------------------------------------------------------------------
 
 
-def _model(task: Task, bases: Bases) -> TCAN:
+def _model(task: Task, pretrained: PretrainedModels) -> TCAN:
     config = task.config.train
     torch.manual_seed(task.config.seed)  # of APPA's first weights
     if task.from_model:
-        model = load_model(task.from_model, bases)
+        model = load_model(task.from_model, pretrained)
     else:
         model = TCAN(
-            bases.unet,
-            bases.controlnet,
-            bases.motion_adapter,
-            bases.empty_prompt,
+            pretrained.unet,
+            pretrained.controlnet,
+            pretrained.motion_adapter,
+            pretrained.empty_prompt,
             config.lora_rank,
             config.lora_alpha,
         )
@@ -284,23 +285,27 @@ def _on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def _loss(
-    engine: Any, bases: Bases, batch: Batch, device: torch.device, snr_gamma: float | None = None
+    engine: Any,
+    pretrained: PretrainedModels,
+    batch: Batch,
+    device: torch.device,
+    snr_gamma: float | None = None,
 ) -> Tensor:
     t = _on(batch, device)
     return diffusion_loss(
         engine,
-        bases.scheduler,
+        pretrained.scheduler,
         t["latents"],
         t["noise"],
         t["timestep"],
         t["pose"],
         t["reference"],
-        t["keep_reference"],
+        t["reference_mask"],
         snr_gamma,
     )
 
 
-def _model_writer(task: Task, engine: Any, bases: Bases) -> Callable[[Path], None]:
+def _model_writer(task: Task, engine: Any, pretrained: PretrainedModels) -> Callable[[Path], None]:
     import deepspeed
 
     def write(folder: Path) -> None:
@@ -313,7 +318,8 @@ def _model_writer(task: Task, engine: Any, bases: Bases) -> Callable[[Path], Non
                 save_model(
                     engine.module,
                     folder,
-                    bases=bases.info | {"pose": {"source": portable_source(task.config.bases.pose)}},
+                    pretrained=pretrained.info
+                    | {"pose": {"source": portable_source(task.config.pretrained.pose)}},
                     stage=task.stage,
                     height=task.config.size,
                     width=task.config.size,

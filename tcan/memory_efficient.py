@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 
-def save_activations(network: nn.Module) -> None:
+def make_memory_efficient(network: nn.Module) -> None:
     """In place: the network's convolutions, gated feed-forwards and residual blocks keep no more than their gradients
     need."""
     for module in network.modules():

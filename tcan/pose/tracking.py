@@ -14,7 +14,7 @@ from tcan.errors import UserError
 from tcan.pose.skeleton import NECK
 
 MAX_JUMP = 0.15
-"""How far the followed person may move from frame to frame, as a share of the picture's diagonal."""
+"""How far the followed person may move from frame to frame, as a share of the image's diagonal."""
 OUTLIER = 0.1
 """How far a joint may lie from its median over 5 frames before it counts as mistaken, as a share of the body's size."""
 SMOOTH_ORDER = 2
@@ -61,7 +61,7 @@ def follow_main_person(
     """people: for each frame everyone's keypoints [P, 18, 3] -> one person's [F, 18, 3], zeros where they aren't seen.
 
     The person is the largest one of the first frame that has any, and then the nearest to where they were last. Someone
-    further away than 0.15 of the picture's diagonal for each frame since is somebody else: so a dancer missed
+    further away than 0.15 of the image's diagonal for each frame since is somebody else: so a dancer missed
     in one frame is not exchanged for a bystander, and one who has left is, after a while.
     """
     followed = np.zeros((len(people), 18, 3), np.float32)

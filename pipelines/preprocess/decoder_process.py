@@ -28,10 +28,10 @@ import numpy as np
 from PIL import Image
 
 REQUEST_BYTES = 2**16  # at most: a path has 4096
-RAW_BYTES = 16 * 2**20  # of source pictures taken from decord at once
-AHEAD_BYTES = 512 * 2**20  # of a video's pictures that decord may hold
+RAW_BYTES = 16 * 2**20  # of source images taken from decord at once
+AHEAD_BYTES = 512 * 2**20  # of a video's images that decord may hold
 GRID = 8  # pixels: the sides of what is sent are multiples, as the VAE takes them
-WIDEST = 3  # times as long as wide: what is more of a whole picture is left out, so that memory stays bounded
+WIDEST = 3  # times as long as wide: what is more of a whole image is left out, so that memory stays bounded
 CUT_SIZE = (32, 32)  # enough to see a cut
 MAX_REPAIRED = 0.01  # share of frames that decord may fill with their neighbours before it gives up
 
@@ -52,9 +52,9 @@ def frame_numbers(shown_at: np.ndarray, end: float, fps: float) -> list[int]:
     return (np.searchsorted(shown_at, times + late, side="right") - 1).tolist()
 
 
-def thumbnail(picture: np.ndarray) -> np.ndarray:
-    """Hue, saturation and brightness, int16 `CUT_SIZE` + [3], of an RGB picture."""
-    small = Image.fromarray(picture).resize(CUT_SIZE, Image.Resampling.BOX)
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """Hue, saturation and brightness, int16 `CUT_SIZE` + [3], of an RGB image."""
+    small = Image.fromarray(image).resize(CUT_SIZE, Image.Resampling.BOX)
     return np.asarray(small.convert("HSV"), np.int16)
 
 
@@ -67,7 +67,7 @@ def is_cut(before: np.ndarray, after: np.ndarray, threshold: float) -> bool:
 
 
 def sent_size(height: int, width: int, canvas: int, whole: bool) -> tuple[int, int]:
-    """Height and width of what is sent of a picture: its centred square at the canvas's side, or, whole, all of it with
+    """Height and width of what is sent of a image: its centred square at the canvas's side, or, whole, all of it with
     the canvas's side as its shorter one."""
     if not whole:
         return canvas, canvas
@@ -76,7 +76,7 @@ def sent_size(height: int, width: int, canvas: int, whole: bool) -> tuple[int, i
 
 
 def centred_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centred box of a picture with the proportions of `size` (height, width): (x0, y0, x1, y1) in pixels."""
+    """The largest centred box of a image with the proportions of `size` (height, width): (x0, y0, x1, y1) in pixels."""
     scale = min(height / size[0], width / size[1])
     x0, y0 = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
     return x0, y0, x0 + size[1] * scale, y0 + size[0] * scale
@@ -115,12 +115,12 @@ def decode(
     clip: list[np.ndarray] = []
     small: Any = None  # of the frame before
     start = clips = 0
-    for i, picture in enumerate(_pictures(video, path, numbers)):
-        height, width = picture.shape[:2]
+    for i, image in enumerate(_images(video, path, numbers)):
+        height, width = image.shape[:2]
         if i == 0:
             size = sent_size(height, width, canvas, whole)
         crop = centred_box(height, width, size)
-        frame = _resize(picture, crop, size)
+        frame = _resize(image, crop, size)
         small, before = thumbnail(frame) if cut_threshold else None, small
         if len(clip) == clip_frames or (clip and cut_threshold and is_cut(before, small, cut_threshold)):
             if len(clip) >= min_clip_frames:
@@ -164,7 +164,7 @@ class _Decord:
         times = self.reader.get_frame_timestamp(range(self.num_frames))
         return times[:, 0], float(times[-1, 1])
 
-    def pictures(self, numbers: list[int]) -> Iterator[np.ndarray]:
+    def images(self, numbers: list[int]) -> Iterator[np.ndarray]:
         """uint8 RGB [H, W, 3] of these frames, rising, upright; few are held at a time."""
         chunk = max(1, RAW_BYTES // self.frame_bytes)
         for i in range(0, len(numbers), chunk):
@@ -173,7 +173,7 @@ class _Decord:
 
 class _PyAV:
     """The same for long videos and for what decord fails at: what its own ffmpeg does not know (AV1), transport streams,
-    tiny pictures."""
+    tiny images."""
 
     def __init__(self, path: str) -> None:
         import av  # half of a decoder's start, and seldom needed
@@ -195,7 +195,7 @@ class _PyAV:
         last, duration = self.packets[-1]
         return np.array([time for time, _ in self.packets]), last + duration
 
-    def pictures(self, numbers: list[int]) -> Iterator[np.ndarray]:
+    def images(self, numbers: list[int]) -> Iterator[np.ndarray]:
         wanted = iter(numbers)
         number = next(wanted, None)
         damaged = 0
@@ -205,16 +205,16 @@ class _PyAV:
                 for i, frame in enumerate(container.decode(video=0)):
                     damaged += frame.is_corrupt
                     if i == number:
-                        picture = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
+                        image = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
                     while i == number:
-                        yield np.ascontiguousarray(picture)
+                        yield np.ascontiguousarray(image)
                         number = next(wanted, None)
         except self.av.error.FFmpegError as error:
             raise Unusable(f"damaged: {error.strerror}") from None
         if number is not None:
-            raise Unusable("damaged: fewer pictures than the file says it has")
+            raise Unusable("damaged: fewer images than the file says it has")
         if damaged > MAX_REPAIRED * self.num_frames:
-            raise Unusable(f"damaged: {damaged} of its pictures")
+            raise Unusable(f"damaged: {damaged} of its images")
 
 
 def _open(path: str) -> _Decord | _PyAV:
@@ -226,30 +226,28 @@ def _open(path: str) -> _Decord | _PyAV:
     try:
         return _PyAV(path)
     except IndexError:
-        raise Unusable("not a video: holds no pictures") from None
+        raise Unusable("not a video: holds no images") from None
     except Exception:  # both readers' errors are many
         raise Unusable("not a video that can be read") from None
 
 
-def _pictures(video: _Decord | _PyAV, path: str, numbers: list[int]) -> Iterator[np.ndarray]:
+def _images(video: _Decord | _PyAV, path: str, numbers: list[int]) -> Iterator[np.ndarray]:
     """Of the reader that opened it; from where decord fails, of PyAV, which says whether the file is at fault."""
     done = 0
     try:
-        for picture in video.pictures(numbers):
-            yield picture
+        for image in video.images(numbers):
+            yield image
             done += 1
     except Exception:
         if not isinstance(video, _Decord):
             raise
-        yield from _PyAV(path).pictures(numbers[done:])
+        yield from _PyAV(path).images(numbers[done:])
 
 
-def _resize(
-    picture: np.ndarray, crop: tuple[float, float, float, float], size: tuple[int, int]
-) -> np.ndarray:
-    if picture.shape[:2] == size:
-        return picture
-    return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS, box=crop))
+def _resize(image: np.ndarray, crop: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
+    if image.shape[:2] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS, box=crop))
 
 
 def _reason(error: BaseException) -> str:

@@ -13,9 +13,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from tcan.appearance import install_appearance
+from tcan.memory_efficient import Convolution, GatedLinear, NormSiLU, SiLULinear
 from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
-from tcan.saving import Convolution, GatedLinear, NormSiLU, SiLULinear
 from tcan.temperature import temperature_map
 from tcan.temporal import temporal_layers
 
@@ -76,8 +76,8 @@ def unfused_attention() -> Iterator[None]:
 @torch.no_grad()
 def denoise(
     pipe: TCANPipeline,
-    picture: np.ndarray,
-    pose_pictures: np.ndarray,
+    image: np.ndarray,
+    pose_images: np.ndarray,
     *,
     steps: int,
     guidance_scale: float,
@@ -85,19 +85,19 @@ def denoise(
     overlap: int,
     seed: int,
 ) -> Tensor:
-    """Latents `[F, C, h, w]` of pose pictures uint8 `[F, H, W, 3]`.
+    """Latents `[F, C, h, w]` of pose images uint8 `[F, H, W, 3]`.
 
-    Each window at each step by itself: two full passes, each with the ControlNet and the pose pictures in full; the
+    Each window at each step by itself: two full passes, each with the ControlNet and the pose images in full; the
     appearance UNet for each window. pipe: its `tcan` is `with_explicit_softmax`.
     """
     tcan, device = pipe.tcan, pipe.device
-    reference = pipe.encode(picture)
+    reference = pipe.encode(image)
     starts = [0]
-    while starts[-1] + window < len(pose_pictures):
+    while starts[-1] + window < len(pose_images):
         starts.append(starts[-1] + window - overlap)
     total = starts[-1] + window
-    frame_of = torch.arange(total).clamp(max=len(pose_pictures) - 1)
-    poses = torch.from_numpy(pose_pictures).permute(0, 3, 1, 2)[frame_of]
+    frame_of = torch.arange(total).clamp(max=len(pose_images) - 1)
+    poses = torch.from_numpy(pose_images).permute(0, 3, 1, 2)[frame_of]
     noise = torch.randn(window, *reference.shape[1:], generator=torch.Generator().manual_seed(seed))
     latents = noise[torch.arange(total) % window]
     pipe.scheduler.set_timesteps(steps)
@@ -118,13 +118,13 @@ def denoise(
             summed[part] += guided[0].float().cpu()
             count[part] += 1
         latents = pipe.scheduler.step(summed / count.view(-1, 1, 1, 1), timestep, latents).prev_sample
-    return latents[: len(pose_pictures)]
+    return latents[: len(pose_images)]
 
 
 def decode(pipe: TCANPipeline, latents: Tensor) -> np.ndarray:
     """Frames `[F, H, W, 3]` in [0, 1], one by one."""
     frames = [pipe.decode(latent[None]) for latent in latents]
-    return np.concatenate([picture for decoded in frames for picture in decoded])
+    return np.concatenate([image for decoded in frames for image in decoded])
 
 
 def with_whole_appearance_unet(tcan: TCAN, unet: UNet2DConditionModel) -> TCAN:

@@ -11,17 +11,17 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import pairs, tracking
+from pipelines.animate_pairs import Animator, animate_pairs, read_pairs
 from pipelines.config import load_config
-from pipelines.pairs import Animator, animate_pairs, read_pairs
 from pipelines.puppets.world import sample_clip, write_clip
 from tcan.errors import UserError
-from tcan.video import read_picture, read_video, write_picture, write_video
+from tcan.video import read_image, read_video, write_image, write_video
 from tests.pipelines.test_cli import error_of
 
 
 def write_table(path: Path, *rows: tuple[str, str, str]) -> None:
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("picture", "driving", "out"), *rows])
+        csv.writer(file).writerows([("image", "driving", "out"), *rows])
 
 
 def report_of(path: Path) -> list[dict[str, str]]:
@@ -33,7 +33,7 @@ def report_of(path: Path) -> list[dict[str, str]]:
 def test_pairs_are_made_and_what_is_missing_is_made_later(
     ray_cluster: None, model_folder: Path, tmp_path: Path
 ) -> None:
-    write_picture(sample_clip("dance", 1, 1).frames[0], tmp_path / "hero.png")
+    write_image(sample_clip("dance", 1, 1).frames[0], tmp_path / "hero.png")
     write_clip(sample_clip("dance", 2, 4), tmp_path / "dance")
     gap = sample_clip("dance", 3, 20).frames
     gap[6:14] = 0  # nobody, for longer than joints are filled in
@@ -61,13 +61,13 @@ def test_pairs_are_made_and_what_is_missing_is_made_later(
     assert rows[2]["note"] == "no driving in this row"
     assert "gap.mp4: nobody found in frames 6-13 of 0-19" in rows[3]["note"]
     assert read_video(tmp_path / "made" / "first.mp4")[0].shape == (4, 64, 64, 3)
-    assert read_picture(tmp_path / "made" / "fourth" / "000019.png").shape == (64, 64, 3)
+    assert read_image(tmp_path / "made" / "fourth" / "000019.png").shape == (64, 64, 3)
 
     client = MlflowClient(tracking.resolve_uri(config.tracking))
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert (run.data.tags["tcan.kind"], run.info.status) == ("animate", "FINISHED")
-    measures = {key: run.data.metrics[key] for key in ("pairs_done", "pairs_failed", "frames")}
-    assert measures == {"pairs_done": 2, "pairs_failed": 1, "frames": 24}
+    metrics = {key: run.data.metrics[key] for key in ("pairs_done", "pairs_failed", "frames")}
+    assert metrics == {"pairs_done": 2, "pairs_failed": 1, "frames": 24}
     artifacts = [item.path for item in client.list_artifacts(run.info.run_id)]
     assert "pairs.report.csv" in artifacts and "videos" in artifacts
 
@@ -88,7 +88,7 @@ class Mortal(Animator):
         pass
 
     def animate(self, pair: pairs.Outcome) -> dict[str, Any]:
-        if "deadly" in pair.picture:
+        if "deadly" in pair.image:
             os._exit(1)
         return {"status": "done", "frames": 1}
 
@@ -101,7 +101,7 @@ def test_a_worker_that_dies_takes_only_its_pair_along(
     pending = [pairs.Outcome(name, "dance.mp4", f"{name}.mp4") for name in names]
     config = load_config("--animate.workers", "1")
     finished = list(pairs._on_workers(pending, tmp_path, config, {}))
-    assert sorted(outcome.picture for outcome in finished) == sorted(names)
+    assert sorted(outcome.image for outcome in finished) == sorted(names)
     assert [outcome.status for outcome in pending] == ["done", "failed", "done", "done"]
     assert pending[1].note == "deadly.mp4: its worker died 2 times, perhaps for want of memory"
 
@@ -109,27 +109,27 @@ def test_a_worker_that_dies_takes_only_its_pair_along(
 def test_tables_of_both_kinds(tmp_path: Path) -> None:
     columns = {
         "out": ["a.mp4", "b"],
-        "picture": ["a.png", None],
+        "image": ["a.png", None],
         "driving": ["d.mp4", "/d.mp4"],
         "more": [1, 2],
     }
     pyarrow.parquet.write_table(pa.table(columns), tmp_path / "pairs.parquet")
-    (tmp_path / "pairs.csv").write_text("\ufeffmore,driving,picture,out\n1,d.mp4,a.png,a.mp4\n2,/d.mp4, ,b\n")
+    (tmp_path / "pairs.csv").write_text("\ufeffmore,driving,image,out\n1,d.mp4,a.png,a.mp4\n2,/d.mp4, ,b\n")
     for name in ("pairs.parquet", "pairs.csv"):
         first, second = read_pairs(tmp_path / name)
-        assert (first.picture, first.driving) == (str(tmp_path / "a.png"), str(tmp_path / "d.mp4"))
+        assert (first.image, first.driving) == (str(tmp_path / "a.png"), str(tmp_path / "d.mp4"))
         assert first.out == str(tmp_path / "a.mp4")
-        assert (second.picture, second.driving, second.out) == ("", "/d.mp4", str(tmp_path / "b"))
+        assert (second.image, second.driving, second.out) == ("", "/d.mp4", str(tmp_path / "b"))
 
 
 def test_bad_tables(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    head = "picture,driving,out\n"
+    head = "image,driving,out\n"
     for name, text, reason in (
         ("missing.csv", None, "cannot be read (No such file or directory)"),
         ("pairs.xlsx", "text", "give a table of pairs as .csv or .parquet"),
         ("pairs.parquet", "text", "cannot be read as a table"),
         ("bytes.csv", b"\xff\xfe\x00", "cannot be read as a table"),
-        ("columns.csv", "picture,video,out\n", "no column driving; the table needs picture, driving and out"),
+        ("columns.csv", "image,video,out\n", "no column driving; the table needs image, driving and out"),
         ("empty.csv", head, "holds no pairs"),
         ("same.csv", f"{head}a,b,c.mp4\nd,e,c.mp4\n", "two pairs have the same result"),
     ):

@@ -11,16 +11,16 @@ import pandas as pd
 import torch
 
 from tcan.pipeline import TCANPipeline
-from tcan.video import read_picture, read_video
+from tcan.video import read_image, read_video
 
 
-class ServedModel:
+class AnimationModel:
     def __init__(self, folder: str):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._pipeline = TCANPipeline.from_pretrained(folder, device=device)
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any]) -> list[np.ndarray]:
-        """Per row with the paths `image` (a picture) and `driving` (a video) the frames, uint8 RGB `[F, H, W, 3]`.
+        """Per row with the paths `image` (a image) and `driving` (a video) the frames, uint8 RGB `[F, H, W, 3]`.
 
         params: seed, and those of `TCANPipeline.__call__` that the model was registered with: num_inference_steps,
         guidance_scale, start_from_reference, by default as `tcan animate` would have had them at its training.
@@ -29,13 +29,13 @@ class ServedModel:
         seed = options.pop("seed")
         results = []
         for row in model_input.to_dict("records"):
-            picture, (video, _) = read_picture(row["image"]), read_video(row["driving"])
+            image, (video, _) = read_image(row["image"]), read_video(row["driving"])
             generator = torch.Generator().manual_seed(seed)
-            frames = self._pipeline(picture, video, generator=generator, **options).frames
+            frames = self._pipeline(image, video, generator=generator, **options).frames
             results.append((np.asarray(frames) * 255).round().astype(np.uint8))
         return results
 
 
-def _load_pyfunc(path: str) -> ServedModel:
+def _load_pyfunc(path: str) -> AnimationModel:
     """What MLflow calls, with the model folder."""
-    return ServedModel(path)
+    return AnimationModel(path)

@@ -16,7 +16,7 @@ class Speed:
 
     Counted in the first micro batch that this process takes, so no later step is slowed by it.
 
-    micro_batches: of an optimizer step, over all workers. rate: what one worker's device can do (`matrix_rate`).
+    micro_batches: of an optimizer step, over all workers. rate: what one worker's device can do (`peak_matmul_flops`).
     """
 
     def __init__(self, micro_batches: int, workers: int, rate: float | None):
@@ -38,7 +38,7 @@ class Speed:
         reached = self._operations / seconds
         values = {"tflops_per_second": reached / 1e12}
         if self._rate:
-            values["device_share"] = reached / (self._workers * self._rate)
+            values["mfu"] = reached / (self._workers * self._rate)
         return values
 
 
@@ -55,7 +55,7 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+def peak_matmul_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """FLOP/s of a GPU at the product of two large matrices, the most it can be had to do; None without a GPU."""
     if device.type != "cuda":
         return None

@@ -1,4 +1,4 @@
-"""The frozen bases: where each comes from, and that it is what it should be."""
+"""The frozen pretrained: where each comes from, and that it is what it should be."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from tcan.errors import UserError
+from tcan.errors import UserError, first_line
+from tcan.fingerprint import fingerprint
 from tcan.pose import OpenPose
-from tcan.weights.common import check_keys, fingerprint, first_line, quiet
+from tcan.weights.common import check_keys, quiet
 from tcan.weights.original import SD15, SUFFIXES, load_original
 
 MINI = Path(__file__).parents[1] / "mini"
@@ -27,7 +28,7 @@ NETWORKS: dict[str, Any] = {
 
 
 @dataclass
-class Bases:
+class PretrainedModels:
     """The frozen, pretrained networks that TCAN stands on."""
 
     vae: AutoencoderKL
@@ -41,7 +42,7 @@ class Bases:
     """Per part its "source" as asked for and its "fingerprint" (of the text encoder: the empty prompt's)."""
 
 
-def load_bases(
+def load_pretrained(
     *,
     vae: str,
     unet: str,
@@ -51,7 +52,7 @@ def load_bases(
     scheduler: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Bases:
+) -> PretrainedModels:
     """Loads every base, strictly: a key that a file lacks, or has too many, is an error.
 
     Args: for each part one of
@@ -80,19 +81,22 @@ def load_bases(
     info = {}
     for part in ("vae", "unet", "controlnet", "motion_adapter"):
         module = load_part(part, sources[part])
-        info[part] = {"source": portable_source(sources[part]), "fingerprint": base_fingerprint(part, module)}
+        info[part] = {
+            "source": portable_source(sources[part]),
+            "fingerprint": pretrained_fingerprint(part, module),
+        }
         with quiet():
             loaded[part] = module.to(device, dtype).requires_grad_(False).eval()
     encoder = load_part("text_encoder", text_encoder)
     prompt = encode_empty_prompt(encoder)
     info["text_encoder"] = {
         "source": portable_source(text_encoder),
-        "fingerprint": base_fingerprint("text_encoder", encoder),
+        "fingerprint": pretrained_fingerprint("text_encoder", encoder),
     }
     check_together({part: dict(module.config) for part, module in loaded.items()}, prompt.shape[-1])
     info["scheduler"] = {"source": portable_source(scheduler)}
     schedule = load_scheduler(scheduler)
-    return Bases(**loaded, empty_prompt=prompt.to(device, dtype), scheduler=schedule, info=info)
+    return PretrainedModels(**loaded, empty_prompt=prompt.to(device, dtype), scheduler=schedule, info=info)
 
 
 def check_together(configs: Mapping[str, Mapping[str, Any]], prompt_width: int | None = None) -> None:
@@ -159,10 +163,10 @@ def portable_source(source: str) -> str:
 
 
 def load_part(part: str, source: str) -> Any:
-    """One network of the bases, in float32 on the CPU: "vae", "unet", "controlnet", "motion_adapter", "text_encoder".
+    """One network of the pretrained, in float32 on the CPU: "vae", "unet", "controlnet", "motion_adapter", "text_encoder".
 
     Raises:
-        UserError: as `load_bases`.
+        UserError: as `load_pretrained`.
     """
     if Path(source).expanduser().is_file():
         return load_original(part, Path(source).expanduser())
@@ -184,7 +188,7 @@ def load_part(part: str, source: str) -> Any:
     return module
 
 
-def base_fingerprint(part: str, network: Any) -> str:
+def pretrained_fingerprint(part: str, network: Any) -> str:
     """Of a base as `load_part` gives it; of the text encoder its answer to the empty prompt is all that counts."""
     if part == "text_encoder":
         return fingerprint({"empty_prompt": encode_empty_prompt(network)})
@@ -195,7 +199,7 @@ def load_scheduler(source: str) -> DDIMScheduler:
     """The noise schedule.
 
     Raises:
-        UserError: as `load_bases`.
+        UserError: as `load_pretrained`.
     """
     path = Path(source).expanduser()
     if source == "sd15" or path.is_file():
@@ -208,7 +212,7 @@ def load_scheduler(source: str) -> DDIMScheduler:
 
 
 def load_pose_detector(source: str, device: torch.device | str = "cpu") -> OpenPose:
-    """The pose network: "mini", a folder of bases with the subfolder pose, or what `OpenPose.from_pretrained` takes.
+    """The pose network: "mini", a folder of pretrained with the subfolder pose, or what `OpenPose.from_pretrained` takes.
 
     Raises:
         UserError: as `OpenPose.from_pretrained`.

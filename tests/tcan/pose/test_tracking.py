@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tcan.errors import UserError
-from tcan.pose.follow import fill_gaps, follow_main_person, one_body, smoothed, without_outliers
+from tcan.pose.tracking import fill_gaps, follow_main_person, one_body, smoothed, without_outliers
 from tests.tcan.pose.bodies import body
 
 NOBODY = np.zeros((0, 18, 3), np.float32)

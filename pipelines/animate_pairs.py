@@ -1,4 +1,4 @@
-"""Many animations over a Ray cluster, from a table of (picture, driving, out).
+"""Many animations over a Ray cluster, from a table of (image, driving, out).
 
 tcan animate --pairs pairs.csv --model run/model
 
@@ -32,7 +32,7 @@ from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.weights import read_model_info
 
-COLUMNS = ("picture", "driving", "out")
+COLUMNS = ("image", "driving", "out")
 DEATHS = 2  # of the workers that a pair is given to: the first may be its machine's fault
 SHOWN = 16  # results that are copied into the run
 
@@ -41,7 +41,7 @@ SHOWN = 16  # results that are copied into the run
 class Outcome:
     """What became of a pair: a row of the report."""
 
-    picture: str
+    image: str
     driving: str
     out: str
     status: str = "failed"  # done, done before, failed
@@ -55,14 +55,14 @@ def animate_pairs(
 ) -> list[Outcome]:
     """Makes what is missing of the table's results, and writes FILE's report beside it.
 
-    file: .csv (with a line of names) or .parquet with the columns picture, driving and out; relative paths count from
+    file: .csv (with a line of names) or .parquet with the columns image, driving and out; relative paths count from
     its folder, and mean the same on every machine of the cluster.
 
     Returns:
         the outcomes, a pair each, in the table's order.
 
     Raises:
-        UserError: a table that can't be read; a model folder that isn't whole or doesn't fit its bases; and, after all
+        UserError: a table that can't be read; a model folder that isn't whole or doesn't fit its pretrained; and, after all
             others have been made, when pairs failed.
     """
     outcomes = read_pairs(file)
@@ -124,7 +124,7 @@ def read_pairs(file: Path) -> list[Outcome]:
         raise UserError(f"{file}: cannot be read as a table ({str(error).splitlines()[0]})") from None
     if missing := [column for column in COLUMNS if column not in names]:
         raise UserError(
-            f"{file}: no column {', '.join(missing)}; the table needs picture, driving and out, and has "
+            f"{file}: no column {', '.join(missing)}; the table needs image, driving and out, and has "
             f"{', '.join(map(str, names)) or 'none'}"
         )
     if not rows:
@@ -132,11 +132,11 @@ def read_pairs(file: Path) -> list[Outcome]:
     folder = file.absolute().parent
     pairs = []
     for row in rows:
-        picture, driving, out = (
+        image, driving, out = (
             cell and str(folder / Path(cell).expanduser())
             for cell in (str(row[column] or "").strip() for column in COLUMNS)
         )
-        pairs.append(Outcome(picture, driving, out))
+        pairs.append(Outcome(image, driving, out))
     seen: set[str] = set()
     for pair in pairs:
         if pair.out in seen:
@@ -175,8 +175,8 @@ def _make_all(
     ):
         frames += outcome.frames
         done = _count(pending, "done")
-        measures = {"pairs_done": done, "pairs_failed": number - done, "frames": frames}
-        run.metrics(measures | {"frames_per_second": frames / (time.monotonic() - began)}, step=number)
+        metrics = {"pairs_done": done, "pairs_failed": number - done, "frames": frames}
+        run.metrics(metrics | {"frames_per_second": frames / (time.monotonic() - began)}, step=number)
         if outcome.status == "failed":
             tqdm.write(f"failed: {outcome.note}")
         elif outcome.note:
@@ -255,7 +255,7 @@ class Animator:
         """The fields of the pair's outcome."""
         began = time.monotonic()
         self.notes.clear()
-        animation = Animation(Path(pair.picture), Path(pair.out), Path(pair.driving), **self.options)
+        animation = Animation(Path(pair.image), Path(pair.out), Path(pair.driving), **self.options)
         status, frames = "failed", 0
         try:
             frames = make(self.pipe, animation, read_inputs(animation, self.config), self.config)

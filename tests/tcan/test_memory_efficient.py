@@ -8,7 +8,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from tcan.saving import save_activations
+from tcan.memory_efficient import make_memory_efficient
 
 
 def run(module: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
@@ -35,7 +35,7 @@ def both(make: Callable[[], nn.Module], x: Tensor, trained: bool) -> tuple[int, 
     torch.manual_seed(0)
     plain = make().double().requires_grad_(trained)
     ours = copy.deepcopy(plain)
-    save_activations(ours)
+    make_memory_efficient(ours)
     (expected, before), (result, after) = run(plain, x), run(ours, x)
     assert len(expected) == len(result)
     for a, b in zip(expected, result, strict=True):

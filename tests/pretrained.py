@@ -11,8 +11,8 @@ from tcan.pose.network import BodyPoseNetwork
 CHANNELS = (48, 96, 128, 128)
 
 
-def write_random_bases(folder: Path) -> None:
-    """A bases folder in diffusers' layout; the same weights each time."""
+def write_random_pretrained(folder: Path) -> None:
+    """A pretrained folder in diffusers' layout; the same weights each time."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,

@@ -166,7 +166,7 @@ def _file_problems(
 def _row_problems(row: dict[str, Any], info: dict[str, Any]) -> Iterator[str]:
     if row["clip_id"] != f"{row['video_id']}-{row['start']:06d}":
         yield "an id that is not its video's and start's"
-    if row["split"] != split_of(row["video_id"], info["identity"]["validation_share"]):
+    if row["split"] != split_of(row["video_id"], info["identity"]["validation_fraction"]):
         yield f"in the split {row['split']}"
     if (row["height"], row["width"]) != (info["height"], info["width"]):
         yield f"{row['width']} x {row['height']} pixels"
@@ -205,15 +205,16 @@ def preview(dataset: str, out: str, config: Config) -> None:
         UserError: no whole dataset there, the VAE is another than its latents', or `out` cannot be written.
     """
     from pipelines.preprocess.preview import contact_sheet
-    from tcan.video import write_picture
-    from tcan.weights import fingerprint, load_part
+    from tcan.fingerprint import fingerprint
+    from tcan.video import write_image
+    from tcan.weights import load_part
 
     info, folder = _whole(dataset)
-    vae = load_part("vae", config.bases.vae).requires_grad_(False).eval()
+    vae = load_part("vae", config.pretrained.vae).requires_grad_(False).eval()
     if fingerprint(vae) != info["vae_fingerprint"]:
         raise UserError(
-            f"{dataset}: its latents are of another VAE ({info['vae_fingerprint']}) than {config.bases.vae}; "
-            "give its own with --bases.vae or --config"
+            f"{dataset}: its latents are of another VAE ({info['vae_fingerprint']}) than {config.pretrained.vae}; "
+            "give its own with --pretrained.vae or --config"
         )
-    write_picture(contact_sheet(folder, vae, config.train.stick_width, seed=config.seed), out)
+    write_image(contact_sheet(folder, vae, config.train.stick_width, seed=config.seed), out)
     print(out)

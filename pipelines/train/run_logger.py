@@ -1,4 +1,4 @@
-"""What can be seen of a training while it runs: numbers, pictures and traces in MLflow, lines of progress or a bar."""
+"""What can be seen of a training while it runs: numbers, images and traces in MLflow, lines of progress or a bar."""
 
 import resource
 import tempfile
@@ -15,7 +15,7 @@ from pipelines.config import StageConfig
 from tcan.video import write_video
 
 if TYPE_CHECKING:
-    from pipelines.train.loop import Task
+    from pipelines.train.trainer import Task
 
 CLIP_FPS = 8  # of the sample clips
 BAR_SECONDS = 0.5  # between its changes
@@ -98,11 +98,11 @@ class Log:
             flush=True,
         )
 
-    def samples(self, picture: np.ndarray, clip: np.ndarray, step: int) -> None:
-        """The picture as one of a series, and the clip, where it moves, as a video that plays in the page."""
+    def samples(self, image: np.ndarray, clip: np.ndarray, step: int) -> None:
+        """The image as one of a series, and the clip, where it moves, as a video that plays in the page."""
 
         def write() -> None:
-            self._run.picture(picture, "samples", step)
+            self._run.image(image, "samples", step)
             if len(clip) > 1:
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / f"step_{step:06d}.mp4"

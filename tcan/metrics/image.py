@@ -5,7 +5,7 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 
-def picture_measures(result: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def image_metrics(result: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Each measure is computed frame by frame on values in [0, 1] and averaged over the frames.
 
     Args:
