@@ -1,11 +1,11 @@
-# make demo | test | test-all | check | bench: each first brings .venv to what requirements.lock says, and does nothing more
-# where it already is. `make lock` makes the lock anew from pyproject.toml.
+# make demo | test | test-all | check | bench: each first installs requirements.lock into .venv if it is out of date.
+# `make lock` regenerates requirements.lock from pyproject.toml.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all check bench format lock
 
-# The first of these that is Python 3.11 or 3.12; PYTHON=... names another.
+# The first interpreter that is Python 3.11 or 3.12; override with PYTHON=...
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 	&& echo $$python && break; done)
@@ -40,15 +40,15 @@ lock: $(UV)
 	$(UV) pip compile --universal --generate-hashes --no-emit-index-url --extra dev --python-version 3.11 \
 		pyproject.toml -o requirements.lock
 
-# deepspeed comes as source only, and is built here (half a minute).
+# deepspeed is distributed as source only; building it takes about 30 s.
 $(STAMP): requirements.lock pyproject.toml $(UV)
 	$(UV) pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
-# uv lives apart from the environment that it brings up to date.
+# uv has its own environment, because `uv pip sync` removes packages that are not in the lock.
 $(UV):
-	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed; name one with PYTHON=..." >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 not found; set PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(PYTHON) -m venv .venv/uv
 	.venv/uv/bin/pip install --quiet 'uv>=0.8,<1'

@@ -1,94 +1,81 @@
-"""A image, a driving video or its poses, a model folder -> the animated video.
+"""Animate one image with the motion of a driving video or of a file of poses.
 
 tcan animate --image hero.png --driving dance.mp4 --model run/model --out hero-dances.mp4
 tcan animate --image hero.png --poses dance.json --model run/model --out hero-dances.gif
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from pipelines.config import Config
+from pipelines.inference import create_folder, load_pipeline
+from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
-from tcan.pose import follow_main_person, one_body, read_poses
+from tcan.pixels import to_uint8
+from tcan.pose import main_person_poses, read_poses, track_main_person
 from tcan.pose.skeleton import NECK, NOSE
-from tcan.schedule import sampler
-from tcan.video import VideoFrames, check_target, fit_image, is_image, read_image, write_video
-from tcan.weights import read_model_info
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from tcan.video import VideoFrames, check_target, is_image, read_image, write_video
 
 
 @dataclass(frozen=True)
 class Animation:
-    """One result, and the files it is made from; `driving` or `poses` must be given."""
+    """Input and output files of one animation; `driving` or `poses` is required."""
 
     image: Path
     out: Path
-    """As `tcan.video.write_video` takes it: .mp4, .webm, .gif, or a folder of PNG."""
+    """In the formats of `tcan.video.write_video`: .mp4, .webm, .gif, or a folder of PNG images."""
     driving: Path | None = None
     poses: Path | None = None
-    """Takes the place of the poses found in `driving`; any form that `tcan.pose.read_poses` reads."""
+    """Replaces the poses detected in `driving`; in any format that `tcan.pose.read_poses` supports."""
     character: Path | None = None
-    """The same for the image."""
+    """Replaces the pose detected in `image`; same formats."""
     fps: float | None = None
-    """Frames a second; None: the driving video's, or as the file of poses says."""
+    """Frames per second; None: the rate of the driving video, else that of the file of poses."""
     audio: bool = False
     side_by_side: bool = False
 
 
 @dataclass
 class Inputs:
-    """The files of an animation, opened and found good as far as that is known without a model."""
+    """The input files of an animation, opened and checked as far as possible without a model."""
 
     image: np.ndarray  # uint8 [H, W, 3]
     fps: float
     video: VideoFrames | None
-    poses: np.ndarray | None  # the driver's, given by hand: [F, 18, 3]
-    size: (
-        tuple[int, int] | None
-    )  # height and width that the driver's poses are in pixels of, where they are known
-    character: np.ndarray | None  # given by hand: [18, 3] in pixels of the image
+    poses: np.ndarray | None  # driving poses from a file: [F, 18, 3]
+    size: tuple[int, int] | None  # height and width of the image that the driving poses refer to, if known
+    character: np.ndarray | None  # pose of the character from a file: [18, 3] in pixels of the image
 
 
 def animate(animation: Animation, model: Path, config: Config) -> None:
-    """Writes the image's person with the motion of the driving video's main person, at its frame rate.
+    """Animate the person of the image with the motion of the driving video's main person, at its frame rate.
 
-    Memory holds a few frames, and of the whole video what `TCANPipeline` says.
+    Frames are read and written one at a time; `TCANPipeline` documents the memory that grows with the video.
 
     Raises:
-        UserError: a file that is missing, damaged, of another kind, or without a person; files that don't go together;
-            a model folder that isn't whole or doesn't fit its pretrained; a target that can't be written.
+        UserError: a file that is missing, damaged, of the wrong type, or without a person; files that do not match; a
+            model folder that is incomplete or does not match its pretrained models; a target that cannot be written.
     """
     inputs = read_inputs(animation, config)
-    count = make(load_pipeline(model, config), animation, inputs, config)
-    print(f"{animation.out}: {count} frames, {inputs.fps:g} a second", flush=True)
+    count = render_animation(load_pipeline(model, config), animation, inputs, config)
+    print(f"{animation.out}: {count} frames at {inputs.fps:g} frames/s", flush=True)
 
 
 def read_inputs(animation: Animation, config: Config) -> Inputs:
-    """Opens an animation's files.
+    """Open and check the files of an animation.
 
     Raises:
-        UserError: as `animate`.
+        UserError: see `animate`.
     """
-    check_target(animation.out, animation.audio)
-    if animation.driving is None and animation.poses is None:
-        raise UserError(f"{animation.out}: needs a motion; give a video with --driving or poses with --poses")
-    if animation.audio and animation.driving is None:
-        raise UserError("--audio copies the sound of the driving video; give one with --driving")
-    if animation.character is not None and not config.animate.retarget:
-        raise UserError("--character is for fitting the poses to it; leave it out, or animate.retarget on")
-    if animation.fps is not None and not animation.fps > 0:
-        raise UserError(f"--fps {animation.fps:g}: must be more than 0 frames a second")
+    _check_options(animation, config)
     image = read_image(animation.image)
     if animation.driving is not None and is_image(animation.driving):
-        raise UserError(f"{animation.driving}: is a image; give a video that moves it with --driving")
+        raise UserError(f"{animation.driving}: an image, not a video; pass a driving video with --driving")
     video = None if animation.driving is None else VideoFrames(animation.driving)
     size = None if video is None else (video.height, video.width)
     poses, fps = None, animation.fps or (video and video.fps)
@@ -100,156 +87,106 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
         if video is not None and (count := sum(1 for _ in video)) != len(file.people):
             raise UserError(
                 f"{animation.poses}: {len(file.people)} frames, but {animation.driving} has {count}; "
-                "give poses of this video, or leave it out"
+                "pass the poses of this video, or omit --driving"
             )
         points = np.concatenate(file.people)
         extent = float(points[..., 1].max(initial=1)), float(points[..., 0].max(initial=1))
         height, width = size or extent
-        poses = one_body(file.people, height, width, str(animation.poses), config.animate.smooth)
-    if not fps:
-        raise UserError(
-            f"{animation.poses}: holds no frame rate; give it with --fps, or the video with --driving"
+        poses = main_person_poses(
+            file.people, height, width, str(animation.poses), config.animate.smoothing_window
         )
+    if not fps:
+        raise UserError(f"{animation.poses}: no frame rate; pass --fps, or the video with --driving")
     if size is None and not config.animate.retarget:
         raise UserError(
-            f"{animation.poses}: doesn't say of which height and width its image is, which poses that aren't "
-            "retargeted need; add both to the file, or give the video with --driving"
+            f"{animation.poses}: no height and width of the image, required without retargeting; add both to the "
+            "file, or pass the video with --driving"
         )
-    return Inputs(image, fps, video, poses, size, _given_character(animation.character, image))
+    return Inputs(image, fps, video, poses, size, _read_character(animation.character, image))
 
 
-def _given_character(path: Path | None, image: np.ndarray) -> np.ndarray | None:
-    """The body of the file's first frame `[18, 3]`, in pixels of the image."""
+def _check_options(animation: Animation, config: Config) -> None:
+    check_target(animation.out, animation.audio)
+    if animation.driving is None and animation.poses is None:
+        raise UserError(
+            f"{animation.out}: no driving motion; pass a video with --driving or poses with --poses"
+        )
+    if animation.audio and animation.driving is None:
+        raise UserError("--audio copies the audio of the driving video; pass one with --driving")
+    if animation.character is not None and not config.animate.retarget:
+        raise UserError(
+            "--character has no effect without retargeting; omit it, or set animate.retarget to true"
+        )
+    if animation.fps is not None and not animation.fps > 0:
+        raise UserError(f"--fps {animation.fps:g}: must be above 0; pass frames per second")
+
+
+def _read_character(path: Path | None, image: np.ndarray) -> np.ndarray | None:
+    """The main person of the file's first frame, `[18, 3]` in pixels of the image."""
     if path is None:
         return None
     file = read_poses(path)
     height, width = image.shape[:2]
-    character = follow_main_person(file.people[:1], height, width)[0]
-    if file.height and file.width:  # drawn by hand on a larger or smaller copy
+    character = track_main_person(file.people[:1], height, width)[0]
+    if file.height and file.width:  # drawn on a copy of the image of another size
         character[:, :2] *= width / file.width, height / file.height
-    return _checked_character(character, path)
+    return _check_character(character, path)
 
 
-def _checked_character(character: np.ndarray, path: Path) -> np.ndarray:
+def _check_character(character: np.ndarray, path: Path) -> np.ndarray:
     if not (character[[NECK, NOSE], 2] > 0).all():
         raise UserError(
-            f"{path}: no person found with neck and nose in sight; give a image that shows one from the front, or "
-            "keypoints with --character"
+            f"{path}: no person found with visible neck and nose; use an image that shows a person from the front, or "
+            "pass keypoints with --character"
         )
     return character
 
 
-def make(pipe: TCANPipeline, animation: Animation, inputs: Inputs, config: Config) -> int:
-    """Animates, and writes the result as it is decoded; returns its number of frames.
+def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, config: Config) -> int:
+    """Animate, and write frames while they are decoded. Returns the number of frames.
 
     Raises:
-        UserError: as `animate`.
+        UserError: see `animate`.
     """
-    image, poses, settings = inputs.image, inputs.poses, config.animate
-    height, width = settings.height or pipe.height, settings.width or pipe.width
+    image, poses, options = inputs.image, inputs.poses, config.animate
+    height, width = options.height or pipe.height, options.width or pipe.width
     if poses is None:
         assert inputs.video is not None
-        poses = pipe.detect_poses(inputs.video, str(animation.driving), settings.smooth)
+        poses = pipe.detect_poses(inputs.video, str(animation.driving), options.smoothing_window)
     character = inputs.character
-    if not settings.retarget:
+    if not options.retarget:
         assert inputs.size is not None
         poses = pipe.scale_poses(poses, *inputs.size, height, width)
     elif character is None:
         character = pipe.detect_poses([image], str(animation.image))[0]
-        character = _checked_character(character, animation.image)
-    make_folder(animation.out.parent)
+        character = _check_character(character, animation.image)
+    create_folder(animation.out.parent)
     latents, poses = pipe(
         image,
         poses,
+        sampling=options,
         character=character,
-        retarget=settings.retarget,
+        retarget=options.retarget,
         height=height,
         width=width,
         generator=torch.Generator().manual_seed(config.seed),
         output_type="latent",
         return_dict=False,
-        **sampling(config),
     )
-    result: Iterator[np.ndarray] = (
-        frame for batch in pipe.decode(latents, settings.decode_batch) for frame in to_uint8(batch)
+    frames: Iterator[np.ndarray] = (
+        frame for batch in pipe.decode(latents, options.decode_batch) for frame in to_uint8(batch)
     )
     if animation.side_by_side:
         drawn = (pipe.draw(pose[None], height, width)[0] for pose in poses)
-        result = beside(fit_image(image, height, width), drawn, result)
-    write_video(result, animation.out, inputs.fps, animation.driving if animation.audio else None)
+        frames = side_by_side(fit_image(image, height, width), drawn, frames)
+    write_video(frames, animation.out, inputs.fps, animation.driving if animation.audio else None)
     return len(poses)
 
 
-def load_pipeline(model: Path, config: Config) -> TCANPipeline:
-    """The model folder as `config.animate` wants it loaded: pretrained, precision, device."""
-    device = find_device(config)
-    pretrained = dataclasses.asdict(config.pretrained)
-    if config.animate.pretrained == "model":
-        pretrained = {} if "pose" in read_model_info(model)["pretrained"] else {"pose": pretrained["pose"]}
-    pipe = TCANPipeline.from_pretrained(
-        model, torch_dtype=PRECISIONS[config.animate.precision], device=device, **pretrained
-    )
-    pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
-    pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: only where a terminal shows it
-    return pipe
-
-
-def find_device(config: Config) -> str:
-    """The device that `config.animate.device` means here.
-
-    Raises:
-        UserError: no such device, or a GPU where there is none.
-    """
-    device = config.animate.device
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"animate.device = {device}: no such device; use auto, cpu or cuda") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"animate.device = {device}: no GPU is at hand; use auto or cpu")
-    return device
-
-
-def sampling(config: Config) -> dict[str, Any]:
-    """What `config.animate` says of a call of the pipeline."""
-    animate = config.animate
-    return {
-        "num_inference_steps": animate.steps,
-        "guidance_scale": animate.guidance_scale,
-        "window": animate.window,
-        "overlap": animate.overlap,
-        "loop": animate.loop,
-        "ptm": animate.ptm,
-        "ptm_strength": animate.ptm_strength,
-        "ptm_limit": animate.ptm_limit,
-        "controlnet_scale": animate.controlnet_scale,
-        "start_from_reference": animate.start_from_reference,
-    }
-
-
-def to_uint8(frames: np.ndarray) -> np.ndarray:
-    """RGB in [0, 1] -> uint8, of any shape."""
-    return (frames * 255).round().astype(np.uint8)
-
-
-def beside(
-    reference: np.ndarray, poses: Iterable[np.ndarray], result: Iterable[np.ndarray]
+def side_by_side(
+    reference: np.ndarray, poses: Iterable[np.ndarray], frames: Iterable[np.ndarray]
 ) -> Iterator[np.ndarray]:
-    """reference `[H, W, 3]`, F drawn poses and F frames `[H, W, 3]` each -> F frames `[H, 3 W, 3]`."""
+    """Concatenate reference `[H, W, 3]`, F drawn poses and F frames `[H, W, 3]` each to F frames `[H, 3 W, 3]`."""
     return (
-        np.concatenate([reference, pose, frame], axis=1) for pose, frame in zip(poses, result, strict=True)
+        np.concatenate([reference, pose, frame], axis=1) for pose, frame in zip(poses, frames, strict=True)
     )
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it.
-
-    Raises:
-        UserError: it can't be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot make this folder ({error.strerror}); name another one") from None

@@ -1,4 +1,4 @@
-"""Where the jobs run: on the Ray cluster that RAY_ADDRESS names, else on this machine alone."""
+"""Connection to Ray: the cluster at RAY_ADDRESS if that is set, otherwise a new local Ray instance."""
 
 import os
 
@@ -8,9 +8,10 @@ _connected = False
 
 
 def connect() -> None:
-    """Connects this process to Ray, or starts it; never joins a cluster that merely happens to run on this machine.
+    """Connect this process to the cluster at RAY_ADDRESS, or start Ray locally.
 
-    Ray's own lines below an error stay in its log files: the terminal shows the jobs'.
+    Without RAY_ADDRESS it never joins a cluster that is already running on this machine. Ray messages below the level ERROR
+    go to Ray's log files only, so that the terminal shows the output of the job.
     """
     global _connected
     if not ray.is_initialized():
@@ -24,7 +25,7 @@ def connect() -> None:
 
 
 def disconnect() -> None:
-    """Ends what `connect` began, if it did. Ray prints what it still keeps of the workers' lines, and nothing after it."""
+    """Shut Ray down if `connect` started or joined it. Shutdown flushes the workers' buffered output to the terminal."""
     global _connected
     if _connected:
         ray.shutdown()

@@ -1,16 +1,23 @@
-"""The clip dataset: what `tcan preprocess` writes and `tcan train` reads.
+"""The clip dataset that `tcan preprocess` writes and `tcan train` reads.
 
-    OUT/dataset.json          version, counts, files, sizes, fingerprints, settings; written last: with it it is whole
-    OUT/clips/*.parquet       a row a clip: consecutive frames of one video as VAE latents and keypoints
-    OUT/rejected/*.parquet    a row a source that gave no clips, with the stage and the reason
+    OUT/dataset.json          schema version, counts, files, sizes, fingerprints, settings; written last
+    OUT/clips/*.parquet       one row per clip: consecutive frames of one video as VAE latents and keypoints
+    OUT/rejected/*.parquet    one row per source without clips, with the step that rejected it and the reason
 
-OUT is a folder or, as a URI, a place in a bucket. Parquet files can be read with pyarrow or pandas alone; `decode_row`
-turns a row's binary columns into arrays. A file's name holds the digest of its bytes (`file_name`) and its metadata the
-dataset's identity; it is written once and never changed. Its row groups hold about 2 MiB, or one clip if that is larger:
-what a training sample reads.
+The dataset is complete when dataset.json exists. OUT is a local folder or the URI of a folder in a bucket. The Parquet files
+can be read with pyarrow or pandas alone; `decode_row` decodes the binary columns of a row to arrays.
 
-Schema versions: 1, the first; 2, everybody's keypoints and which of them is the main person, the sources' versions,
-digests in the files' names, the files listed in dataset.json. OPTIONAL_COLUMNS came later and changed nothing else.
+A file name contains the digest of the file's content (`file_name`); the file's metadata contains the identity of the
+dataset. Files are written once and never changed. A row group is about 2 MiB, or one clip if that is larger, so a training
+sample reads a single row group.
+
+Schema versions:
+
+- 1: first version;
+- 2: keypoints of all people and the index of the main person, versions of the sources, digests in file names, list of files
+  in dataset.json.
+
+OPTIONAL_COLUMNS were added later without other changes.
 """
 
 import hashlib
@@ -30,69 +37,69 @@ SCHEMA_VERSION = 2
 INFO_FILE = "dataset.json"
 CLIPS_FOLDER = "clips"
 REJECTED_FOLDER = "rejected"
-IDENTITY_KEY = b"tcan.dataset"  # in each file's metadata: the settings and fingerprints that made it, as JSON
-DUPLICATE = "duplicate"  # the stage of a source whose content is that of another one
+IDENTITY_KEY = b"tcan.dataset"  # metadata key of each file: settings and model fingerprints as JSON
+DUPLICATE = "duplicate"  # step of a source whose content is identical to that of another source
 
-LATENT_STRIDE = 8  # image pixels to a latent, in each direction
+LATENT_STRIDE = 8  # image pixels per latent, in each direction
 NUM_JOINTS = 18
 
 CLIP_SCHEMA = pa.schema(
     [
         ("clip_id", pa.string()),  # {video_id}-{start:06d}
         ("video_id", pa.string()),  # first 16 hex digits of the sha256 of the file
-        ("source", pa.string()),  # where the video was found: absolute path or URI
-        ("source_version", pa.string()),  # {bytes}-{modification time, ns}: unchanged, so is the content
-        ("split", pa.string()),  # "train" or "validation", from video_id alone
-        ("start", pa.int32()),  # number of the first frame in the (resampled) video
+        ("source", pa.string()),  # absolute path or URI of the video
+        (
+            "source_version",
+            pa.string(),
+        ),  # {bytes}-{modification time in ns}: if equal, the content is assumed equal
+        ("split", pa.string()),  # "train" or "validation", depends on video_id only
+        ("start", pa.int32()),  # index of the first frame in the (resampled) video
         ("num_frames", pa.int32()),  # F
         ("fps", pa.float32()),  # of the clip, after resampling
-        ("height", pa.int32()),  # of the canvas, pixels
+        ("height", pa.int32()),  # canvas size in pixels
         ("width", pa.int32()),
-        ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 in source pixels: what became the canvas
-        ("latent_mean", pa.binary()),  # float16 [F, C, height/8, width/8], as the VAE gives it: unscaled
+        ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 of the canvas in source pixels
+        ("latent_mean", pa.binary()),  # float16 [F, C, height/8, width/8], not scaled
         ("latent_logvar", pa.binary()),  # float16, same shape
         ("keypoints", pa.binary()),  # float32 [F, 18, 3]: x, y in canvas pixels, score; the main person
         ("people_per_frame", pa.list_(pa.int32())),  # [F]
-        ("people", pa.binary()),  # float32 [sum of people_per_frame, 18, 3]: everybody, frame after frame
-        (
-            "main_person",
-            pa.list_(pa.int32()),
-        ),  # [F]: which of the frame's people `keypoints` are; -1: not seen
+        ("people", pa.binary()),  # float32 [sum(people_per_frame), 18, 3]: all people, frame by frame
+        ("main_person", pa.list_(pa.int32())),  # [F]: index of the main person in the frame; -1: not detected
         ("reference_latent_mean", pa.binary()),  # float16 [C, height/8, width/8]: the video's first frame
         ("reference_keypoints", pa.binary()),  # float32 [18, 3]: the video's first frame
     ]
 )
 
-# Of everybody in `people`: x, y in canvas pixels, score, in OpenPose's order; a point not found is all 0. Clips have the
-# column if the dataset's identity has the key.
+# Keypoints of all people in `people`: x, y in canvas pixels, score, in OpenPose's order; all 0 if not detected. Clips have a
+# column if the dataset's identity has its key.
 OPTIONAL_COLUMNS = {
-    # float32 [sum of people_per_frame, 2, 21, 3]: left hand, right hand
+    # float32 [sum(people_per_frame), 2, 21, 3]: left hand, right hand
     "hand_fingerprint": pa.field("hands", pa.binary()),
-    # float32 [sum of people_per_frame, 70, 3]
+    # float32 [sum(people_per_frame), 70, 3]
     "face_fingerprint": pa.field("faces", pa.binary()),
 }
 
 REJECTED_SCHEMA = pa.schema(
     [
         ("source", pa.string()),
-        ("source_version", pa.string()),  # null when the file could not be read
-        ("video_id", pa.string()),  # null when the file could not be read
-        (
-            "stage",
-            pa.string(),
-        ),  # "list", "decode", "pose", "latents" or, with the other's source, "duplicate"
-        ("reason", pa.string()),  # one line
+        ("source_version", pa.string()),  # null if the file could not be read
+        ("video_id", pa.string()),  # null if the file could not be read
+        # Preprocessing step: "list", "decode", "pose", "latents", "models" or "duplicate".
+        ("step", pa.string()),
+        ("reason", pa.string()),  # one line; of a duplicate, the source with the same content
     ]
 )
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:
-    """What `dataset.json` says: schema_version, counts {sources, videos, clips, frames, rejected, duplicates}, files {name:
-    rows}, identity, height, width, clip_frames, fps, vae_fingerprint, vae_scaling_factor, pose_fingerprint, settings,
-    mlflow_run_id.
+    """Read `dataset.json`.
+
+    Returns:
+        schema_version, counts {sources, videos, clips, frames, rejected, duplicates}, files {name: rows}, identity, height,
+        width, clip_frames, fps, vae_fingerprint, vae_scaling_factor, pose_fingerprint, settings, mlflow_run_id.
 
     Raises:
-        UserError: no such folder, no dataset in it, one that is not finished, or one of another schema version.
+        UserError: the folder does not exist, contains no dataset or an unfinished one, or has another schema version.
     """
     file = f"{folder}/{INFO_FILE}"
     try:
@@ -100,40 +107,43 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         if clip_files(folder) or rejected_files(folder):
             raise UserError(
-                f"{folder}: this dataset is not finished; run the same tcan preprocess again"
+                f"{folder}: the dataset is not finished; rerun the same tcan preprocess command"
             ) from None
         raise UserError(
-            f"{folder}: no dataset here (no {INFO_FILE}); give what tcan preprocess wrote"
+            f"{folder}: no dataset here (no {INFO_FILE}); give the output folder of tcan preprocess"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file}: cannot be read ({storage.one_line(error)}); the same tcan preprocess writes it anew"
+            f"{file}: cannot be read ({storage.one_line(error)}); rerun the same tcan preprocess command to regenerate it"
         ) from None
     if info.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
-            f"{folder}: dataset of schema version {info.get('schema_version')}, but this is {SCHEMA_VERSION}; "
-            "make it again with tcan preprocess"
+            f"{folder}: schema version {info.get('schema_version')}, expected {SCHEMA_VERSION}; "
+            "regenerate the dataset with tcan preprocess"
         )
     return info
 
 
 def clip_schema(identity: Mapping[str, Any]) -> pa.Schema:
-    """CLIP_SCHEMA, and the optional columns that clips of this identity have."""
+    """CLIP_SCHEMA plus the optional columns of a dataset with this identity."""
     return pa.schema([*CLIP_SCHEMA, *(field for key, field in OPTIONAL_COLUMNS.items() if key in identity)])
 
 
 def clip_files(folder: str | Path) -> list[str]:
-    """The Parquet files of clips, in a fixed order."""
+    """Sorted names of the Parquet files of clips."""
     return _parquet_files(folder, CLIPS_FOLDER)
 
 
 def rejected_files(folder: str | Path) -> list[str]:
-    """The Parquet files of rejected sources, in a fixed order."""
+    """Sorted names of the Parquet files of rejected sources."""
     return _parquet_files(folder, REJECTED_FOLDER)
 
 
 def file_name(part: str, file: io.BufferedIOBase) -> str:
-    """The name of a Parquet file, open at its beginning, in the folder `part`: its content's sha256, shortened."""
+    """File name of a Parquet file in the folder `part`: 32 hex digits of the SHA-256 of its content.
+
+    `file` must be positioned at its beginning.
+    """
     return f"{part}-{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}.parquet"
 
 
@@ -143,14 +153,18 @@ def _parquet_files(folder: str | Path, part: str) -> list[str]:
 
 
 def decode_row(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a clip's row (a dict of Python values, as `table.to_pylist()` gives); read-only views.
+    """Decode the binary columns of a clip to read-only arrays.
 
-    Returns latent_mean, latent_logvar (float16 `[F, C, h, w]`, C the VAE's channels), keypoints (float32 `[F, 18, 3]`),
-    people (float32 `[sum of people_per_frame, 18, 3]`), hands (`[..., 2, 21, 3]`), faces (`[..., 70, 3]`),
-    reference_latent_mean (float16 `[C, h, w]`) and reference_keypoints (float32 `[18, 3]`), of those in the row.
+    Args:
+        row: a clip as a dict of Python values, from `table.to_pylist()`.
+
+    Returns:
+        Of the columns in the row: latent_mean, latent_logvar (float16 `[F, C, h, w]`, C: channels of the VAE), keypoints
+        (float32 `[F, 18, 3]`), people (float32 `[sum(people_per_frame), 18, 3]`), hands (`[..., 2, 21, 3]`), faces
+        (`[..., 70, 3]`), reference_latent_mean (float16 `[C, h, w]`) and reference_keypoints (float32 `[18, 3]`).
 
     Raises:
-        ValueError: the bytes are not of that shape.
+        ValueError: the number of bytes does not match the shape.
     """
     latent = (-1, row["height"] // LATENT_STRIDE, row["width"] // LATENT_STRIDE)
     layout = {

@@ -1,14 +1,14 @@
-"""All of it on rendered puppets: videos -> clip dataset -> stage 1 -> stage 2 -> animated videos -> metrics.
+"""All jobs on rendered puppets: videos -> clip dataset -> stage 1 -> stage 2 -> animated videos -> metrics.
 
     OUT/videos/train/            clips of `dance`: few adults, one kind of scene
-    OUT/videos/{dance,bizarre}/  held out: characters and dances that no training saw
-    OUT/dataset/ OUT/run/        what `tcan preprocess` and `tcan train` make of them
-    OUT/animated/                a held-out dancer and a creature, each with the dance of somebody else
+    OUT/videos/{dance,bizarre}/  held out: characters and dances that are in no training set
+    OUT/dataset/ OUT/run/        outputs of `tcan preprocess` and `tcan train`
+    OUT/animated/                a held-out dancer and a creature, each with the dance of another character
     OUT/evaluation/{dance,bizarre}/
-    OUT/sheet.png                the animated videos at a glance
-    OUT/mlflow/                  the runs
+    OUT/sheet.png                overview of the animated videos
+    OUT/mlflow/                  the MLflow runs
 
-Each part is left alone where it is whole, so the same command again goes on from what is there.
+Complete parts are skipped, so rerunning the command resumes.
 """
 
 import dataclasses
@@ -30,15 +30,15 @@ from tcan.video import read_video, write_image
 TRAIN_CLIPS, TRAIN_FRAMES = 24, 64
 HELD_OUT_CLIPS, HELD_OUT_FRAMES = 4, 40
 HELD_OUT_SEED = 20_000_000
-"""Far from the seeds of the demo's training clips and of the mini weights' pretraining."""
+"""Disjoint from the seeds of the demo's training clips and of the pretraining of the mini weights."""
 SHEET_TIMES = 6
 
 
 def demo(out: Path, config: Config) -> None:
-    """Runs every job at the size of `config` and ends by saying where the results lie.
+    """Run every job at the size of `config`, then print the metrics and the locations of the results.
 
     Raises:
-        UserError: as the jobs do.
+        UserError: see the jobs.
     """
     out = Path(out)
     tracking = TrackingConfig(config.tracking.experiment, str(out / "mlflow"), config.tracking.uri)
@@ -57,7 +57,7 @@ def demo(out: Path, config: Config) -> None:
     for character, dance in (("dance", 1), ("bizarre", 2)):
         target = out / "animated" / f"{character}.mp4"
         if target.exists():
-            print(f"{target}: made before, left alone", flush=True)
+            print(f"{target}: already exists, skipped", flush=True)
         else:
             image, driving = videos / character / "00.png", videos / "dance" / f"{dance:02}.mp4"
             animate(Animation(image, target, driving, side_by_side=True), model, config)
@@ -82,18 +82,18 @@ def demo(out: Path, config: Config) -> None:
 def render(
     folder: Path, distribution: Distribution, first_seed: int, clips: int, frames: int, size: int
 ) -> None:
-    """Clips as mp4, each with its true keypoints (JSON) and its first frame (PNG) beside it."""
+    """Render clips as mp4, each with its ground-truth keypoints (JSON) and its first frame (PNG)."""
     missing = [i for i in range(clips) if not (folder / f"{i:02}.png").exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for i in tqdm(missing, desc=f"rendering {folder}", disable=None):
         clip = sample_clip(distribution, first_seed + i, frames, size)
         write_clip(clip, folder / f"{i:02}", FPS)
-        # last: its presence says that the clip is whole
+        # Written last: marks the clip as complete.
         write_image(clip.frames[0], folder / f"{i:02}.png")
 
 
 def contact_sheet(videos: list[Path]) -> np.ndarray:
-    """uint8 RGB: per video its image, then driving pose above result at a few times."""
+    """uint8 RGB: for each video the image, then driving poses above results at `SHEET_TIMES` times."""
 
     def rows() -> Iterator[np.ndarray]:
         for path in videos:

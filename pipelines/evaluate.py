@@ -1,17 +1,16 @@
-"""Self-reconstruction on held-out videos: the first frame gives the look, the video the motion; then metrics.
+"""Self-reconstruction of held-out videos: animate the first frame with the video's poses, then compute metrics.
 
 tcan evaluate held-out/ --model run/model --out evaluation/
 
-OUT/evaluation.json   all of it: metrics and controls (means over the videos), settings, rejected videos
-OUT/videos.csv        a row a video
-OUT/sheet.png         reference, then driving pose, truth and result at a few times, a row a video
-OUT/videos/*.mp4      reference, driving pose, truth and result beside each other
+OUT/evaluation.json   metrics and controls (means over the videos), configuration, rejected videos
+OUT/videos.csv        metrics of each video
+OUT/sheet.png         one row per video: reference, then driving pose, truth and result at several times
+OUT/videos/*.mp4      reference, driving pose, truth and result side by side
 """
 
 import csv
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipelines import tracking
-from pipelines.animate import load_pipeline, make_folder, sampling, to_uint8
 from pipelines.config import Config
+from pipelines.inference import create_folder, load_pipeline
 from pipelines.preprocess.sources import list_sources
+from tcan.atomic_write import atomic_write
+from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.metrics import (
     background_mask,
@@ -36,14 +37,15 @@ from tcan.metrics import (
     pose_metrics,
 )
 from tcan.pipeline import TCANPipeline
-from tcan.pose import follow_main_person, read_poses
-from tcan.video import fit_image, read_video, write_image, write_video
+from tcan.pixels import to_uint8
+from tcan.pose import read_poses, track_main_person
+from tcan.video import read_video, write_image, write_video
 
 SHEET_TIMES = 4
 SHEET_VIDEOS = 8
 SHEET_CELL = 128  # pixels
 
-# What the table shows: line, measure, unit factor and format; each control's key is the measure's with its suffix.
+# Rows of the printed table: label, metric, unit factor, format. The key of a control is the metric's with a suffix.
 TABLE = (
     ("L1 (0 to 1)", "l1", 1, ".4f"),
     ("PSNR, dB", "psnr", 1, ".2f"),
@@ -69,39 +71,39 @@ CONTROLS = {
 
 @dataclass
 class Evaluated:
-    """One video and what was made of it, all at the model's size."""
+    """A video and its reconstruction, all at the model's size."""
 
     path: Path
     fps: float
     truth: np.ndarray  # uint8 [F, H, W, 3]
-    poses: np.ndarray  # [F, 18, 3], found in the truth; what drove the result
-    drawn: np.ndarray  # uint8 [F, H, W, 3], the poses as the model saw them
+    poses: np.ndarray  # [F, 18, 3], detected in the truth; drives the result
+    drawn: np.ndarray  # uint8 [F, H, W, 3], the pose images of the model
     result: np.ndarray  # uint8 [F, H, W, 3]
-    found: np.ndarray  # [F, 18, 3], found in the result
-    true_poses: np.ndarray | None  # [F, 18, 3], of the file beside the video
+    found: np.ndarray  # [F, 18, 3], detected in the result
+    true_poses: np.ndarray | None  # [F, 18, 3], from the JSON file next to the video
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, Any]:
-    """Animates each video's first frame by its own poses, metrics, writes OUT (see above), prints a table.
+    """Animate the first frame of each video with the video's poses, compute metrics, write OUT and print a table.
 
-    A video that can't be used (damaged, without a person) is named, recorded, and left out.
+    A video that is damaged or shows no person is skipped, with a message and an entry in evaluation.json.
 
-    Beside each measure its controls: the first frame standing still for the image metrics; the mean pose of the
-    videos, and the result of another video, for the pose metrics; the source itself for the flicker; another video's
-    reference for the likeness.
+    Each metric has controls: the first frame as a still for the image metrics; the mean pose of the videos, and the
+    result of another video, for the pose metrics; the source for the flicker; the reference of another video for the
+    likeness.
 
     Returns:
-        what evaluation.json holds.
+        the contents of evaluation.json.
 
     Raises:
-        UserError: no video, none that can be used, a model folder that isn't whole or doesn't fit its pretrained.
+        UserError: no video, no usable video, a model folder that is incomplete or does not match its pretrained models.
     """
     paths = [Path(path) for path in list_sources(str(videos))]
     paths = paths[: config.evaluate.videos or None]
     pipe = load_pipeline(model, config)
     out = Path(out)
-    make_folder(out / "videos")
+    create_folder(out / "videos")
     parents = {"model": pipe.model_info.get("mlflow_run_id")}
     with tracking.run(
         "evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), parents
@@ -112,12 +114,12 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
                 evaluated.append(reconstruct(pipe, path, config))
             except UserError as error:
                 rejected.append({"source": str(path), "reason": str(error)})
-                print(f"left out: {error}", flush=True)
+                print(f"skipped: {error}", flush=True)
                 continue
-            write_beside(evaluated[-1], out / "videos" / f"{len(evaluated) - 1:03d}-{path.stem}.mp4")
+            write_comparison(evaluated[-1], out / "videos" / f"{len(evaluated) - 1:03d}-{path.stem}.mp4")
         if not evaluated:
-            raise UserError(f"{videos}: none of the {len(paths)} videos can be used; the lines above say why")
-        measure(evaluated)
+            raise UserError(f"{videos}: none of the {len(paths)} videos can be used; see the reasons above")
+        compute_metrics(evaluated)
         metrics = means([video.metrics for video in evaluated])
         report = {
             "schema_version": 1,
@@ -132,45 +134,46 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
         }
         _write_csv(evaluated, out / "videos.csv")
         write_image(contact_sheet(evaluated), out / "sheet.png")
-        _write_text(json.dumps(report, indent=2) + "\n", out / "evaluation.json")
+        with atomic_write(out / "evaluation.json") as partial:
+            partial.write_text(json.dumps(report, indent=2) + "\n")
         run.metrics({key: value for key, value in metrics.items() if np.isfinite(value)})
         for name in ("evaluation.json", "videos.csv", "sheet.png"):
             run.file(out / name)
         run.folder(out / "videos", "videos")
     print(table(metrics))
-    print(
-        f"{len(evaluated)} videos, {report['frames']} frames; all of it in {out}, images in {out / 'sheet.png'}"
-    )
+    print(f"{len(evaluated)} videos, {report['frames']} frames; results: {out}, images: {out / 'sheet.png'}")
     return report
 
 
 def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
-    """The video's first frame with the video's own poses.
+    """Animate the first frame of a video with the video's poses.
 
     Raises:
-        UserError: the video can't be read or shows no person.
+        UserError: the video cannot be read or shows no person.
     """
     frames, fps = read_video(path, config.evaluate.frames)
     truth = np.stack([fit_image(frame, pipe.height, pipe.width) for frame in frames])
-    poses = pipe.detect_poses(truth, str(path), config.animate.smooth)
+    poses = pipe.detect_poses(truth, str(path), config.animate.smoothing_window)
     frames_01, _ = pipe(
         truth[0],
         poses,
-        retarget=False,  # it is its own body
+        sampling=config.animate,
+        retarget=False,  # the poses already are the character's
         generator=torch.Generator().manual_seed(config.seed),
         decode_batch=config.animate.decode_batch,
         return_dict=False,
-        **sampling(config),
     )
     result = to_uint8(frames_01)
     people = pipe.pose_detector.detect(result)
-    found = follow_main_person(people, pipe.height, pipe.width)  # no gap filled: what isn't seen is missed
+    found = track_main_person(
+        people, pipe.height, pipe.width
+    )  # without gap filling: undetected joints count as misses
     true_poses = read_true_poses(path.with_suffix(".json"), pipe, len(truth))
     return Evaluated(path, fps, truth, poses, pipe.draw(poses), result, found, true_poses)
 
 
 def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarray | None:
-    """True keypoints `[F, 18, 3]` in pixels of the output, where the file beside a video holds some; else None."""
+    """Ground-truth keypoints `[F, 18, 3]` in pixels of the output, from a video's JSON file; None if it is missing."""
     if not path.is_file():
         return None
     truth = read_poses(path)
@@ -179,15 +182,15 @@ def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarr
     return pipe.scale_poses(poses, truth.height or pipe.height, truth.width or pipe.width)
 
 
-def measure(evaluated: list[Evaluated]) -> None:
-    """Fills in every video's metrics and controls; those that need a second video are NaN where there is none."""
+def compute_metrics(evaluated: list[Evaluated]) -> None:
+    """Set each video's metrics and controls. Controls that need a second video are NaN if there is only one."""
     still_pose = mean_pose([video.poses for video in evaluated])
     references = np.stack([part_colours(video.truth[:1], video.poses[:1])[0] for video in evaluated])
     for i, video in enumerate(evaluated):
         height, width = video.truth.shape[1:3]
         m = video.metrics
         m |= image_metrics(video.result, video.truth)
-        if len(video.truth) > 1:  # the first frame would equal itself, at a PSNR of infinity
+        if len(video.truth) > 1:  # the first frame equals the still: PSNR inf
             still = np.broadcast_to(video.truth[:1], video.truth[1:].shape)
             m |= _suffixed(image_metrics(still, video.truth[1:]), "still")
 
@@ -197,8 +200,8 @@ def measure(evaluated: list[Evaluated]) -> None:
         )
         other = evaluated[(i + 1) % len(evaluated)]
         common = min(len(other.found), len(video.poses))
-        mistaken = pose_metrics(other.found[:common], video.poses[:common], height)
-        m |= _suffixed(mistaken if other is not video else dict.fromkeys(mistaken, float("nan")), "other")
+        control = pose_metrics(other.found[:common], video.poses[:common], height)
+        m |= _suffixed(control if other is not video else dict.fromkeys(control, float("nan")), "other")
         if video.true_poses is not None:
             m |= _suffixed(pose_metrics(video.found, video.true_poses, height), "true")
 
@@ -209,14 +212,14 @@ def measure(evaluated: list[Evaluated]) -> None:
         distances = np.stack([colour_distance(colours, reference) for reference in references])  # [N, F]
         others = np.delete(distances, i, axis=0)
         m["colour_distance"] = float(np.nanmean(distances[i]))
-        m["colour_distance_other"] = float(np.nanmean(others)) if len(others) else float("nan")
-        alone = not len(others)
-        m["identified"] = float("nan") if alone else float((distances[i] < np.nanmin(others, axis=0)).mean())
-        m["identified_chance"] = float("nan") if alone else 1 / len(evaluated)
+        single = not len(others)
+        m["colour_distance_other"] = float("nan") if single else float(np.nanmean(others))
+        m["identified"] = float("nan") if single else float((distances[i] < np.nanmin(others, axis=0)).mean())
+        m["identified_chance"] = float("nan") if single else 1 / len(evaluated)
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each measure over the videos that have it."""
+    """Mean of each metric over the videos where it is defined (not NaN)."""
     result = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         values = [row[key] for row in rows if key in row and not np.isnan(row[key])]
@@ -225,8 +228,8 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def table(metrics: dict[str, float]) -> str:
-    """The metrics as lines of text, each with its controls."""
-    lines = [f"{'measure':<38}{'result':>8}   controls"]
+    """Format the metrics as lines of text, each with its controls."""
+    lines = [f"{'metric':<38}{'result':>8}   controls"]
     for label, key, factor, form in TABLE:
         if key not in metrics:
             continue
@@ -240,7 +243,7 @@ def table(metrics: dict[str, float]) -> str:
 
 
 def contact_sheet(evaluated: list[Evaluated]) -> np.ndarray:
-    """uint8 RGB: a row a video; the reference, then driving pose, truth and result at a few times."""
+    """uint8 RGB with one row per video: the reference, then driving pose, truth and result at `SHEET_TIMES` times."""
     rows = []
     for video in evaluated[:SHEET_VIDEOS]:
         cells = [video.truth[0]]
@@ -250,8 +253,8 @@ def contact_sheet(evaluated: list[Evaluated]) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def write_beside(video: Evaluated, path: Path) -> None:
-    """reference | driving pose | truth | result."""
+def write_comparison(video: Evaluated, path: Path) -> None:
+    """Write a video with the columns reference, driving pose, truth and result."""
     frames = (
         np.concatenate([video.truth[0], pose, truth, result], axis=1)
         for pose, truth, result in zip(video.drawn, video.truth, video.result, strict=True)
@@ -270,21 +273,13 @@ def _suffixed(metrics: dict[str, float], suffix: str) -> dict[str, float]:
 
 def _write_csv(evaluated: list[Evaluated], path: Path) -> None:
     columns = list(dict.fromkeys(key for video in evaluated for key in video.metrics))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(partial, "w", newline="") as file:
+    with atomic_write(path) as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, ["source", "frames", *columns], restval="")
         writer.writeheader()
         for video in evaluated:
             writer.writerow({"source": str(video.path), "frames": len(video.truth)} | video.metrics)
-    os.replace(partial, path)
-
-
-def _write_text(text: str, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _json_number(value: float) -> float | None:
-    """JSON knows neither NaN nor infinity."""
+    """None for NaN and infinity, which JSON does not have."""
     return value if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What a stage of training will take of each GPU's memory, before any is bought.
+"""`tcan memory`: estimate of the GPU memory that each training stage needs.
 
 tcan memory --config sd15 --gpus 8
 """
@@ -21,67 +21,75 @@ GIB = 2**30
 
 
 def memory(config: Config, gpus: int, stage: str = "all") -> None:
-    """Prints weights, gradients, optimizer and activations of a GPU, by ZeRO stage, GPUs and batch.
+    """Print the memory per GPU of weights, gradients, optimizer states and activations, by ZeRO stage, GPUs and batch size.
 
-    Counted on modules of the real size that hold nothing: it takes a minute, and neither a GPU nor weights.
+    The estimate runs full-size modules on fake tensors. It takes about a minute and needs neither a GPU nor weights.
 
     Raises:
-        UserError: fewer than one GPU; a folder of the pretrained without the part that it should hold.
+        UserError: `gpus` is below 1, or a folder of a pretrained model lacks the expected part.
     """
     if gpus < 1:
-        raise UserError(f"--gpus {gpus}: must be at least 1")
+        raise UserError(f"--gpus {gpus}: must be at least 1; give the number of GPUs to train on")
     train = config.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     for number, settings in ((1, train.stage1), (2, train.stage2)):
         if stage not in ("all", str(number)):
             continue
-        found = {}
+        estimates = {}
         for checkpointing in (False, True):
             tcan = fake_tcan(lambda: networks(config.pretrained, train.lora_rank), dtype)
             if checkpointing:
                 tcan.enable_gradient_checkpointing()
-            found[checkpointing] = training_memory(tcan, number, 1, train.frames, config.size, config.size)
-        sample = "image" if number == 1 else f"clip of {train.frames} frames"
+            estimates[checkpointing] = training_memory(
+                tcan, number, 1, train.clip_frames, config.size, config.size
+            )
+        sample = "image" if number == 1 else f"clip of {train.clip_frames} frames"
         print(
             f"stage {number}: {sample} of {config.size} x {config.size}, {train.precision}, GiB", flush=True
         )
-        print("\n".join(_activations(found) + _sums(found, settings.micro_batch, gpus)) + "\n", flush=True)
+        print(
+            "\n".join(_activations(estimates) + _sums(estimates, settings.micro_batch, gpus)) + "\n",
+            flush=True,
+        )
     print(
-        "On top come DeepSpeed's buffers, at ZeRO 3 the weights of the layers at work, and the GPU's own context."
+        "Not included: DeepSpeed's buffers, the gathered weights of the active layers at ZeRO 3, and the CUDA context."
     )
 
 
-def _activations(found: dict[bool, TrainingMemory]) -> list[str]:
-    lines = ["  activations by batch of a GPU        " + "".join(f"{batch:>8}" for batch in BATCHES)]
-    for checkpointing, name in ((False, "all kept"), (True, "train.gradient_checkpointing true")):
-        values = (found[checkpointing].activations * batch / GIB for batch in BATCHES)
+def _activations(estimates: dict[bool, TrainingMemory]) -> list[str]:
+    lines = ["  activations by batch size per GPU    " + "".join(f"{batch:>8}" for batch in BATCHES)]
+    for checkpointing, name in (
+        (False, "no gradient checkpointing"),
+        (True, "train.gradient_checkpointing true"),
+    ):
+        values = (estimates[checkpointing].activations * batch / GIB for batch in BATCHES)
         lines.append(f"    {name:<35}" + "".join(f"{value:>8.2f}" for value in values))
     return lines
 
 
-def _sums(found: dict[bool, TrainingMemory], batch: int, gpus: int) -> list[str]:
+def _sums(estimates: dict[bool, TrainingMemory], batch: int, gpus: int) -> list[str]:
     lines = [
-        f"  a GPU at batch {batch}",
+        f"  per GPU at batch size {batch}",
         "    GPUs  ZeRO   weights  gradients  optimizer  activations       sum  with checkpointing",
     ]
     for count in sorted({1, gpus}):
         for zero in range(4):
-            parts, saving = (
-                found[checkpointing].per_device(zero, count, batch) for checkpointing in (False, True)
+            parts, checkpointed = (
+                estimates[checkpointing].per_device(zero, count, batch) for checkpointing in (False, True)
             )
             weights, gradients, optimizer, activations, total = (value / GIB for value in parts.values())
             lines.append(
                 f"    {count:>4}  {zero:>4}{weights:>10.2f}{gradients:>11.2f}{optimizer:>11.2f}{activations:>13.2f}"
-                f"{total:>10.2f}{saving['sum'] / GIB:>20.2f}"
+                f"{total:>10.2f}{checkpointed['sum'] / GIB:>20.2f}"
             )
     return lines
 
 
 def networks(pretrained: PretrainedConfig, lora_rank: int) -> dict[str, Any]:
-    """What TCAN is built on, with the configurations of the pretrained where these are local folders, else with SD1.5's."""
-    made = {
-        part: network.from_config({**_config(part, pretrained), **more})
-        for part, network, more in (
+    """Arguments of `TCAN`: networks built from the configurations of local model folders, else SD1.5's."""
+    modules = {
+        part: network.from_config({**_config(part, pretrained), **options})
+        for part, network, options in (
             ("unet", UNet2DConditionModel, {}),
             ("controlnet", ControlNetModel, {}),
             ("motion_adapter", MotionAdapter, {"use_motion_mid_block": False}),
@@ -89,7 +97,7 @@ def networks(pretrained: PretrainedConfig, lora_rank: int) -> dict[str, Any]:
     }
     prompt = _config("text_encoder", pretrained)
     tokens, width = prompt["max_position_embeddings"], prompt["hidden_size"]
-    return {**made, "empty_prompt": torch.zeros(1, tokens, width), "lora_rank": lora_rank}
+    return {**modules, "empty_prompt": torch.zeros(1, tokens, width), "lora_rank": lora_rank}
 
 
 def _config(part: str, pretrained: PretrainedConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Files on this machine or in a bucket (`s3://`, `gs://`), by one name each: an absolute path or a URI.
+"""Local files and files in a bucket (`s3://`, `gs://`), each identified by an absolute path or a URI.
 
-Credentials and endpoint come from where Arrow's file systems look for them: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ~/.aws,
-GOOGLE_APPLICATION_CREDENTIALS and so on.
+Arrow's file systems read credentials and endpoint from their usual locations: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+~/.aws, GOOGLE_APPLICATION_CREDENTIALS and so on.
 """
 
 import errno
@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from tcan.errors import UserError
 
 SCHEMES = ("s3://", "gs://")
-# What the person who started the job can mend: the disk is full or over quota, read-only or not theirs.
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-MENDABLE = FULL | {
-    errno.ENOENT,  # of a path in a place like /proc, where nothing can be made
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Errors that the user can fix: the disk is full, over quota or read-only, or permissions are missing.
+USER_ERRNOS = DISK_FULL_ERRNOS | {
+    errno.ENOENT,  # a path below a virtual file system such as /proc, where no file can be created
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
@@ -34,19 +34,20 @@ MENDABLE = FULL | {
 
 
 def is_remote(name: str | Path) -> bool:
+    """Whether the name is a URI of a bucket."""
     return str(name).startswith(SCHEMES)
 
 
 def absolute(name: str | Path) -> str:
-    """The same place, named so that any working directory finds it."""
+    """Absolute form of a path or URI, independent of the working directory."""
     return str(name).rstrip("/") if is_remote(name) else os.path.abspath(os.path.expanduser(name))
 
 
 def locate(name: str | Path) -> tuple[pafs.FileSystem, str]:
-    """The file system of a name and the path in it.
+    """Return the Arrow file system of a name and the path in that file system.
 
     Raises:
-        UserError: a bucket that cannot be reached at all.
+        UserError: the bucket cannot be reached.
     """
     if not is_remote(name):
         return pafs.LocalFileSystem(), os.path.abspath(name)
@@ -55,7 +56,9 @@ def locate(name: str | Path) -> tuple[pafs.FileSystem, str]:
     try:
         return _bucket(scheme, bucket), path
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{scheme}://{bucket}: cannot be reached: {one_line(error)}") from None
+        raise UserError(
+            f"{scheme}://{bucket}: cannot be reached: {one_line(error)}; check the endpoint and the credentials"
+        ) from None
 
 
 @lru_cache
@@ -64,49 +67,55 @@ def _bucket(scheme: str, bucket: str) -> pafs.FileSystem:
 
 
 def check_bucket(name: str) -> None:
-    """
+    """Check that the bucket of a URI exists.
+
     Raises:
-        UserError: the bucket of this URI is not there, or may not be seen.
+        UserError: the bucket does not exist, or access to it is denied.
     """
     filesystem, path = locate(name)
     bucket = f"{name.partition('://')[0]}://{path.partition('/')[0]}"
     try:
-        there = filesystem.get_file_info(path.partition("/")[0])
+        info = filesystem.get_file_info(path.partition("/")[0])
     except OSError as error:
-        raise UserError(f"{bucket}: cannot be reached: {one_line(error)}") from None
-    if there.type == pafs.FileType.NotFound:
-        raise UserError(f"{bucket}: no such bucket; make it first")
+        raise UserError(
+            f"{bucket}: cannot be reached: {one_line(error)}; check the endpoint and the credentials"
+        ) from None
+    if info.type == pafs.FileType.NotFound:
+        raise UserError(f"{bucket}: no such bucket; create it first")
 
 
 def list_files(folder: str | Path, recursive: bool = False) -> list[str]:
-    """Names of the files in a folder, sorted; none where there is no such folder.
+    """Sorted names of the files in a folder; an empty list if the folder does not exist.
 
     Raises:
-        UserError: a bucket that is not there or not to be read.
+        UserError: the bucket does not exist or cannot be read.
     """
     filesystem, path = locate(folder)
     prefix = f"{str(folder).partition('://')[0]}://" if is_remote(folder) else ""
     try:
         found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=recursive))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed: {one_line(error)}") from None
+        raise UserError(
+            f"{folder}: cannot be listed: {one_line(error)}; check the bucket and the credentials"
+        ) from None
     return sorted(prefix + item.path for item in found if item.type == pafs.FileType.File)
 
 
 def open_file(name: str | Path) -> pa.NativeFile:
-    """The file, to read from its beginning; of a bucket's, 8 MiB a request.
+    """Open a file for sequential reading. Files in a bucket are read in requests of 8 MiB.
 
     Raises:
-        FileNotFoundError, OSError: as Arrow raises them.
+        FileNotFoundError, OSError: raised by Arrow.
     """
     filesystem, path = locate(name)
     return filesystem.open_input_stream(path, buffer_size=2**23)
 
 
 def read_bytes(name: str | Path) -> bytes:
-    """
+    """Read a complete file.
+
     Raises:
-        FileNotFoundError, OSError: as Arrow raises them.
+        FileNotFoundError, OSError: raised by Arrow.
     """
     with open_file(name) as file:
         return file.read()
@@ -114,10 +123,10 @@ def read_bytes(name: str | Path) -> bytes:
 
 @contextmanager
 def open_parquet(name: str | Path) -> Iterator[pq.ParquetFile]:
-    """The file of that name in a dataset.
+    """Open a Parquet file of a clip dataset. Read errors inside the block are converted as well.
 
     Raises:
-        UserError: it isn't there, or is damaged, which may also be found while it is read.
+        UserError: the file is missing or damaged.
     """
     filesystem, path = locate(name)
     try:
@@ -125,37 +134,38 @@ def open_parquet(name: str | Path) -> Iterator[pq.ParquetFile]:
             yield file
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(
-            f"{name}: cannot be read ({one_line(error)}); delete it, and the same tcan preprocess makes its videos again"
+            f"{name}: cannot be read ({one_line(error)}); delete the file and rerun tcan preprocess to regenerate its videos"
         ) from None
 
 
 def delete(name: str | Path) -> None:
-    """Deletes a file, if it is there."""
+    """Delete a file if it exists."""
     filesystem, path = locate(name)
-    with mendable(name), suppress(FileNotFoundError):
+    with user_errors(name), suppress(FileNotFoundError):
         filesystem.delete_file(path)
 
 
 def open_partial(folder: str | Path) -> io.BufferedRandom:
-    """A new file, to write and read, which `publish` gives a name in that folder. Until then it lies there under a name of
-    its own, `.*.partial`; what is to go to a bucket, in this machine's temporary folder, without a name.
+    """Create a temporary file for reading and writing, which `publish` later moves to its name in `folder`.
+
+    Local files are created in `folder` as `.*.partial`. Files for a bucket are unnamed files in the local temporary folder.
 
     Raises:
-        UserError: the folder is not to be written to.
+        UserError: the folder cannot be written.
     """
-    with mendable(folder):
+    with user_errors(folder):
         if is_remote(folder):
             return tempfile.TemporaryFile()
         return open(f"{folder}/.{uuid.uuid4().hex}.partial", "x+b")
 
 
 def publish(file: io.BufferedRandom, name: str | Path) -> None:
-    """Gives a file of `open_partial`'s its name, when it is whole, and closes it; what fails leaves nothing behind.
+    """Move a complete file from `open_partial` to its name and close it. On failure the file is deleted.
 
     Raises:
-        UserError: the disk is full, or the folder or bucket is not to be written to.
+        UserError: the disk is full, or the folder or bucket cannot be written.
     """
-    with mendable(name), _discarded_on_error(file):
+    with user_errors(name), _discarded_on_error(file):
         file.flush()
         if is_remote(name):
             _upload(file, name)
@@ -166,10 +176,13 @@ def publish(file: io.BufferedRandom, name: str | Path) -> None:
 
 
 def _upload(file: io.BufferedRandom, name: str | Path) -> None:
-    """Under its own name at once: in a bucket it appears when the upload is complete, and one that breaks off leaves
-    nothing to be seen. A copy from a temporary name would end at 5 GB, the most that S3 copies.
+    """Upload a file directly to its final name.
 
-    Arrow does it in one call, since a stream of its that an interrupt ends in between is closed, and that completes it.
+    In a bucket an object becomes visible when its upload completes, and an interrupted upload leaves no object. Copying from
+    a temporary name would fail above 5 GB, the limit of S3's copy operation.
+
+    `copy_files` uploads in one call. With an output stream, an interrupt would close the stream, and closing completes the
+    upload of a partial object.
     """
     filesystem, path = locate(name)
     pafs.copy_files(
@@ -186,7 +199,7 @@ def _discarded_on_error(file: io.BufferedRandom) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # what it still wanted to write
+        with suppress(OSError):  # close() flushes buffered data, which may fail again
             file.close()
         if isinstance(file.name, str):
             os.unlink(file.name)
@@ -194,31 +207,32 @@ def _discarded_on_error(file: io.BufferedRandom) -> Iterator[None]:
 
 
 def write(name: str | Path, data: bytes) -> None:
-    """Writes a file, which is there when it is whole.
+    """Write a file atomically: it appears under its name only when it is complete.
 
     Raises:
-        UserError: as `publish`.
+        UserError: see `publish`.
     """
     file = open_partial(str(name).rpartition("/")[0])
-    with mendable(name), _discarded_on_error(file):
+    with user_errors(name), _discarded_on_error(file):
         file.write(data)
     publish(file, name)
 
 
 @contextmanager
-def mendable(name: str | Path) -> Iterator[None]:
-    """Errors of writing that the user can mend, as a UserError."""
+def user_errors(name: str | Path) -> Iterator[None]:
+    """Convert write errors that the user can fix to UserError."""
     try:
         yield
     except OSError as error:
-        if not is_remote(name) and error.errno not in MENDABLE:
+        if not is_remote(name) and error.errno not in USER_ERRNOS:
             raise
-        reason = os.strerror(error.errno).lower() if error.errno in MENDABLE else one_line(error)
-        room = "make room there or " if error.errno in FULL else ""
+        reason = os.strerror(error.errno).lower() if error.errno in USER_ERRNOS else one_line(error)
+        space = "free disk space or " if error.errno in DISK_FULL_ERRNOS else ""
         raise UserError(
-            f"{name}: cannot be written: {reason}; {room}give another OUT, and run again"
+            f"{name}: cannot be written: {reason}; {space}choose another OUT, then rerun"
         ) from None
 
 
 def one_line(error: BaseException) -> str:
+    """An error's complete message on one line, truncated to 200 characters."""
     return " ".join(str(error).split())[:200]

@@ -1,12 +1,14 @@
-"""`tcan COMMAND ... --submit http://HEAD:8265`: the same command as a job of a Ray cluster, through Ray's job client.
+"""`tcan COMMAND ... --submit http://HEAD:8265`: run the command as a job of a Ray cluster, with Ray's job client.
 
-The code travels: both packages and the YAML files that `--config` names are copied to the cluster as the job's working
-directory. The environment travels with `--environment requirements.lock`: Ray's runtime environment has uv install what
-the file names, its hashes checked, on every node that runs a part of the job, into a virtual environment of the job's own
-(the cluster's `python` with what is in it; Ray copies it, where it is a virtual environment itself). A node has 10 minutes
-for it by Ray's default. Without the option the cluster's `python` must have those packages. What does not travel: Python
-and Ray, which must be of the same versions there, and videos, datasets, models and records, whose paths are made absolute
-and must mean the same there.
+Code: both packages and the YAML files of `--config` are copied to the cluster as the working directory of the job.
+
+Packages: with `--environment requirements.lock`, Ray's runtime environment installs the file with uv, with hash checks, on
+every node that runs a part of the job. It installs into a virtual environment of the job, based on the `python` of the
+cluster (a copy, if that `python` is itself in a virtual environment). By default, Ray allows 10 minutes per node. Without
+the option, the `python` of the cluster must have the packages.
+
+Not copied: Python and Ray, whose versions must match those of the cluster; videos, datasets, models and MLflow stores,
+whose paths are made absolute and must be valid on the cluster.
 """
 
 import asyncio
@@ -29,26 +31,31 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 PACKAGES = ("tcan", "pipelines")
-# Of this machine's environment, what the job's meaning depends on; never its secrets.
+# Local environment variables that affect the result of a job. Credentials are never copied.
 VARIABLES = ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE")
 
-REQUIREMENTS = "requirements.txt"  # in the job's working directory
+REQUIREMENTS = "requirements.txt"  # in the working directory of the job
 
-START_SECONDS = 60
+START_SECONDS = 60  # for a new cluster to accept jobs
 
 
 def submit(address: str, argv: Sequence[str], environment: str | None = None) -> int:
-    """Runs `tcan ARGV...` as a job, prints its log as it comes, and returns its exit status.
+    """Run `tcan ARGV...` as a job, print its log, and return its exit status.
 
-    address: the cluster's dashboard, such as http://head:8265. argv: without `--submit`, paths absolute or URIs; see
-    `absolute_paths`. environment: a file of requirements for uv (a lock of `make lock`, say), whose own relative paths mean
-    nothing there. Ctrl-C asks whether to stop the job (130) or to leave it running (0).
+    On Ctrl-C, a prompt offers to stop the job (exit status 130) or to leave it running (exit status 0).
+
+    Args:
+        address: dashboard of the cluster, e.g. http://head:8265.
+        argv: command line without `--submit`, with absolute paths or URIs (see `absolute_paths`).
+        environment: requirements file for uv, e.g. from `make lock`. Relative paths in it are not valid on the cluster.
 
     Raises:
-        UserError: no such file of requirements; no Ray cluster answers at the address, or it takes no job.
+        UserError: the requirements file does not exist; no Ray cluster responds at the address, or it rejects the job.
     """
     if environment is not None and not Path(environment).is_file():
-        raise UserError(f"--environment {environment}: is no file; give requirements.lock or one of its kind")
+        raise UserError(
+            f"--environment {environment}: no such file; pass a requirements file, e.g. requirements.lock"
+        )
     client = _connect(address)
     with tempfile.TemporaryDirectory() as folder:
         argv = _pack(Path(folder), argv)
@@ -68,23 +75,28 @@ def submit(address: str, argv: Sequence[str], environment: str | None = None) ->
 
 
 def absolute_paths(argv: Sequence[str], options: Collection[str], flags: Collection[str]) -> list[str]:
-    """The command line with its relative paths made absolute: all positional arguments but the command, and the values
-    of `options` (such as `--out`). URIs stay. flags: options without a value."""
-    command, *rest = argv
-    made, option = [command], ""
-    for token in rest:
+    """Make the relative paths of a command line absolute; URIs and MLflow run ids do not change.
+
+    Args:
+        argv: command, then its arguments. All positional arguments are paths.
+        options: options whose values are paths, e.g. `--out`.
+        flags: options without a value.
+    """
+    command, *arguments = argv
+    result, option = [command], ""
+    for token in arguments:
         name, equals, value = token.partition("=")
         if token.startswith("--"):
-            made.append(f"{name}={_absolute(value)}" if equals and name in options else token)
+            result.append(f"{name}={_absolute(value)}" if equals and name in options else token)
             option = "" if equals or name in flags else name
         else:
-            made.append(_absolute(token) if option in options or not option else token)
+            result.append(_absolute(token) if option in options or not option else token)
             option = ""
-    return made
+    return result
 
 
 def _absolute(path: str) -> str:
-    """A path made absolute; URIs and the ids of MLflow's runs stay."""
+    """Make a path absolute; return URIs and MLflow run ids as they are."""
     if ":/" in path or re.fullmatch(r"[0-9a-f]{32}", path):
         return path
     return os.path.abspath(os.path.expanduser(path))
@@ -93,21 +105,21 @@ def _absolute(path: str) -> str:
 def _connect(address: str) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
-    # The terminal shows the job's lines.
-    for noisy in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # The terminal shows only the log of the job.
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--submit {address}: no Ray cluster answers there ({reason}); give its dashboard, such as "
-            "http://head:8265, and RAY_AUTH_MODE=token where it asks for a token"
+            f"--submit {address}: no Ray cluster responds ({reason}); pass the address of its dashboard, e.g. "
+            "http://head:8265, and set RAY_AUTH_MODE=token if it requires a token"
         ) from None
 
 
 def _pack(folder: Path, argv: Sequence[str]) -> list[str]:
-    """Copies what travels into the folder; returns the command line with `--config FILE` named as it is there."""
+    """Copy code and configuration files into the folder; return the command line with the names of the copies."""
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         assert spec is not None and spec.origin is not None
@@ -127,11 +139,13 @@ def _pack(folder: Path, argv: Sequence[str]) -> list[str]:
 
 
 def _uv() -> dict[str, Any]:
-    """The `uv` field of Ray's runtime environment.
+    """Return the `uv` field of Ray's runtime environment.
 
-    It names the file in the working directory rather than its lines: Ray hands the field to the job in an environment
-    variable, and with its hashes a lock is longer than one may be. No options: Ray's default one, `--no-cache`, would
-    have every change of the code fetch all packages again, because the environment is made anew with the directory.
+    It refers to the requirements file in the working directory instead of listing its lines. Ray passes the field to the
+    job in an environment variable, whose length limit a lock file with hashes exceeds.
+
+    The options are empty because Ray's default, `--no-cache`, downloads all packages again after every code change: each
+    new working directory gets a new environment.
     """
     return {
         "packages": [f"-r ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{REQUIREMENTS}"],
@@ -140,7 +154,7 @@ def _uv() -> dict[str, Any]:
 
 
 def _start(client: "JobSubmissionClient", address: str, argv: Sequence[str], runtime: dict[str, Any]) -> str:
-    """Submits the job and returns its id. A cluster that has just come up takes none for a few seconds."""
+    """Submit the job and return its id. Retries for `START_SECONDS`, because a new cluster rejects jobs at first."""
     began = time.monotonic()
     while True:
         try:
@@ -151,34 +165,38 @@ def _start(client: "JobSubmissionClient", address: str, argv: Sequence[str], run
         except RuntimeError as error:
             if time.monotonic() - began > START_SECONDS:
                 reason = " ".join(str(error).split())[:200]
-                raise UserError(f"--submit {address}: the cluster takes no job: {reason}") from None
+                raise UserError(
+                    f"--submit {address}: the cluster rejected the job ({reason}); check its state with ray status"
+                ) from None
             time.sleep(1)
 
 
 def _follow(client: "JobSubmissionClient", job: str) -> int:
+    """Print the log of the job until it ends; return its exit status."""
+
     async def tail() -> None:
         async for text in client.tail_job_logs(job):
             print(text, end="", flush=True)
 
     asyncio.run(tail())
-    while not client.get_job_status(job).is_terminal():  # the log ends a moment before the job does
+    while not client.get_job_status(job).is_terminal():  # the log ends shortly before the job
         time.sleep(0.2)
     info = client.get_job_info(job)
     status = info.driver_exit_code
-    if status is None:  # it never started, or was stopped
+    if status is None:  # the job did not start, or was stopped
         print(f"tcan: job {job} {info.status.value.lower()}: {info.message}", file=sys.stderr)
         return 1
     return status if status >= 0 else 128 - status
 
 
 def _stop_or_leave(client: "JobSubmissionClient", address: str, job: str) -> int:
-    """After Ctrl-C: asks, and returns the exit status."""
+    """Ask whether to stop the job after Ctrl-C; return the exit status."""
     try:
-        answer = input("\nThe job runs on the cluster: [s]top it or [l]eave it running? ")
-    except (KeyboardInterrupt, EOFError):  # asked twice, or nobody to ask
+        answer = input("\nThe job is running on the cluster: [s]top it or [l]eave it running? ")
+    except (KeyboardInterrupt, EOFError):  # second Ctrl-C, or no terminal
         answer = "l"
     if not answer.lower().startswith("s"):
-        print(f"job {job} goes on; to stop it: ray job stop --address {address} {job}", flush=True)
+        print(f"job {job} is still running; stop it with: ray job stop --address {address} {job}", flush=True)
         return 0
     client.stop_job(job)
     while not client.get_job_status(job).is_terminal():

@@ -1,10 +1,10 @@
-"""Where a job's configuration, metrics and results are recorded: the one module that knows MLflow.
+"""Recording of configurations, metrics and results in MLflow. Only this module and `pipelines.ui` use MLflow stores.
 
-The driver of a job holds its run; a worker logs to the same run by its id:
+The driver of a job opens the run; a worker logs to the same run by its id:
 
     with tracking.run("train", "stage 1", config.tracking, dataclasses.asdict(config), {"dataset": run_id}) as run:
         run.metrics({"loss": 0.1}, step=1)
-        ...  # elsewhere: tracking.attach(run.config, run.id).metrics({"loss": 0.09}, step=2)
+        ...  # in a worker: tracking.attach(run.config, run.id).metrics({"loss": 0.09}, step=2)
 """
 
 import dataclasses
@@ -28,36 +28,35 @@ from PIL import Image
 
 from pipelines.config import TrackingConfig
 from tcan import __version__
-from tcan.errors import UserError
+from tcan.errors import UserError, first_line
+from tcan.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SYSTEM_METRICS_SECONDS = (
-    5  # often enough to draw a line in a run of a minute, rare enough not to matter in one of days
-)
+SYSTEM_METRICS_SECONDS = 5  # gives a curve for a run of one minute at negligible cost for a run of days
 DATABASE = "mlflow.db"
-_MAX_PER_BATCH = 100  # parameters that MLflow takes in one call
-_MAX_VALUE = 6000  # characters that MLflow keeps of a parameter
+_MAX_PER_BATCH = 100  # parameters per MLflow call
+_MAX_VALUE = 6000  # characters of a parameter that MLflow stores
 
 
 def resolve(config: TrackingConfig) -> TrackingConfig:
-    """The same place, named so that any process with any working directory and environment finds it.
+    """Return a configuration of the same store that is valid in any working directory and environment.
 
-    `config.uri` first, then MLFLOW_TRACKING_URI, else `config.folder` as an absolute path.
+    Precedence: `config.uri`, MLFLOW_TRACKING_URI, `config.folder` (made absolute).
     """
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
     return dataclasses.replace(config, uri=uri, folder=str(Path(config.folder).absolute()))
 
 
 def resolve_uri(config: TrackingConfig) -> str:
-    """MLflow's tracking URI: the server's, else the SQLite store in the tracking folder."""
+    """Return the MLflow tracking URI: that of the server if one is set, else the SQLite store in the tracking folder."""
     config = resolve(config)
     return config.uri or f"sqlite:///{config.folder}/{DATABASE}"
 
 
 class Run:
-    """A run that can be logged to. `config` is the resolved tracking configuration, for `attach` in a worker."""
+    """An open MLflow run. `config` is the resolved tracking configuration, for `attach` in a worker."""
 
     def __init__(self, client: "MlflowClient", config: TrackingConfig, run_id: str) -> None:
         self._client = client
@@ -65,7 +64,7 @@ class Run:
         self.id = run_id
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Numbers that change over `step`; written when this returns."""
+        """Log metrics synchronously; None is step 0."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -73,8 +72,11 @@ class Run:
         self._client.log_batch(self.id, metrics=metrics, synchronous=True)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Settings, nested dicts flattened to `train.workers`. MLflow never changes one: a resumed run that has another
-        value keeps the first and names the new one in the tag `tcan.changed_params`."""
+        """Log parameters; nested dicts are flattened to keys such as `train.workers`.
+
+        MLflow parameters are immutable. If a resumed run has another value, the parameter keeps the first value, and the
+        tag `tcan.changed_params` records the new one.
+        """
         from mlflow.entities import Param
 
         flat = {key: str(value)[:_MAX_VALUE] for key, value in _flatten(values).items()}
@@ -90,31 +92,31 @@ class Run:
             )
 
     def image(self, image: np.ndarray | Image.Image, path: str, step: int | None = None) -> None:
-        """A image (uint8 [H, W, 3] or PIL): with `step` one of a series named `path`, else an artifact at `path`."""
+        """Log an image (uint8 `[H, W, 3]` or PIL): with `step` in the image series `path`, else as the artifact `path`."""
         if step is None:
             self._client.log_image(self.id, image, artifact_file=path)
         else:
             self._client.log_image(self.id, image, key=path, step=step, synchronous=True)
 
     def file(self, local: str | Path, folder: str = "") -> None:
-        """A copy of a file (an mp4 plays in the page) into the artifact folder `folder`."""
+        """Log a file to the artifact folder `folder`. The MLflow page plays mp4 files."""
         self._client.log_artifact(self.id, str(local), folder or None)
 
     def json(self, values: Mapping[str, Any], path: str) -> None:
-        """Values as a JSON artifact at `path`."""
+        """Log values as the JSON artifact `path`."""
         self._client.log_dict(self.id, dict(values), path)
 
     def folder(self, local: str | Path, folder: str = "") -> None:
-        """A copy of what lies in a folder into the artifact folder `folder`."""
+        """Log the contents of a folder to the artifact folder `folder`."""
         self._client.log_artifacts(self.id, str(local), folder or None)
 
-    def model(
-        self, local: str | Path, name: str, alias: str, options: Mapping[str, bool | int | float]
-    ) -> None:
-        """A finished model folder as the artifact `model`, which mlflow.pyfunc loads, and as the newest version of the
-        registered model `name`; `alias` then means this version, until another run takes it.
+    def model(self, local: str | Path, name: str, alias: str, sampling: SamplingConfig) -> None:
+        """Log a model folder as the artifact `model` (for `mlflow.pyfunc`) and register it as a new version of `name`.
 
-        options: of a call of `TCANPipeline`, that `predict` takes as params, with their values unless others are given.
+        Args:
+            alias: alias of the new version; moved from an older version that has it.
+            sampling: defaults of the params of `predict`: every `SamplingConfig` field whose default is not None.
+                `predict` also accepts `seed` (default 0).
         """
         import mlflow.pyfunc
         from mlflow.exceptions import MlflowException
@@ -123,8 +125,13 @@ class Run:
 
         inputs = Schema([ColSpec("string", name) for name in ("image", "driving")])
         types = {bool: "boolean", int: "long", float: "double"}
-        declared = [ParamSpec(key, types[type(value)], value) for key, value in options.items()]
-        params = ParamSchema([*declared, ParamSpec("seed", "long", 0)])  # MLflow passes on no others
+        # MLflow passes only declared params to `predict`, and a declared param needs a default of its type.
+        declared = [
+            ParamSpec(item.name, types[item.type], item.type(getattr(sampling, item.name)))
+            for item in dataclasses.fields(SamplingConfig)
+            if isinstance(item.type, type) and item.default is not None
+        ]
+        params = ParamSchema([*declared, ParamSpec("seed", "long", 0)])
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "model"
             mlflow.pyfunc.save_model(
@@ -132,7 +139,7 @@ class Run:
                 loader_module="pipelines.mlflow_model",
                 data_path=str(local),
                 signature=ModelSignature(inputs, params=params),
-                # Given whole, else MLflow looks for pip in this environment and warns that there is none.
+                # Complete; otherwise MLflow looks for pip in this environment and warns that it is missing.
                 conda_env={
                     "dependencies": [
                         f"python={platform.python_version()}",
@@ -148,11 +155,11 @@ class Run:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = f"{self._client.get_run(self.id).info.artifact_uri}/model"
-        made = self._client.create_model_version(name, source, self.id)
-        self._client.set_registered_model_alias(name, re.sub(r"\W", "-", alias), made.version)
+        created = self._client.create_model_version(name, source, self.id)
+        self._client.set_registered_model_alias(name, re.sub(r"\W", "-", alias), created.version)
 
     def last_step(self, key: str) -> int:
-        """The last step at which this number was recorded; 0: never."""
+        """Return the last step at which the metric was logged; 0 if it was not logged."""
         return max((metric.step for metric in self._client.get_metric_history(self.id, key)), default=0)
 
     def tag(self, key: str, value: str) -> None:
@@ -168,16 +175,20 @@ def run(
     parents: Mapping[str, str | None] | None = None,
     run_id: str | None = None,
 ) -> Iterator[Run]:
-    """A run of the one experiment, for as long as the block lasts; system metrics are recorded meanwhile.
+    """Open a run, with system metrics, for the duration of the block.
 
-    kind: the job ("preprocess", "train", "evaluate", "animate"); name: what the page shows.
-    params: the whole resolved configuration, also kept as the artifact `config.yaml`.
-    parents: what it was made from, as {"dataset" | "stage1" | "model": run id or None}; each becomes the tag
-    `tcan.<key>_run`, and both runs' descriptions link to each other.
-    run_id: re-open this run instead of creating one.
+    Its final status is FINISHED, FAILED after an exception, or KILLED after an interrupt.
 
-    It ends FINISHED, or FAILED by an exception, or KILLED by an interrupt.
-    Raises UserError when the store cannot be reached or has no such run.
+    Args:
+        kind: job: "preprocess", "stage1", "stage2", "evaluate" or "animate".
+        name: display name.
+        params: complete resolved configuration, also logged as the artifact `config.yaml`.
+        parents: runs of the inputs, as {"dataset" | "stage1" | "model": run id or None}. Each becomes the tag
+            `tcan.<key>_run`, and the descriptions of both runs link to each other.
+        run_id: run to reopen; None creates one.
+
+    Raises:
+        UserError: the store is not reachable or does not have the run.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -216,9 +227,10 @@ def run(
 
 
 def attach(config: TrackingConfig, run_id: str) -> Run:
-    """The run of another process, to log to; ending it stays that process's.
+    """Open the run of another process for logging; that process ends the run.
 
-    Raises UserError when the store cannot be reached or has no such run.
+    Raises:
+        UserError: the store is not reachable or does not have the run.
     """
     from mlflow.exceptions import MlflowException
 
@@ -228,46 +240,48 @@ def attach(config: TrackingConfig, run_id: str) -> Run:
         client.get_run(run_id)
     except MlflowException:
         raise UserError(
-            f"MLflow run {run_id} is not in {resolve_uri(config)}; name the store that has it with --tracking.folder "
-            "or MLFLOW_TRACKING_URI, or start again in a new output folder"
+            f"MLflow run {run_id}: not found in {resolve_uri(config)}; set --tracking.folder or MLFLOW_TRACKING_URI to "
+            "the store of the run, or use a new output folder"
         ) from None
     return Run(client, config, run_id)
 
 
 def local_model(model: str, config: TrackingConfig) -> Path:
-    """The model folder that is meant: a folder, or one that MLflow holds, by models:/NAME@ALIAS, models:/NAME/VERSION
-    or the id of the run that trained it; brought here when it lies elsewhere.
+    """Resolve a reference to a model folder; downloads remote MLflow artifacts.
 
-    Raises UserError when MLflow has no such model.
+    Args:
+        model: a folder, models:/NAME@ALIAS, models:/NAME/VERSION, or the id of the training run.
+
+    Raises:
+        UserError: MLflow does not have the model.
     """
-    of_run = re.fullmatch(r"[0-9a-f]{32}", model) and not Path(model).exists()
-    if not of_run and not model.startswith("models:/"):
+    is_run_id = re.fullmatch(r"[0-9a-f]{32}", model) and not Path(model).exists()
+    if not is_run_id and not model.startswith("models:/"):
         return Path(model)
-    if not of_run and not re.fullmatch(r"models:/[^/@]+[/@][^/@]+", model):
-        raise UserError(f"{model}: names no version; give models:/NAME@ALIAS or models:/NAME/VERSION")
+    if not is_run_id and not re.fullmatch(r"models:/[^/@]+[/@][^/@]+", model):
+        raise UserError(f"{model}: no version; use models:/NAME@ALIAS or models:/NAME/VERSION")
 
     import mlflow.artifacts
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
     config = resolve(config)
-    if (
-        not config.uri and not (Path(config.folder) / DATABASE).exists()
-    ):  # looking for a model must not make one
+    # A lookup must not create a store.
+    if not config.uri and not (Path(config.folder) / DATABASE).exists():
         raise UserError(
-            f"{model}: there is no MLflow store in {config.folder}; name it with --tracking.folder or MLFLOW_TRACKING_URI"
+            f"{model}: no MLflow store in {config.folder}; set --tracking.folder or MLFLOW_TRACKING_URI to the store"
         )
     client = _client(config)
     try:
-        if of_run:
+        if is_run_id:
             source = f"{client.get_run(model).info.artifact_uri}/model"
         else:
             source = client.get_model_version_download_uri(*get_model_name_and_version(client, model))
         folder = Path(mlflow.artifacts.download_artifacts(source, tracking_uri=resolve_uri(config)))
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"{model}: not in {resolve_uri(config)} ({str(error).splitlines()[0]}); name a model folder, a run of training "
-            "or a registered model, and its store with --tracking.folder or MLFLOW_TRACKING_URI"
+            f"{model}: not found in {resolve_uri(config)} ({first_line(error)}); pass a model folder, a training run or a "
+            "registered model, and set --tracking.folder or MLFLOW_TRACKING_URI to its store"
         ) from None
     return next((file.parent for file in folder.glob("data/*/tcan.json")), folder)
 
@@ -276,15 +290,15 @@ def _client(config: TrackingConfig) -> "MlflowClient":
     import requests
     from mlflow import MlflowClient
 
-    for noisy in ("mlflow", "alembic"):  # the store's migrations and the monitor's start, a screenful
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for name in ("mlflow", "alembic"):  # many lines about store migrations and the start of the monitor
+        logging.getLogger(name).setLevel(logging.WARNING)
     uri = resolve_uri(config)
-    if uri.startswith("http"):  # MLflow itself tries for minutes
+    if uri.startswith("http"):  # MLflow itself retries for minutes
         try:
             requests.get(f"{uri.rstrip('/')}/health", timeout=10)
         except requests.RequestException:
             raise UserError(
-                f"no MLflow server answers at {uri}; start it, or unset MLFLOW_TRACKING_URI"
+                f"{uri}: no MLflow server responds; start it, or unset MLFLOW_TRACKING_URI"
             ) from None
     elif config.uri is None:
         Path(config.folder).mkdir(parents=True, exist_ok=True)
@@ -292,31 +306,30 @@ def _client(config: TrackingConfig) -> "MlflowClient":
 
 
 def _experiment(client: "MlflowClient", config: TrackingConfig) -> str:
-    """The experiment's id, made when it isn't there; a folder's artifacts lie beside its database."""
+    """Return the id of the experiment; create it if needed. A local store has its artifacts in the same folder."""
     from mlflow.exceptions import MlflowException
 
     location = None if config.uri else (Path(config.folder) / "artifacts").as_uri()
     try:
         experiment = client.get_experiment_by_name(config.experiment)
         if experiment is None:
-            # The kind opens the page on runs and curves rather than on traces of language models.
+            # This kind makes the page open with runs and curves instead of traces of language models.
             kind = {"mlflow.experimentKind": "custom_model_development"}
             return client.create_experiment(config.experiment, artifact_location=location, tags=kind)
     except MlflowException as error:
-        experiment = client.get_experiment_by_name(
-            config.experiment
-        )  # another process may have made it just now
+        # Another process may have created it in the meantime.
+        experiment = client.get_experiment_by_name(config.experiment)
         if experiment is None:
             raise error
     if experiment.lifecycle_stage == "deleted":
         raise UserError(
-            f"MLflow's experiment {config.experiment} was deleted; restore it or name another one"
+            f"MLflow experiment {config.experiment}: deleted; restore it or set another tracking.experiment"
         )
     return experiment.experiment_id
 
 
 def _link(run: Run, parents: dict[str, str]) -> None:
-    """Tags that name the parents, and descriptions that lead there and back."""
+    """Tag the run with its parents, and link both in their descriptions."""
     from mlflow.exceptions import MlflowException
 
     this = run._client.get_run(run.id)
@@ -324,8 +337,8 @@ def _link(run: Run, parents: dict[str, str]) -> None:
         run.tag(f"tcan.{key}_run", parent_id)
         try:
             parent = run._client.get_run(parent_id)
-        except MlflowException:  # made elsewhere, such as a dataset copied from another machine
-            _describe(run._client, run.id, f"{key}: run {parent_id}, which is not in this store")
+        except MlflowException:  # recorded in another store, e.g. for a dataset copied from another machine
+            _describe(run._client, run.id, f"{key}: run {parent_id} (not in this store)")
             continue
         _describe(run._client, run.id, f"{key}: {_markdown(parent)}")
         _describe(run._client, parent_id, f"used by: {_markdown(this)}")
@@ -341,14 +354,14 @@ def _describe(client: "MlflowClient", run_id: str, line: str) -> None:
 
 
 def _origin() -> dict[str, str]:
-    """Who started what, at which commit of this package, wherever that was done."""
+    """Return tags with the user, the command line and the commit of this package."""
     tags = {
         "mlflow.user": getpass.getuser(),
         "mlflow.source.name": " ".join(sys.argv),
         "mlflow.source.type": "LOCAL",
     }
     here = Path(__file__)
-    # An installed copy may lie inside somebody else's repository: ask only the one that tracks this file.
+    # An installed copy may be inside an unrelated repository; use only a repository that tracks this file.
     if _git(here.parent, "ls-files", "--error-unmatch", here.name):
         tags["mlflow.source.git.commit"] = _git(here.parent, "rev-parse", "HEAD")
         tags["tcan.git_dirty"] = str(
@@ -359,12 +372,12 @@ def _origin() -> dict[str, str]:
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return process.stdout.strip() if process.returncode == 0 else ""
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`tcan ui`: MLflow's own page on the tracking folder."""
+"""`tcan ui`: MLflow server for the tracking folder."""
 
 import errno
 import os
@@ -15,32 +15,34 @@ from pipelines import tracking
 from pipelines.config import Config
 from tcan.errors import UserError
 
-START_SECONDS = 120  # the server imports for long on a busy machine
+START_SECONDS = 120  # imports of the server are slow on a busy machine
 HOST = "127.0.0.1"
 
 
 def ui(config: Config, port: int) -> None:
-    """Serves the recorded runs at `http://127.0.0.1:port` until interrupted.
+    """Serve the recorded runs at `http://127.0.0.1:port` until interrupted.
 
-    Raises UserError when nothing has been recorded, the port is in use, or a server already has the runs.
+    Raises:
+        UserError: no runs are recorded, the port is invalid or in use, the runs are on an MLflow server, or the server
+            stopped.
     """
     uri = tracking.resolve_uri(config.tracking)
     if uri.startswith("http"):
-        raise UserError(f"the runs are on the MLflow server at {uri}: open that address")
+        raise UserError(f"{uri}: the runs are on this MLflow server; open the address in a browser")
     folder = Path(tracking.resolve(config.tracking).folder)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise UserError(
-            f"no runs are recorded in {folder}; name the folder that has them with --tracking.folder"
-        )
+        raise UserError(f"{folder}: no recorded runs; set --tracking.folder to the folder of the runs")
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: must be from 1 to 65535; set e.g. 5000")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-            raise UserError(f"port {port} {reason}; choose another with --port") from None
-        except OverflowError:
-            raise UserError(f"port {port} does not exist; choose one up to 65535 with --port") from None
+            reason = (
+                "is in use" if error.errno == errno.EADDRINUSE else f"is not available ({error.strerror})"
+            )
+            raise UserError(f"port {port} {reason}; set another one with --port") from None
 
     log = folder / "server.log"
     command = [
@@ -56,22 +58,22 @@ def ui(config: Config, port: int) -> None:
     environment = {
         **os.environ,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }  # seven processes that we've no use for
+    }  # avoids seven unused processes
     with log.open("w") as output:
-        # Its own process group, because the server starts processes that must end with it.
+        # A new session, so that the processes that the server starts end with it.
         server = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        _wait_until_it_answers(server, port, log)
-        print(f"MLflow shows the runs of {folder} at http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
+        _wait_until_ready(server, port, log)
+        print(f"MLflow serves the runs of {folder} at http://{HOST}:{port} (stop with Ctrl-C)", flush=True)
         server.wait()
-        raise UserError(f"the MLflow server ended; its last words are in {log}")
+        raise UserError(f"the MLflow server stopped; see the log {log}")
     finally:
-        _end(server)
+        _stop(server)
 
 
-def _wait_until_it_answers(server: subprocess.Popen, port: int, log: Path) -> None:
+def _wait_until_ready(server: subprocess.Popen, port: int, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -79,10 +81,10 @@ def _wait_until_it_answers(server: subprocess.Popen, port: int, log: Path) -> No
             return
         except requests.RequestException:
             time.sleep(0.5)
-    raise UserError(f"the MLflow server did not start; its last words are in {log}")
+    raise UserError(f"the MLflow server did not start; see the log {log}")
 
 
-def _end(server: subprocess.Popen) -> None:
+def _stop(server: subprocess.Popen) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)

@@ -1,3 +1,3 @@
-"""TCAN: a person in one image, animated with the motion of a video (arXiv 2407.09012), on diffusers."""
+"""TCAN: animate the person in one image with the motion of a video (arXiv 2407.09012), built on diffusers."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""The reference image's features: taken from one UNet's middle and up blocks, joined into another's.
+"""Reference features: captured in the middle and up blocks of one UNet, used by the reference attention of another.
 
-`install_appearance`, `capture_features` and `Appearance` work on any diffusers UNet that is made of spatial
-transformer blocks (`UNet2DConditionModel`, `UNetMotionModel`), also on one UNet in both roles:
+`install_appearance`, `capture_features` and `Appearance` work on any diffusers UNet with spatial transformer blocks
+(`UNet2DConditionModel`, `UNetMotionModel`). One UNet can have both roles:
 
     install_appearance(unet)
     features = capture_features(unet, clean_latent, timestep, prompt)
@@ -19,37 +19,41 @@ from torch import Tensor, nn
 from tcan.attention import AppearanceAttention
 
 
-def spatial_blocks(part: nn.Module) -> list[BasicTransformerBlock]:
-    """The spatial (not temporal) transformer blocks of a part of a UNet, in the order in which they run."""
-    return [b for m in part.modules() if isinstance(m, Transformer2DModel) for b in m.transformer_blocks]
+def spatial_blocks(module: nn.Module) -> list[BasicTransformerBlock]:
+    """Return the spatial (not temporal) transformer blocks in a module, in execution order."""
+    return [b for m in module.modules() if isinstance(m, Transformer2DModel) for b in m.transformer_blocks]
 
 
-def joined_blocks(unet: UNet2DConditionModel | UNetMotionModel) -> list[BasicTransformerBlock]:
-    """The transformer blocks of middle and up, in the order in which they run: 10 at SD1.5 size."""
+def reference_blocks(unet: UNet2DConditionModel | UNetMotionModel) -> list[BasicTransformerBlock]:
+    """Return the blocks with reference attention: all of middle and up, in execution order (10 at SD1.5 size)."""
     return spatial_blocks(unet.mid_block) + spatial_blocks(unet.up_blocks)
 
 
 def install_appearance(unet: UNet2DConditionModel | UNetMotionModel) -> int:
-    """Give every spatial attention its processor; those of `joined_blocks` can then capture and join.
+    """Set an `AppearanceAttention` processor on every spatial attention.
 
-    Without `cross_attention_kwargs` the UNet computes what it did before. Returns the number of features.
+    The blocks of `reference_blocks` can then capture features and use reference attention. Without
+    `cross_attention_kwargs` the UNet's output does not change.
+
+    Returns:
+        Number of features.
     """
     for block in spatial_blocks(unet):
         block.attn1.set_processor(AppearanceAttention())
         block.attn2.set_processor(AppearanceAttention())
-    blocks = joined_blocks(unet)
+    blocks = reference_blocks(unet)
     for index, block in enumerate(blocks):
         block.attn1.set_processor(AppearanceAttention(index))
     return len(blocks)
 
 
 def share_down_blocks(unet: UNetMotionModel) -> None:
-    """Let the UNet predict several rows of each clip that differ in their appearance alone, as guidance's do.
+    """Run the down blocks once for several rows of each clip that differ only in the reference, as in guidance.
 
-    A reference reaches the middle and up blocks only, so what the down blocks make is one and the same for all
-    rows. The UNet is given B clips, and an `Appearance` whose `keep` names G rows for each (all clips in their first
-    row, then all in their second, ...); what enters the middle block is repeated, and `[G * B, ...]` comes out.
-    Residuals of the down blocks are those of B clips, that of the middle block is of G * B.
+    Reference attention is in the middle and up blocks only, so the down blocks' outputs are the same for all rows. The
+    UNet's inputs are B clips and an `Appearance` with a `reference_mask` of G rows per clip: the first row of all clips,
+    then the second row of all clips, and so on. The inputs of the middle block are repeated; the output is
+    `[G * B, ...]`. Residuals for the down blocks have batch size B, the residual for the middle block has G * B.
     """
     unet.mid_block.register_forward_pre_hook(_repeat_for_middle, with_kwargs=True)
     for block in unet.up_blocks:
@@ -57,39 +61,45 @@ def share_down_blocks(unet: UNetMotionModel) -> None:
 
 
 def _repeat_for_middle(block: nn.Module, args: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> Any:
-    """args: hidden states and time embedding, `[B * F, ...]`."""
+    """Forward pre-hook of the middle block. args: hidden states and time embedding, `[B * F, ...]`."""
     appearance = (kwargs["cross_attention_kwargs"] or {}).get("appearance")
     if appearance is None or appearance.rows is None:
         return None
     rows = appearance.rows * appearance.num_frames
-    prompt = _repeated(kwargs["encoder_hidden_states"], rows)
-    return tuple(_repeated(x, rows) for x in args), {**kwargs, "encoder_hidden_states": prompt}
+    prompt = _repeat(kwargs["encoder_hidden_states"], rows)
+    return tuple(_repeat(x, rows) for x in args), {**kwargs, "encoder_hidden_states": prompt}
 
 
 def _repeat_for_up(block: nn.Module, args: tuple[()], kwargs: dict[str, Any]) -> Any:
-    """The hidden states come from the middle block, all else from the down blocks' side."""
+    """Forward pre-hook of an up block. The hidden states are already repeated; the other inputs are not."""
     rows = len(kwargs["hidden_states"])
     repeated = {
-        "temb": _repeated(kwargs["temb"], rows),
-        "res_hidden_states_tuple": tuple(_repeated(x, rows) for x in kwargs["res_hidden_states_tuple"]),
+        "temb": _repeat(kwargs["temb"], rows),
+        "res_hidden_states_tuple": tuple(_repeat(x, rows) for x in kwargs["res_hidden_states_tuple"]),
     }
     if "encoder_hidden_states" in kwargs:
-        repeated["encoder_hidden_states"] = _repeated(kwargs["encoder_hidden_states"], rows)
+        repeated["encoder_hidden_states"] = _repeat(kwargs["encoder_hidden_states"], rows)
     return args, {**kwargs, **repeated}
 
 
-def _repeated(x: Tensor, rows: int) -> Tensor:
-    """`[N, ...]` repeated until it has `rows` of them, a multiple of N; itself where it has."""
+def _repeat(x: Tensor, rows: int) -> Tensor:
+    """Repeat x `[N, ...]` to `[rows, ...]`, rows a multiple of N. Returns x itself if N = rows."""
     return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.ndim - 1))
 
 
 def capture_features(
     unet: UNet2DConditionModel, latent: Tensor, timestep: Tensor, prompt: Tensor
 ) -> list[Tensor]:
-    """h_a of every joined block: what enters its self-attention (its hidden state after `norm1`).
+    """Return h_a of every block in `reference_blocks`: the input of its self-attention (hidden state after `norm1`).
 
-    unet: after `install_appearance`. latent `[B, 4, h, w]`, timestep `[B]`, prompt `[B, T, D]`.
-    Returns a list of `[B, h_i * w_i, C_i]`.
+    Args:
+        unet: a UNet after `install_appearance`.
+        latent: `[B, 4, h, w]`.
+        timestep: `[B]`.
+        prompt: `[B, T, D]`.
+
+    Returns:
+        List of `[B, h_i * w_i, C_i]`.
     """
     captured: dict[int, Tensor] = {}
     unet(latent, timestep, prompt, cross_attention_kwargs={"captured": captured})
@@ -97,14 +107,14 @@ def capture_features(
 
 
 def appearance_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A copy of the UNet that ends at the last feature: every parameter it keeps has a part in a feature.
+    """Return a copy of the UNet truncated after the last feature, so that every parameter contributes to a feature.
 
-    It serves `capture_features` only; what it returns as a prediction means nothing. Its state dict is the
-    UNet's without what was dropped.
+    Use it with `capture_features` only; its output is not a prediction. Its state dict is the UNet's without the removed
+    layers.
     """
     unet = copy.deepcopy(unet)
     install_appearance(unet)
-    last = joined_blocks(unet)[-1]
+    last = reference_blocks(unet)[-1]
     last.attn1 = _LastFeature(last.attn1.processor.index)
     last.norm2 = last.attn2 = None
     last.norm3 = last.ff = nn.Identity()
@@ -115,7 +125,7 @@ def appearance_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 class _LastFeature(nn.Module):
-    """Stands where the last feature enters its self-attention: takes the feature, computes nothing."""
+    """Replacement for the last self-attention: captures its input and computes nothing."""
 
     def __init__(self, index: int):
         super().__init__()

@@ -1,7 +1,9 @@
-"""How much memory a stage of training takes, without any: counted on fake tensors, of the real modules at their real size.
+"""Estimate the memory of a training stage with fake tensors, on the real modules at their real size.
 
-memory = training_memory(fake_tcan(networks, torch.bfloat16), stage=2, batch=1, frames=16, height=512, width=512)
-memory.per_device(zero_stage=2, devices=8)
+The estimate allocates no tensor memory:
+
+    memory = training_memory(fake_tcan(networks, torch.bfloat16), stage=2, batch=1, frames=16, height=512, width=512)
+    memory.per_device(zero_stage=2, devices=8)
 """
 
 import weakref
@@ -22,34 +24,41 @@ from tcan.model import TCAN, diffusion_loss
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of one stage."""
+    """Memory of one training stage. Sizes are in bytes."""
 
     weights: int
-    """Of all networks, frozen ones included."""
+    """Weights of all networks, including frozen ones."""
     trained: int
-    """Of the weights those that the stage trains; their gradients take as much again."""
+    """Trainable weights of the stage. Their gradients have the same size."""
     trained_parameters: int
-    """Their number."""
+    """Number of trainable parameters."""
     mixed: bool
-    """The weights have fewer than 32 bits, so the optimizer keeps a copy in 32."""
+    """Whether the weights have fewer than 32 bits, so that the optimizer stores a 32-bit copy."""
     activations: int
-    """The most that forward and backward hold at a time beside weights and gradients, of the batch asked for."""
+    """Peak of forward and backward for the requested batch, excluding weights and gradients."""
 
     def per_device(self, zero_stage: int, devices: int, batches: int = 1) -> dict[str, int]:
-        """Bytes on each of `devices` by DeepSpeed's ZeRO (arXiv 1910.02054, section 3), by what they are for.
+        """Return the bytes per device with DeepSpeed ZeRO (arXiv 1910.02054, section 3), by category.
 
-        batches: how many of the batch asked for a device takes at a time; activations grow with it.
-        ZeRO 1 shares out the optimizer's state (AdamW's two moments, and the weights in 32 bits, which from ZeRO 1 on
-        DeepSpeed keeps whatever the precision), 2 the gradients too, 3 the weights too, frozen ones included. What
-        comes on top: DeepSpeed's buffers for its exchanges and, at 3, the weights of the layers at work; the
-        allocator's gaps; the GPU's own context.
+        ZeRO 1 partitions the optimizer state: AdamW's two moments and the 32-bit weights, which DeepSpeed stores from
+        ZeRO 1 on for every precision. ZeRO 2 also partitions the gradients. ZeRO 3 also partitions the weights,
+        including frozen ones. The estimate excludes DeepSpeed's communication buffers, at ZeRO 3 the gathered weights
+        of the active layers, allocator fragmentation, and the CUDA context.
+
+        Args:
+            zero_stage: 0 to 3.
+            devices: number of devices.
+            batches: micro-batch per device, as a multiple of the batch in `training_memory`. Activations scale with it.
+
+        Returns:
+            "weights", "gradients", "optimizer", "activations" and their "sum".
         """
-        copy_of_weights = self.mixed or zero_stage >= 1
+        fp32_weights = self.mixed or zero_stage >= 1
         bytes_of = {
             "weights": self.weights // (devices if zero_stage >= 3 else 1),
             "gradients": self.trained // (devices if zero_stage >= 2 else 1),
             "optimizer": self.trained_parameters
-            * (12 if copy_of_weights else 8)
+            * (12 if fp32_weights else 8)
             // (devices if zero_stage >= 1 else 1),
             "activations": self.activations * batches,
         }
@@ -59,9 +68,14 @@ class TrainingMemory:
 def training_memory(
     tcan: TCAN, stage: int, batch: int, frames: int, height: int, width: int
 ) -> TrainingMemory:
-    """What training would take; nothing is computed where `tcan` is a `fake_tcan`.
+    """Return the memory of one training step. With a `fake_tcan`, nothing is computed.
 
-    batch: of a device at a time. frames: of a clip (stage 1 takes images). height, width: in pixels.
+    Args:
+        tcan: a TCAN or a `fake_tcan`. This function sets its stage.
+        stage: 1 or 2.
+        batch: micro-batch per device.
+        frames: frames per clip; ignored in stage 1, which trains on images.
+        height, width: in pixels.
     """
     tcan.set_stage(stage)
     tcan.train()
@@ -81,10 +95,14 @@ def training_memory(
 
 
 def fake_tcan(build: Callable[[], dict[str, Any]], dtype: torch.dtype) -> TCAN:
-    """A TCAN that holds no memory, on what `build` makes (TCAN's arguments, their weights of no account).
+    """Return a TCAN with fake tensors, which allocate no memory.
 
-    It is built on the meta device, then its tensors say that they are on the CPU: of meta tensors torch would compute
-    attention's plain form, which no training uses.
+    It is built on the meta device; then its tensors report the CPU as their device. On meta tensors torch would select
+    the unfused attention, which training does not use.
+
+    Args:
+        build: returns the arguments of TCAN. It runs on the meta device; the values of the weights are ignored.
+        dtype: dtype of the weights.
     """
     with torch.device("meta"):
         tcan = TCAN(**build()).to(dtype)
@@ -98,7 +116,7 @@ def fake_tcan(build: Callable[[], dict[str, Any]], dtype: torch.dtype) -> TCAN:
 
 
 def _inputs(tcan: TCAN, batch: int, frames: int, height: int, width: int) -> tuple[Tensor, ...]:
-    """latents, noise, timestep, pose, reference: as `diffusion_loss` takes them."""
+    """Return latents, noise, timestep, pose and reference latent for `diffusion_loss`."""
     channels, device = tcan.denoiser.config.in_channels, tcan.device
     latents = torch.randn(batch, frames, channels, height // 8, width // 8, device=device)
     timestep = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -107,7 +125,9 @@ def _inputs(tcan: TCAN, batch: int, frames: int, height: int, width: int) -> tup
 
 
 def _step_peak(tcan: TCAN, trained: list[nn.Parameter], *inputs: Tensor) -> int:
-    """Bytes at the peak of forward and backward; each gradient is dropped when it's whole, for it has its own line."""
+    """Return the peak bytes of forward and backward. Each gradient is freed once it is complete: gradients are counted
+    separately.
+    """
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
@@ -123,7 +143,7 @@ def _step_peak(tcan: TCAN, trained: list[nn.Parameter], *inputs: Tensor) -> int:
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made within it have held at a time, on whatever device, fake ones too."""
+    """Context manager that records the peak bytes of tensors created inside it, on any device, including fake tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,10 +151,10 @@ class PeakMemory(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        inputs = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = op(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given | self._known.keys():
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in inputs | self._known.keys():
                 self._add(tensor.untyped_storage())
         return result
 

@@ -1,4 +1,4 @@
-"""Modules that keep less for the backward pass than torch's own, and compute the same."""
+"""Modules that save fewer activations for the backward pass than the torch modules and compute the same results."""
 
 from typing import Any
 
@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 
 def make_memory_efficient(network: nn.Module) -> None:
-    """In place: the network's convolutions, gated feed-forwards and residual blocks keep no more than their gradients
-    need."""
+    """Convert a network's convolutions, GEGLU layers and residual blocks, in place.
+
+    The converted modules save only the activations that their gradients require.
+    """
     for module in network.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros":
             module.__class__ = Convolution
         elif type(module) is GEGLU:
             module.__class__ = GatedLinear
         elif type(module) is ResnetBlock2D and type(module.nonlinearity) is nn.SiLU:
-            # Each of the block's activations moves into the module beside it.
+            # Fuse each SiLU of the block into its adjacent module.
             module.norm1.__class__ = module.norm2.__class__ = NormSiLU
             if module.time_emb_proj is not None and not module.skip_time_act:
                 module.time_emb_proj.__class__ = SiLULinear
@@ -26,7 +28,7 @@ def make_memory_efficient(network: nn.Module) -> None:
 
 
 class Convolution(nn.Conv2d):
-    """torch keeps a convolution's input also where its weight is frozen and nothing asks for it."""
+    """Conv2d that does not save its input when the weight is frozen; torch saves it in any case."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
@@ -38,19 +40,19 @@ class Convolution(nn.Conv2d):
 
 class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.how = x.shape, how
-        return F.conv2d(x, weight, bias, *how)
+        ctx.shape, ctx.options = x.shape, options
+        return F.conv2d(x, weight, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.how), *[None] * 6
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, gradient, *ctx.options), *[None] * 6
 
 
 class GatedLinear(GEGLU):
-    """a * gelu(b) of the halves of one projection: gelu(b) is computed again rather than kept."""
+    """GEGLU, a * gelu(b) for the two chunks a, b of one projection. gelu(b) is recomputed in the backward pass."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return _Gate.apply(self.proj(hidden_states))
@@ -67,20 +69,22 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (projected,) = ctx.saved_tensors
         a, b = projected.chunk(2, dim=-1)
-        of_both = torch.empty_like(projected)
-        of_a, of_b = of_both.chunk(2, dim=-1)
-        torch.mul(gradient, F.gelu(b), out=of_a)
-        of_b.copy_(torch.ops.aten.gelu_backward(gradient * a, b))
-        return of_both
+        grad_projected = torch.empty_like(projected)
+        grad_a, grad_b = grad_projected.chunk(2, dim=-1)
+        torch.mul(gradient, F.gelu(b), out=grad_a)
+        grad_b.copy_(torch.ops.aten.gelu_backward(gradient * a, b))
+        return grad_projected
 
 
 class SiLULinear(nn.Linear):
+    """Linear layer applied to the SiLU of its input."""
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.silu(x))
 
 
 class NormSiLU(nn.GroupNorm):
-    """SiLU of a group norm: what lies between both is computed again rather than kept."""
+    """GroupNorm followed by SiLU. The output of the GroupNorm is recomputed in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
@@ -90,20 +94,22 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.how = groups, eps
+        ctx.options = groups, eps
         return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        groups, eps = ctx.how
+        groups, eps = ctx.options
         sizes = len(x), x.shape[1], x[0, 0].numel(), groups
         x = x.contiguous()
-        normed, mean, deviation = torch.ops.aten.native_group_norm(x, weight, bias, *sizes, eps)
+        normed, mean, inverse_std = torch.ops.aten.native_group_norm(x, weight, bias, *sizes, eps)
         gradient = torch.ops.aten.silu_backward(gradient, normed).contiguous()
         needed = list(ctx.needs_input_grad[:3])
         return (
-            *torch.ops.aten.native_group_norm_backward(gradient, x, mean, deviation, weight, *sizes, needed),
+            *torch.ops.aten.native_group_norm_backward(
+                gradient, x, mean, inverse_std, weight, *sizes, needed
+            ),
             None,
             None,
         )

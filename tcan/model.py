@@ -1,4 +1,4 @@
-"""TCAN as one module: the frozen pretrained, what each stage trains, and the loss."""
+"""TCAN as one module: frozen pretrained models, the trainable parameters of each stage, and the loss."""
 
 from collections.abc import Sequence
 
@@ -19,15 +19,20 @@ Residuals = tuple[Sequence[Tensor], Tensor]
 
 
 class TCAN(nn.Module):
-    """Denoiser with APPA and temporal layers, appearance UNet, ControlNet with temporal layers.
+    """Denoiser with APPA and temporal layers, appearance UNet, and ControlNet with temporal layers.
 
-    unet, controlnet, motion_adapter: the pretrained, copied: those given are left as they are.
-    empty_prompt: `[1, T, D]`, the text encoder's output for the empty prompt. It moves and is cast with the
-        module, and floating inputs are cast to its dtype.
+    Shapes in this class: B clips of F frames; latents `[B, F, 4, h, w]`, already multiplied by the VAE's scaling factor;
+    H = 8 h and W = 8 w. A clip of one frame is an image: the temporal layers do not change it.
 
-    Shapes below: B clips of F frames; latents `[B, F, 4, h, w]`, already times the VAE's scaling factor;
-    H = 8 h and W = 8 w. A clip of one frame is a image: the temporal layers pass it unchanged.
-    Raises ValueError for a motion adapter that doesn't fit (`tcan.temporal.motion_unet`).
+    Args:
+        unet, controlnet, motion_adapter: pretrained models. They are copied; the arguments are not modified.
+        empty_prompt: `[1, T, D]`, the text encoder's output for the empty prompt. It follows the module's device and
+            dtype; floating-point inputs are cast to its dtype.
+        lora_rank, lora_alpha: rank and alpha of APPA.
+
+    Raises:
+        ValueError: the motion adapter or the ControlNet is incompatible (`tcan.temporal.motion_unet`,
+            `tcan.temporal_controlnet.temporal_controlnet`).
     """
 
     empty_prompt: Tensor
@@ -57,9 +62,15 @@ class TCAN(nn.Module):
         self.eval()
 
     def set_stage(self, stage: int) -> None:
-        """Let exactly a stage's parameters require gradients: 1 appearance UNet, APPA; 2 temporal layers."""
+        """Set `requires_grad` for exactly the parameters of a training stage.
+
+        Stage 1: appearance UNet and APPA. Stage 2: temporal layers of the denoiser and of the ControlNet.
+
+        Raises:
+            ValueError: `stage` is not 1 or 2.
+        """
         if stage not in (1, 2):
-            raise ValueError(f"stage {stage}: there are stages 1 and 2")
+            raise ValueError(f"stage must be 1 or 2, not {stage}")
         self.stage = stage
         self.requires_grad_(False)
         if stage == 1:
@@ -72,7 +83,7 @@ class TCAN(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TCAN":
-        """As `nn.Module.train`, but what the stage doesn't train stays in eval mode."""
+        """Same as `nn.Module.train`, but modules that the stage does not train stay in eval mode."""
         super().train(False)
         self.training = mode
         if self.stage == 1:
@@ -94,31 +105,42 @@ class TCAN(nn.Module):
         return self.empty_prompt.dtype
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep only the inputs of the blocks and compute the rest again in the backward pass."""
+        """Store only the inputs of each block and recompute its activations in the backward pass."""
         for network in (self.appearance_unet, self.denoiser, self.controlnet):
             network.enable_gradient_checkpointing()
 
     def appearance(self, reference_latent: Tensor, timestep: Tensor) -> list[Tensor]:
-        """The reference's features, one per joined block (10 at SD1.5 size): `[B, h_i * w_i, C_i]`.
+        """Return the reference features, one per block with reference attention (10 at SD1.5 size).
 
-        reference_latent `[B, 4, h, w]`, clean (the VAE's mean); timestep `[B]`, that of the target.
+        Args:
+            reference_latent: `[B, 4, h, w]`, without noise (the mean of the VAE's distribution).
+            timestep: `[B]`, the timestep of the target.
+
+        Returns:
+            List of `[B, h_i * w_i, C_i]`.
         """
         prompt = self.empty_prompt.expand(len(reference_latent), -1, -1)
         return capture_features(self.appearance_unet, reference_latent.to(prompt.dtype), timestep, prompt)
 
     def embed_pose(self, pose: Tensor) -> Tensor:
-        """What the ControlNet's pose encoder makes of pose images `[B, F, 3, H, W]` in [0, 1]: `[B, F, C_0, h, w]`.
+        """Encode pose images `[B, F, 3, H, W]` in [0, 1] with the ControlNet's pose encoder: `[B, F, C_0, h, w]`.
 
-        It depends on no timestep: a sampler needs it once a clip.
+        The embedding does not depend on the timestep, so a sampler computes it once per clip.
         """
         embed = self.controlnet.controlnet_cond_embedding
         return embed(pose.flatten(0, 1).to(self.dtype)).unflatten(0, pose.shape[:2])
 
     def pose_residuals(self, noisy: Tensor, timestep: Tensor, pose: Tensor, scale: float = 1.0) -> Residuals:
-        """The ControlNet's residuals (12 down and one middle at SD1.5 size), each `[B * F, C_i, h_i, w_i]`.
+        """Return the ControlNet's residuals: 12 for the down blocks and one for the middle block at SD1.5 size.
 
-        noisy `[B, F, 4, h, w]`, timestep `[B]`, pose `[B, F, 3, H, W]` in [0, 1] or what `embed_pose` made of it.
-        scale: they are multiplied by it.
+        Args:
+            noisy: `[B, F, 4, h, w]`.
+            timestep: `[B]`.
+            pose: pose images `[B, F, 3, H, W]` in [0, 1], or the output of `embed_pose`.
+            scale: factor of the residuals.
+
+        Returns:
+            Down residuals and middle residual, each `[B * F, C_i, h_i, w_i]`.
         """
         batch, frames = noisy.shape[:2]
         return control_residuals(
@@ -141,25 +163,28 @@ class TCAN(nn.Module):
         temperature: Tensor | None = None,
         temperature_limit: int | None = None,
     ) -> Tensor:
-        """The prediction `[B, F, 4, h, w]`.
+        """Return the denoiser's prediction `[B, F, 4, h, w]`.
 
-        noisy `[B, F, 4, h, w]`, timestep `[B]`.
-        residuals: `pose_residuals` of these clips; None: no pose.
-        features: `appearance` of these clips, or of one reference, then shared by all; None: none.
-        reference_mask: `[B]` bool: a row where it is False uses plain self-attention; None: all keep it.
-        temperature: `[H, W]` or `[B, H, W]` (`tcan.temperature`); None: 1.
-        temperature_limit: cells of the longer side of a layer's grid; the temperature of layers above it is 1; None: no
-            limit.
+        Classifier-free guidance is one call with one clip and `reference_mask=[False, True]`. The prediction is then
+        `[2, F, 4, h, w]`, and the down blocks, which do not depend on the reference, run once
+        (`tcan.appearance.share_down_blocks`).
 
-        Guidance is one call of one clip with `reference_mask=[False, True]`: a prediction `[2, F, 4, h, w]`, for which
-        the down blocks, where no reference reaches, run once (`tcan.appearance.share_down_blocks`).
+        Args:
+            noisy: `[B, F, 4, h, w]`.
+            timestep: `[B]`.
+            residuals: output of `pose_residuals` for these clips; None: no pose.
+            features: output of `appearance` for these clips, or for one reference shared by all; None: no reference.
+            reference_mask: bool `[B]`. Rows with False use plain self-attention; None: all rows use the reference.
+            temperature: `[H, W]` or `[B, H, W]` (`tcan.temperature`); None: 1.
+            temperature_limit: maximum size, in cells of the longer side, of the layer grids that use the temperature.
+                Layers with larger grids use 1. None: no limit.
         """
         batch, frames = noisy.shape[:2]
         rows, kwargs = batch, None
         if features is not None:
-            keep = None if reference_mask is None else torch.as_tensor(reference_mask, dtype=torch.bool)
-            kwargs = {"appearance": Appearance(features, keep, frames)}
-            rows = batch if keep is None else len(keep)
+            mask = None if reference_mask is None else torch.as_tensor(reference_mask, dtype=torch.bool)
+            kwargs = {"appearance": Appearance(features, mask, frames)}
+            rows = batch if mask is None else len(mask)
         down, middle = residuals or (None, None)
         if middle is not None and rows > batch:
             middle = middle.repeat(rows // batch, 1, 1, 1)
@@ -189,25 +214,24 @@ class TCAN(nn.Module):
         reference_latent: Tensor,
         reference_mask: Tensor | None = None,
     ) -> Tensor:
-        """The prediction `[B, F, 4, h, w]`: residuals, features and denoising in one; what training calls.
+        """Return the prediction `[B, F, 4, h, w]`: `pose_residuals`, `appearance` and `denoise` in one training call.
 
-        Shapes as in `pose_residuals`, `appearance` and `denoise`.
+        Argument shapes are those of these three methods.
         """
         residuals = self.pose_residuals(noisy, timestep, pose)
         features = self.appearance(reference_latent, timestep)
         eps = self.denoise(noisy, timestep, residuals, features, reference_mask)
         if self.stage == 1 and reference_mask is not None and not reference_mask.any():
-            # No row looked at the reference. Gradients of zero, not none at all: data-parallel workers must
-            # agree on which parameters have one.
+            # No row uses the reference. The appearance UNet needs zero gradients instead of None: data-parallel workers
+            # must agree on which parameters have gradients.
             eps = eps + 0 * sum(f[0, 0, 0] for f in features)
         return eps
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """The weights that training makes, by part: what a model folder stores (after stage 1 the first two
-        suffice).
+        """Return the trained weights by part, as stored in a model folder. Stage 1 changes only the first two parts.
 
-        `appearance_unet`: names of the UNet it was copied from; `appa`: PEFT's names (`tcan.appa`);
-        `motion_adapter`: names of a `MotionAdapter`; `temporal_controlnet`: names within the ControlNet.
+        `appearance_unet`: names of the source UNet; `appa`: PEFT's names (`tcan.appa`);
+        `motion_adapter`: names of a `MotionAdapter`; `temporal_controlnet`: names in the ControlNet.
         """
         return {
             "appearance_unet": self.appearance_unet.state_dict(),
@@ -217,7 +241,11 @@ class TCAN(nn.Module):
         }
 
     def load_parts(self, parts: dict[str, dict[str, Tensor]]) -> None:
-        """Load any of `parts`. Raises KeyError or RuntimeError unless its names are exactly this model's."""
+        """Load some or all of the parts returned by `parts`.
+
+        Raises:
+            KeyError, RuntimeError: the names of a part are not exactly those of this model.
+        """
         load = {
             "appearance_unet": self.appearance_unet.load_state_dict,
             "appa": lambda state: load_appa_state_dict(self.denoiser, state),
@@ -228,7 +256,7 @@ class TCAN(nn.Module):
             load[name](state)
 
     def motion_adapter(self) -> MotionAdapter:
-        """A copy of the denoiser's temporal layers as diffusers' container, to `save_pretrained`."""
+        """Return a copy of the denoiser's temporal layers as a diffusers `MotionAdapter`, for `save_pretrained`."""
         adapter = MotionAdapter.from_config(self._motion_adapter_config)
         adapter.load_state_dict(temporal_state_dict(self.denoiser))
         return nn.Module.to(adapter, self.empty_prompt.dtype)
@@ -245,11 +273,15 @@ def diffusion_loss(
     reference_mask: Tensor | None = None,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """MSE on the noise, a scalar (method "Training"); on v where the scheduler's prediction type is that.
+    """Return the scalar MSE loss on the noise (method "Training"), or on v if `prediction_type` is "v_prediction".
 
-    model: a TCAN, or what wraps its `forward` (a DeepSpeed engine). scheduler: for its schedule alone
-    (`tcan.schedule.noise_schedule`). snr_gamma: weigh each clip by `tcan.schedule.min_snr_weight`. latents, noise `[B, F, 4, h, w]`; timestep int64 `[B]`, one per clip; the rest as in
-    `TCAN.forward`.
+    Args:
+        model: a TCAN, or a wrapper of its `forward` (a DeepSpeed engine).
+        scheduler: supplies the noise schedule only (`tcan.schedule.noise_schedule`).
+        latents, noise: `[B, F, 4, h, w]`.
+        timestep: int64 `[B]`, one per clip.
+        pose, reference_latent, reference_mask: as in `TCAN.forward`.
+        snr_gamma: weight each clip by `tcan.schedule.min_snr_weight` with this gamma; None: no weighting.
     """
     noisy = scheduler.add_noise(latents, noise, timestep)
     prediction = model(noisy, timestep, pose, reference_latent, reference_mask).float()

@@ -1,4 +1,4 @@
-"""TCANPipeline: a image and a sequence of poses -> frames."""
+"""TCANPipeline: animate the person of an image with a sequence of poses."""
 
 import inspect
 import os
@@ -14,30 +14,34 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from tcan.crop import fit_image, fit_keypoints
 from tcan.errors import UserError
 from tcan.model import TCAN
-from tcan.pose import PoseDetector, draw_poses, find_people, one_body
+from tcan.pixels import from_vae_output, to_controlnet_input, to_vae_input
+from tcan.pose import PoseDetector, draw_poses, find_people, main_person_poses
 from tcan.pose import retarget as retarget_poses
+from tcan.sampling import SamplingConfig
 from tcan.schedule import noise_schedule
 from tcan.temperature import temperature_map
-from tcan.video import fit_image, fit_keypoints
 from tcan.weights import load_model, load_pose_detector, load_pretrained, read_model_info, save_model
 from tcan.windows import Windows
 
-EMBEDDED_WINDOWS = 64
-"""Windows whose embedded poses the host keeps (2.5 MiB a frame at 512 x 512 in half precision); those of further windows
-are made anew at each step."""
+CACHED_WINDOWS = 64
+"""Windows whose pose embeddings are cached in host memory (2.5 MiB per frame at 512 x 512 in half precision). Those of
+further windows are recomputed at each step."""
+
+Callback = Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any]
 
 
 @dataclass
 class TCANPipelineOutput(BaseOutput):
-    """What a call returns."""
+    """Output of `TCANPipeline`."""
 
     frames: np.ndarray | list[PIL.Image.Image] | Tensor
-    """"np": float32 RGB `[F, H, W, 3]` in [0, 1]; "pil": a list of F images; "latent": scaled latents `[F, C, h, w]`."""
+    """"np": float32 RGB `[F, H, W, 3]` in [0, 1]; "pil": list of F images; "latent": scaled latents `[F, C, h, w]`."""
 
     poses: np.ndarray
-    """The poses that drove the frames, after retargeting: keypoints `[F, 18, 3]` in the frames' pixels."""
+    """Driving poses after retargeting: keypoints `[F, 18, 3]` in pixels of the frames."""
 
 
 class TCANPipeline(DiffusionPipeline):
@@ -46,12 +50,12 @@ class TCANPipeline(DiffusionPipeline):
         pipe = TCANPipeline.from_pretrained("runs/model").to("cuda")
         frames = pipe(image, driving_frames, generator=torch.Generator().manual_seed(0)).frames
 
-    Device memory depends on the window and the size of the frames, not on their number. What the host must hold of a
-    whole video: its poses, its latents (16 bytes for each 8 x 8 pixels: 64 KiB a frame at 512 x 512) and the
-    scheduler's working copies of them, and a temperature map a window (4 bytes a pixel), because each step of the
-    denoising goes through all windows before the next begins. Pose images are drawn window by window and frames decoded
-    batch by batch; `EMBEDDED_WINDOWS` bounds what is kept of the former. The result's `frames` are all frames at once: for a long video ask for "latent" and go through
-    `decode`.
+    Device memory depends on the window and the frame size, not on the number of frames. Host memory grows with the
+    number of frames, because each denoising step visits all windows before the next step starts. It contains all poses,
+    all latents (16 bytes per 8 x 8 pixels: 64 KiB per frame at 512 x 512) with the scheduler's working copies, and one
+    temperature map per window (4 bytes per pixel). Pose images are drawn per window, frames are decoded per batch, and
+    `CACHED_WINDOWS` bounds the cached pose embeddings. The output's `frames` are all frames at once; for a long video
+    request "latent" and iterate over `decode`.
     """
 
     model_cpu_offload_seq = "vae->tcan->vae"
@@ -77,18 +81,20 @@ class TCANPipeline(DiffusionPipeline):
         device: torch.device | str = "cpu",
         **sources: str,
     ) -> "TCANPipeline":
-        """Loads a model folder and the pretrained it names.
+        """Load a model folder and the pretrained models that it names.
 
         Args:
-            sources: where to take a base from instead (`unet="path"`, `pose="path"`, ...), as `load_pretrained` takes them.
+            sources: overrides of the sources of pretrained models (`unet="path"`, `pose="path"`, ...), in the forms
+                that `load_pretrained` accepts.
 
         Raises:
-            UserError: the folder isn't a whole model, a base can't be loaded or isn't the one that it was trained on.
+            UserError: the folder is not a complete model; a pretrained model cannot be loaded or is not the one that
+                the model was trained on.
         """
         info = read_model_info(model_folder)
-        asked = {part: base["source"] for part, base in info["pretrained"].items()} | sources
-        pose = asked.pop("pose", None)
-        pretrained = load_pretrained(**asked, device=device, dtype=torch_dtype)
+        requested = {part: model["source"] for part, model in info["pretrained"].items()} | sources
+        pose = requested.pop("pose", None)
+        pretrained = load_pretrained(**requested, device=device, dtype=torch_dtype)
         tcan = load_model(model_folder, pretrained)
         detector = None if pose is None else load_pose_detector(pose, device)
         pipe = cls(
@@ -98,9 +104,9 @@ class TCANPipeline(DiffusionPipeline):
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes the model folder that `from_pretrained` reads: what was trained, and the names of the pretrained."""
+        """Save a model folder for `from_pretrained`: the trained weights, and the names of the pretrained models."""
         if kwargs:
-            raise ValueError(f"a model folder takes no options: {', '.join(kwargs)}")
+            raise ValueError(f"save_pretrained does not support these options: {', '.join(kwargs)}")
         save_model(self.tcan, save_directory, **self.model_info)
 
     @torch.no_grad()
@@ -109,72 +115,51 @@ class TCANPipeline(DiffusionPipeline):
         image: np.ndarray | PIL.Image.Image,
         poses: np.ndarray,
         *,
+        sampling: SamplingConfig | None = None,
         retarget: bool = True,
         character: np.ndarray | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 7.5,
-        window: int = 16,
-        overlap: int = 4,
-        loop: bool = False,
-        ptm: bool = True,
-        ptm_strength: float = 1.0,
-        ptm_limit: int | None = None,
-        controlnet_scale: float = 1.0,
-        start_from_reference: bool = False,
         generator: torch.Generator | None = None,
         decode_batch: int = 8,
         output_type: str = "np",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any] | None = None,
+        callback_on_step_end: Callback | None = None,
+        **overrides: Any,
     ) -> TCANPipelineOutput | tuple:
-        """A frame for each pose.
+        """Generate one frame per pose.
 
         Args:
-            image: the character, uint8 RGB `[H, W, 3]` or a PIL image of any size; its largest centred part of the
-                output's proportions is used.
-            poses: keypoints `[F, 18, 3]`, or the frames of a driving video, uint8 RGB `[F, H, W, 3]`, whose main
-                person the pose network then follows. With `retarget` keypoints may be in pixels of any image; without,
+            image: the character, uint8 RGB `[H, W, 3]` or a PIL image, of any size. It is center-cropped to the aspect
+                ratio of the output.
+            poses: keypoints `[F, 18, 3]`, or the frames of a driving video, uint8 RGB `[F, H, W, 3]`, in which the pose
+                network tracks the main person. With `retarget`, keypoints may be in pixels of any image; without it,
                 they are in pixels of the output.
-            retarget: fit the poses to the character's proportions and place.
-            character: the character's own keypoints `[18, 3]` in the image's pixels; found by the pose network if None.
-            height, width: of the output in pixels, multiples of 64; those of training if None.
-            guidance_scale: of the appearance: 1 turns guidance, and its second pass, off.
-            window, overlap: frames that attend to each other, and how many neighbouring windows share.
-            loop: the poses end where they begin: so does the result (`Windows`).
-            ptm: the pose-driven temperature map on the UNet's temporal attention.
-            ptm_strength: how steeply it rises with the distance from the skeleton (`temperature_map`); 1 is the paper's.
-            ptm_limit: it acts in layers whose grid has at most so many cells on its longer side; None: in all.
-            controlnet_scale: of the poses' residuals.
-            start_from_reference: begin with the image under the first timestep's noise, rather than with noise alone
-                (`first_latents`).
-            generator: fixes the noise; on the CPU it gives the same noise whatever the device.
-            decode_batch: frames that the VAE decodes at once.
+            sampling: options of the denoising loop; None: the defaults.
+            retarget: fit the poses to the proportions and the position of the character.
+            character: keypoints of the character `[18, 3]` in pixels of the image; None: detected by the pose network.
+            height, width: size of the output in pixels, multiples of 64; None: the size used in training.
+            generator: source of the noise; a CPU generator gives the same noise on every device.
+            decode_batch: number of frames that the VAE decodes at once.
             output_type: "np", "pil" or "latent".
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": [F, C, h, w]})`.
+            overrides: fields of `SamplingConfig` that replace those of `sampling`, such as `steps=50`.
 
         Raises:
-            UserError: no person in the image or in the driving frames; a height or width no multiple of 64.
+            UserError: no person in the image or in the driving frames; a height or width that is not a multiple of 64;
+                a sampling option out of its range.
+            TypeError: an unknown option.
         """
+        sampling = (sampling or SamplingConfig()).override(**overrides)
         height, width = height or self.height, width or self.width
         if height % 64 or width % 64:
-            raise UserError(f"height {height}, width {width}: must be multiples of 64")
+            raise UserError(f"height {height}, width {width}: must be multiples of 64; change the size")
         image = np.asarray(image.convert("RGB") if isinstance(image, PIL.Image.Image) else image)
         poses = self._prepare_poses(image, np.asarray(poses), retarget, character, height, width)
         latents = self.denoise(
             fit_image(image, height, width),
             poses,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            window=window,
-            overlap=overlap,
-            loop=loop,
-            ptm=ptm,
-            ptm_strength=ptm_strength,
-            ptm_limit=ptm_limit,
-            controlnet_scale=controlnet_scale,
-            start_from_reference=start_from_reference,
+            sampling=sampling,
             generator=generator,
             callback_on_step_end=callback_on_step_end,
         )
@@ -190,95 +175,75 @@ class TCANPipeline(DiffusionPipeline):
         image: np.ndarray,
         poses: np.ndarray,
         *,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 7.5,
-        window: int = 16,
-        overlap: int = 4,
-        loop: bool = False,
-        ptm: bool = True,
-        ptm_strength: float = 1.0,
-        ptm_limit: int | None = None,
-        controlnet_scale: float = 1.0,
-        start_from_reference: bool = False,
+        sampling: SamplingConfig | None = None,
         generator: torch.Generator | None = None,
-        callback_on_step_end: Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any] | None = None,
+        callback_on_step_end: Callback | None = None,
+        **overrides: Any,
     ) -> Tensor:
-        """The latents of all frames by the scheduler's steps (method.md, Inference), on the host.
+        """Generate the latents of all frames, in host memory (method.md, Inference).
 
-        Per timestep the appearance features are computed once, for all windows; per window the ControlNet's residuals
-        and the UNet's down blocks once, for both rows of guidance; the ControlNet's pose encoder, which knows no
-        timestep, once in all (of a long video: EMBEDDED_WINDOWS).
+        The appearance features are computed once per timestep, for all windows. The ControlNet residuals and the UNet's
+        down blocks are computed once per window, for both rows of guidance. The ControlNet's pose embedding does not
+        depend on the timestep: it is computed once per window, for at most `CACHED_WINDOWS` windows.
 
         Args:
             image: uint8 RGB `[H, W, 3]`, of the output's size.
             poses: keypoints `[F, 18, 3]` in pixels of the output.
+            sampling, generator, callback_on_step_end, overrides: see `__call__`.
 
         Returns:
             scaled latents `[F, C, h, w]`, float32.
         """
+        sampling = (sampling or SamplingConfig()).override(**overrides)
         device = self._execution_device
         reference = self.encode(image)
-        windows = Windows(len(poses), window, overlap, loop)
-        padded = poses[windows.source.numpy()]
+        height, width = image.shape[:2]
+        clip = _WindowInputs(self, poses, height, width, sampling)
 
-        def draw(part: Tensor) -> Tensor:
-            """uint8 `[F, 3, H, W]`, drawn when needed: images of all windows would be far more than the latents."""
-            return torch.from_numpy(self.draw(padded[part.numpy()], *image.shape[:2])).permute(0, 3, 1, 2)
+        self.scheduler.set_timesteps(sampling.steps)
+        shape = (sampling.window, *reference.shape[1:])
+        noise = randn_tensor(shape, generator=generator, device=torch.device("cpu"))
+        # The noise of one window, repeated along time: all windows start from the same noise.
+        noise = noise[torch.arange(clip.num_padded_frames) % sampling.window]
+        latents = self.first_latents(
+            noise, reference.float().cpu() if sampling.start_from_reference else None
+        )
+        # Stochastic schedulers draw noise at every step.
+        stochastic = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if stochastic else {}
 
-        embedded: dict[int, Tensor] = {}
-
-        def embed(index: int, part: Tensor) -> Tensor:
-            """A window's poses as the ControlNet takes them in, `[1, F, C_0, h, w]`."""
-            if index in embedded:
-                return embedded[index].to(device)
-            pose = self.tcan.embed_pose(draw(part)[None].to(device) / 255)
-            if index < EMBEDDED_WINDOWS:
-                embedded[index] = pose.cpu()
-            return pose
-
-        temperatures = [
-            temperature_map(draw(part), ptm_strength) if ptm else None for part in windows.indices
-        ]
-
-        self.scheduler.set_timesteps(num_inference_steps)
-        noise = randn_tensor((window, *reference.shape[1:]), generator=generator, device=torch.device("cpu"))
-        # one window's noise repeated along time, so that all windows start from the same
-        noise = noise[torch.arange(len(padded)) % window]
-        latents = self.first_latents(noise, reference.float().cpu() if start_from_reference else None)
-        # Samplers that draw noise at every step draw it here.
-        draws = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if draws else {}
-
+        num_frames = len(poses)
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             t = timestep.to(device).reshape(1)
             features = self.tcan.appearance(reference, t)
             noisy = self.scheduler.scale_model_input(latents, timestep)[None]
             predictions = (
                 self.predict_noise(
-                    noisy[:, part].to(device, reference.dtype),
+                    noisy[:, frames].to(device, reference.dtype),
                     t,
-                    embed(index, part),
+                    clip.pose_embedding(index),
                     features,
-                    guidance_scale,
-                    None if temperature is None else temperature.to(device),
-                    ptm_limit,
-                    controlnet_scale,
+                    sampling.guidance_scale,
+                    clip.temperature(index),
+                    sampling.ptm_limit,
+                    sampling.controlnet_scale,
                 )
-                for index, (part, temperature) in enumerate(zip(windows.indices, temperatures, strict=True))
+                for index, frames in enumerate(clip.windows.indices)
             )
-            prediction = windows.average(eps.float().cpu() for eps in predictions)[0]
+            prediction = clip.windows.average(eps.float().cpu() for eps in predictions)[0]
             latents = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
-                callback_on_step_end(self, step, int(timestep), {"latents": latents[: windows.num_frames]})
-        return latents[: windows.num_frames]
+                callback_on_step_end(self, step, int(timestep), {"latents": latents[:num_frames]})
+        return latents[:num_frames]
 
     def first_latents(self, noise: Tensor, reference: Tensor | None) -> Tensor:
-        """What the scheduler's first step begins with, `[F, C, h, w]` of noise `[F, C, h, w]`.
+        """The scheduler's initial latents, `[F, C, h, w]`, from noise `[F, C, h, w]`.
 
-        Without a reference the noise alone. With one, `[1, C, h, w]`, that image under the noise, of which each frame's
-        and channel's mean is taken out. For at the last timestep of SD1.5's schedule something of the image is left, so
-        the network takes what the latents' mean is for the image's brightness; a frame's noise has a mean of its own,
-        about 1 / sqrt(h w), and the smaller the latents, the more the frames' brightness differs.
+        Without a reference: the noise, scaled. With a reference latent `[1, C, h, w]`: that latent, noised to the first
+        timestep, after the mean of each frame and channel is subtracted from the noise. At the last timestep of SD1.5's
+        schedule part of the signal remains, so the network interprets the mean of the latents as the brightness of the
+        image. The mean of a frame's noise deviates by about 1 / sqrt(h w); the smaller the latents, the more the
+        brightness varies between frames.
         """
         if reference is None:
             return noise * self.scheduler.init_noise_sigma
@@ -298,16 +263,18 @@ class TCANPipeline(DiffusionPipeline):
         ptm_limit: int | None = None,
         controlnet_scale: float = 1.0,
     ) -> Tensor:
-        """The guided noise of one window: eps_uncond + scale (eps_ref - eps_uncond).
+        """Predict the noise of one window with guidance: eps_uncond + scale (eps_ref - eps_uncond).
 
-        Both rows share text and pose, guidance acts on the appearance alone; so the residuals serve both.
+        Guidance acts on the appearance only. Both rows have the same text and pose, so they share the residuals.
 
         Args:
             noisy: `[1, F, C, h, w]`.
             timestep: `[1]`.
-            pose: what `TCAN.embed_pose` made of the pose images, `[1, F, C, h, w]`.
-            features: of the reference, one row.
-            temperature: `[H, W]`.
+            pose: pose embedding by `TCAN.embed_pose`, `[1, F, C_0, h, w]`.
+            features: appearance features of the reference, one row.
+            guidance_scale: 1 skips the unconditional row.
+            temperature: `[H, W]`; None: no temperature map.
+            ptm_limit, controlnet_scale: see `SamplingConfig`.
 
         Returns:
             `[1, F, C, h, w]`.
@@ -320,20 +287,16 @@ class TCANPipeline(DiffusionPipeline):
         return without + guidance_scale * (with_reference - without)
 
     def encode(self, image: np.ndarray) -> Tensor:
-        """uint8 RGB `[H, W, 3]` -> the mean of its scaled latent `[1, C, h, w]`."""
-        pixels = (
-            torch.from_numpy(image).to(self._execution_device).permute(2, 0, 1)[None].to(self.vae.dtype)
-            / 127.5
-            - 1
-        )
-        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+        """Encode an image, uint8 RGB `[H, W, 3]`, to the mean of its scaled latent, `[1, C, h, w]`."""
+        pixels = to_vae_input(torch.from_numpy(image).to(self._execution_device)[None], self.vae.dtype)
+        # contiguous: channels-last convolutions round differently
+        return self.vae.encode(pixels.contiguous()).latent_dist.mean * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor, batch: int = 8) -> Iterator[np.ndarray]:
-        """Scaled latents `[F, C, h, w]` -> float32 RGB `[<= batch, H, W, 3]` in [0, 1], batch by batch."""
+        """Decode scaled latents `[F, C, h, w]` in batches: float32 RGB `[<= batch, H, W, 3]` in [0, 1] each."""
         for part in latents.split(batch):
             part = part.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
-            pixels = self.vae.decode(part, return_dict=False)[0]
-            yield (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
+            yield from_vae_output(self.vae.decode(part, return_dict=False)[0]).cpu().numpy()
 
     def _prepare_poses(
         self,
@@ -344,7 +307,7 @@ class TCANPipeline(DiffusionPipeline):
         height: int,
         width: int,
     ) -> np.ndarray:
-        """The poses `[F, 18, 3]` in pixels of the output."""
+        """Convert the argument `poses` of `__call__` to keypoints `[F, 18, 3]` in pixels of the output."""
         if poses.ndim == 4:
             frame_height, frame_width = poses.shape[1:3]
             poses = self.detect_poses(poses, "the driving video")
@@ -358,16 +321,16 @@ class TCANPipeline(DiffusionPipeline):
 
     @property
     def height(self) -> int:
-        """Of the images it was trained on, in pixels."""
+        """Height of the training images in pixels."""
         return self.model_info["height"]
 
     @property
     def width(self) -> int:
-        """Of the images it was trained on, in pixels."""
+        """Width of the training images in pixels."""
         return self.model_info["width"]
 
     def draw(self, poses: np.ndarray, height: int | None = None, width: int | None = None) -> np.ndarray:
-        """Keypoints `[F, 18, 3]` -> pose images, uint8 RGB `[F, H, W, 3]`, with the strokes it was trained on."""
+        """Draw keypoints `[F, 18, 3]` with the stroke width used in training: uint8 RGB `[F, H, W, 3]`."""
         return draw_poses(poses, height or self.height, width or self.width, self.model_info["stick_width"])
 
     def scale_poses(
@@ -378,22 +341,73 @@ class TCANPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> np.ndarray:
-        """Keypoints `[F, 18, 3]` in pixels of a source image -> of the output, cut and resized as images are."""
+        """Map keypoints `[F, 18, 3]` from pixels of a source image to pixels of the output, cropped as images are."""
         return fit_keypoints(poses, source_height, source_width, height or self.height, width or self.width)
 
-    def detect_poses(self, frames: Iterable[np.ndarray], what: str, smooth: int = 0) -> np.ndarray:
-        """The main person's keypoints `[F, 18, 3]`, in every frame (`tcan.pose.one_body` says how).
+    def detect_poses(
+        self, frames: Iterable[np.ndarray], source: str, smoothing_window: int = 0
+    ) -> np.ndarray:
+        """Detect the main person in every frame (see `tcan.pose.main_person_poses`): keypoints `[F, 18, 3]`.
 
         Args:
-            frames: uint8 RGB `[H, W, 3]` each; taken a few at a time, so a generator needs no memory.
-            what: names them where something is wrong with them.
-            smooth: frames over which to smooth the movement (odd, 5 or more); 0: not at all.
+            frames: uint8 RGB `[H, W, 3]` each, consumed in batches, so a generator keeps memory constant.
+            source: name of the frames in error messages.
+            smoothing_window: smoothing window in frames (odd, >= 5); 0 disables.
 
         Raises:
-            UserError: no person in any of them; no pose network was loaded.
+            UserError: no person in any frame; no pose network was loaded.
         """
         if self.pose_detector is None:
             raise UserError(
-                f"{what}: this pipeline has no pose network; give keypoints, or from_pretrained(pose=SOURCE)"
+                f"{source}: this pipeline has no pose network; pass keypoints, or load the network with "
+                "from_pretrained(pose=SOURCE)"
             )
-        return one_body(*find_people(self.pose_detector, frames), what, smooth)
+        return main_person_poses(*find_people(self.pose_detector, frames), source, smoothing_window)
+
+
+class _WindowInputs:
+    """Pose embedding and temperature map of each window of a clip.
+
+    Args:
+        poses: keypoints `[F, 18, 3]` in pixels of the output.
+        height, width: size of the output in pixels.
+    """
+
+    def __init__(
+        self, pipe: TCANPipeline, poses: np.ndarray, height: int, width: int, sampling: SamplingConfig
+    ) -> None:
+        self._pipe, self._height, self._width = pipe, height, width
+        self.windows = Windows(len(poses), sampling.window, sampling.overlap, sampling.loop)
+        self._padded = poses[self.windows.source.numpy()]
+        self._embeddings: dict[int, Tensor] = {}
+        self._temperatures = [
+            temperature_map(self._draw(frames).movedim(-1, -3), sampling.ptm_strength)
+            if sampling.ptm
+            else None
+            for frames in self.windows.indices
+        ]
+
+    @property
+    def num_padded_frames(self) -> int:
+        return len(self._padded)
+
+    def _draw(self, frames: Tensor) -> Tensor:
+        """Pose images uint8 `[F, H, W, 3]`, drawn on demand: for all windows they would need far more memory than the
+        latents."""
+        return torch.from_numpy(self._pipe.draw(self._padded[frames.numpy()], self._height, self._width))
+
+    def pose_embedding(self, index: int) -> Tensor:
+        """The ControlNet's embedding of a window's pose images, `[1, F, C_0, h, w]`."""
+        device = self._pipe._execution_device
+        if index in self._embeddings:
+            return self._embeddings[index].to(device)
+        drawn = self._draw(self.windows.indices[index])[None].to(device)
+        embedding = self._pipe.tcan.embed_pose(to_controlnet_input(drawn))
+        if index < CACHED_WINDOWS:
+            self._embeddings[index] = embedding.cpu()
+        return embedding
+
+    def temperature(self, index: int) -> Tensor | None:
+        """The temperature map of a window, `[H, W]`; None if disabled."""
+        temperature = self._temperatures[index]
+        return None if temperature is None else temperature.to(self._pipe._execution_device)

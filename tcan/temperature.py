@@ -1,4 +1,4 @@
-"""The pose-driven temperature map (PTM): poses of a window -> temperature of temporal attention at a place."""
+"""Pose-driven temperature map (PTM): temperature of the temporal attention per spatial position of a window."""
 
 import numpy as np
 import torch
@@ -8,14 +8,17 @@ from torch import Tensor
 
 
 def temperature_map(poses: Tensor, strength: float = 1.0) -> Tensor:
-    """tau of a window: 1 on the skeleton, larger further away, the same for all its frames.
+    """Return tau of a window: 1 on the skeleton, increasing with the distance from it, shared by all frames.
 
-    poses: pose images on black, `[F, 3, H, W]`, uint8 or float. Returns float32 `[H, W]` on the poses'
-    device.
+    Method "Pose-driven temperature map": M(p) = 1 where all images are black; D is the Euclidean distance transform of
+    M; d = D / sqrt((H/2)^2 + (W/2)^2); tau = 3 strength d + 1. If no image contains a pose, tau is 1 everywhere.
 
-    method "Pose-driven temperature map": M(p) = 1 where all images are black; D the Euclidean distance transform
-    of M; d = D / sqrt((H/2)^2 + (W/2)^2); tau = 3 strength d + 1, strength 1 in the paper. Without any pose tau is 1
-    everywhere.
+    Args:
+        poses: pose images on a black background, `[F, 3, H, W]`, uint8 or float.
+        strength: factor of the distance term; 1 in the paper.
+
+    Returns:
+        float32 `[H, W]` on the device of `poses`.
     """
     skeleton = poses.ne(0).flatten(0, 1).any(0)
     if not skeleton.any():
@@ -26,10 +29,12 @@ def temperature_map(poses: Tensor, strength: float = 1.0) -> Tensor:
     return (3 * strength * distance / half_diagonal + 1).to(poses.device)
 
 
-def temperature_of_places(temperature: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """tau nearest-resized to a layer's grid: `[H, W]` or `[B, H, W]` -> `[batch * h * w]`, clip after clip, and where
-    `batch` is a multiple of B, all of them again.
+def resize_temperature(temperature: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """Resize tau `[H, W]` or `[B, H, W]` to a layer's grid with nearest-neighbor interpolation.
+
+    Returns:
+        `[batch * height * width]`, ordered by clip, row, column. If `batch` is a multiple of B, the B clips repeat.
     """
     maps = temperature.reshape(-1, 1, *temperature.shape[-2:])
-    places = F.interpolate(maps, (height, width), mode="nearest").flatten()
-    return places.repeat(batch // len(maps))
+    resized = F.interpolate(maps, (height, width), mode="nearest").flatten()
+    return resized.repeat(batch // len(maps))

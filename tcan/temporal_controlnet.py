@@ -1,4 +1,4 @@
-"""The ControlNet with temporal layers at down factors 4 and 8; all else of it is the frozen ControlNet."""
+"""The frozen ControlNet with additional temporal layers at down factors 4 and 8."""
 
 import copy
 from typing import Any
@@ -14,7 +14,7 @@ DOWN_FACTORS = (4, 8)
 
 
 class _NumFrames:
-    """A down block of diffusers' motion UNet in a ControlNet, which doesn't pass `num_frames` on."""
+    """Mixin for motion down blocks: stores `num_frames`, which a ControlNet does not pass to its blocks."""
 
     num_frames = 1
 
@@ -23,30 +23,32 @@ class _NumFrames:
 
 
 class TemporalCrossAttnDownBlock(_NumFrames, CrossAttnDownBlockMotion):
-    """resnet, spatial transformer, temporal transformer, as often as the block has layers."""
+    """Per layer: resnet, spatial transformer, temporal transformer."""
 
 
 class TemporalDownBlock(_NumFrames, DownBlockMotion):
-    """resnet, temporal transformer, as often as the block has layers."""
+    """Per layer: resnet, temporal transformer."""
 
 
 class PoseEncoder(ControlNetConditioningEmbedding):
-    """The ControlNet's encoder of pose images, that lets pass what it has encoded before."""
+    """The ControlNet's encoder of pose images; it passes inputs that are already encoded."""
 
     def forward(self, pose: Tensor) -> Tensor:
-        """`[N, 3, H, W]` or `[N, C_0, h, w] -> [N, C_0, h, w]`."""
+        """Map `[N, 3, H, W]` (images) or `[N, C_0, h, w]` (encoded) to `[N, C_0, h, w]`."""
         return pose if pose.shape[1] == self.conv_out.out_channels else super().forward(pose)
 
 
 def temporal_controlnet(controlnet: ControlNetModel, adapter: MotionAdapter) -> ControlNetModel:
-    """A copy of the ControlNet with temporal layers (as many heads and positions as the motion adapter's)
-    after each resnet (and attention) of its down blocks at factors 4 and 8. Their output projections are
-    zero: it computes what the given ControlNet does, and for single frames always will.
+    """Return a copy of the ControlNet with a temporal layer after each layer of its down blocks at factors 4 and 8.
 
-    Raises ValueError for a ControlNet whose images aren't RGB.
+    The number of heads and of positions are those of the motion adapter. The output projections are zero, so the copy
+    initially computes the same as the ControlNet. For single frames this remains true after training.
+
+    Raises:
+        ValueError: the ControlNet expects images in BGR.
     """
     if controlnet.config.controlnet_conditioning_channel_order != "rgb":
-        raise ValueError("the ControlNet takes images in BGR; TCAN's poses are drawn in RGB")
+        raise ValueError("the ControlNet expects images in BGR; TCAN draws poses in RGB")
     controlnet = copy.deepcopy(controlnet)
     controlnet.controlnet_cond_embedding.__class__ = PoseEncoder
     weight = controlnet.conv_in.weight
@@ -68,7 +70,7 @@ def temporal_controlnet(controlnet: ControlNetModel, adapter: MotionAdapter) -> 
             )
             zero_output(layer)
             block.motion_modules.append(layer.to(weight.device, weight.dtype))
-        # The same attributes as its 2D counterpart and `motion_modules`: only `forward` differs.
+        # The motion block has the attributes of its 2D counterpart and `motion_modules`; only `forward` differs.
         has_attention = getattr(block, "has_cross_attention", False)
         block.__class__ = TemporalCrossAttnDownBlock if has_attention else TemporalDownBlock
     return controlnet
@@ -83,10 +85,15 @@ def control_residuals(
     num_frames: int,
     scale: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
-    """The down residuals (12 at SD1.5 size) and the middle one, times scale.
+    """Return the down residuals (12 at SD1.5 size) and the middle residual.
 
-    noisy `[B * F, 4, h, w]`, timestep `[B * F]`, prompt `[B * F, T, D]`, pose `[B * F, 3, H, W]` in [0, 1] or what
-    the ControlNet's PoseEncoder made of it.
+    Args:
+        noisy: `[B * F, 4, h, w]`.
+        timestep: `[B * F]`.
+        prompt: `[B * F, T, D]`.
+        pose: pose images `[B * F, 3, H, W]` in [0, 1], or the output of the ControlNet's `PoseEncoder`.
+        num_frames: F.
+        scale: factor of the residuals.
     """
     for block in controlnet.down_blocks:
         if isinstance(block, _NumFrames):

@@ -1,4 +1,4 @@
-"""A clip of any length as overlapping windows of frames, and their predictions averaged."""
+"""Overlapping windows over a clip of any length, and the average of their predictions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,14 +9,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `length` frames, each overlapping the next by `overlap` (method "Inference").
+    """Windows of `length` frames; consecutive windows overlap by `overlap` frames (method "Inference").
 
-    The clip is padded by repeating its last frame until its windows are whole: work on `source.numel()`
-    frames, frame i of them standing for `source[i]`, and drop what is beyond `num_frames` at the end.
-    A clip of one frame is a image: one window of one frame, nothing padded.
+    The clip is padded with its last frame until the last window is full. Process the `source.numel()` padded frames,
+    where padded frame i is frame `source[i]` of the clip, and drop the frames after `num_frames`. A clip of one frame
+    is an image: one window of one frame, without padding.
 
-    loop: the clip ends where it begins: windows run on over its end into its beginning, so that the last frame is
-    joined to the first as any two neighbours are; nothing is padded. A window then has at most all frames.
+    Args:
+        num_frames: number of frames of the clip, at least 1.
+        length: frames per window.
+        overlap: frames shared by consecutive windows, `0 <= overlap < length`.
+        loop: treat the clip as a closed loop: windows wrap around from the last frame to the first. There is no
+            padding, and a window has at most `num_frames` frames.
+
+    Raises:
+        ValueError: `num_frames` or `overlap` is out of its range.
     """
 
     num_frames: int
@@ -26,11 +33,11 @@ class Windows:
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or not 0 <= self.overlap < self.length:
-            raise ValueError(f"{self}: needs a frame, and an overlap of at least 0 and less than the length")
+            raise ValueError(f"{self}: requires num_frames >= 1 and 0 <= overlap < length")
 
     @property
     def indices(self) -> list[Tensor]:
-        """The windows, each int64 `[length]`: its frames in the padded clip."""
+        """Frame indices of each window in the padded clip, int64 `[length]`."""
         if self.num_frames == 1:
             return [torch.zeros(1, dtype=torch.int64)]
         if self.loop:
@@ -43,12 +50,12 @@ class Windows:
 
     @property
     def source(self) -> Tensor:
-        """int64 `[P]`: which frame of the clip each frame of the padded clip repeats."""
+        """Index in the clip of each of the P padded frames, int64 `[P]`."""
         padded = int(torch.stack(self.indices).max()) + 1
         return torch.arange(padded).clamp(max=self.num_frames - 1)
 
     def average(self, predictions: Iterable[Tensor]) -> Tensor:
-        """The windows' predictions `[B, length, ...]`, in order -> `[B, P, ...]`, each frame their mean."""
+        """Average predictions `[B, length, ...]`, one per window in order, to `[B, P, ...]`: the mean for each frame."""
         total: Tensor | None = None
         count = torch.zeros(len(self.source))
         for window, prediction in zip(self.indices, predictions, strict=True):

@@ -84,7 +84,7 @@ def main() -> int:
     keys += [
         f"--train.stage1.steps={given.steps}", f"--train.stage1.checkpoint_every={max(1, given.steps // 20)}",
         f"--train.stage1.validate_every={given.steps}", "--train.stage1.sample_every=0", "--train.max_failures=99",
-        f"--train.hang_seconds={HANG_SECONDS}",
+        f"--train.hang_timeout={HANG_SECONDS}",
     ]  # fmt: skip
     calm, wild = (Stage1(given.dataset, given.folder / name, keys) for name in ("calm", "chaos"))
     calm.finish(calm.start(2))

@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from pipelines.config import StageConfig, load_config
-from pipelines.train import checkpoint, trainer
+from pipelines.config import StageConfig
+from pipelines.config_parser import load_config
+from pipelines.train import checkpoint
 from pipelines.train.data import ClipStore, Sampler
-from pipelines.train.engine import averaged, get_state, make_engine, trained
+from pipelines.train.engine import create_engine, ema_weights, get_state, trained_parameters
+from pipelines.train.model import batch_loss
 from tcan.model import TCAN
 from tcan.weights import load_pretrained
 
@@ -71,7 +73,7 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
         )
         model.set_stage(2)
         model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).train()
-        return make_engine(model, config, stage, workers, given)
+        return create_engine(model, config, stage, workers, given)
 
     def train(engine, first: int, last: int) -> list[float]:
         losses = []
@@ -79,7 +81,7 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
             total = torch.zeros(())
             batches = sampler.worker_batches(step, rank, workers, 1)
             for batch in batches:
-                loss = trainer._loss(engine, pretrained, batch, device)
+                loss = batch_loss(engine, pretrained, batch, device)
                 engine.backward(loss)
                 engine.step()
                 total += loss.detach() / len(batches) / workers
@@ -107,16 +109,16 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
                     state["exp_avg"].numel() for state in engine.basic_optimizer.state.values()
                 ),
                 "in_checkpoint": sorted(names_in(saved)),
-                "trained": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained(engine)},
+                "trained": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained_parameters(engine)},
             }
             del engine
         else:
             for other in RESUMED_AS[name]:
                 engine = engine_of(other)
                 assert checkpoint.read(engine, saved)["step"] == SAVED
-                key, parameter = trained(engine)[0]
+                key, parameter = trained_parameters(engine)[0]
                 before = get_state(engine, parameter, "weight").clone()
-                with averaged(engine):
+                with ema_weights(engine):
                     pass
                 assert torch.equal(before, get_state(engine, parameter, "weight")), key
                 results[f"{name} as {other}"] = {"losses": train(engine, SAVED, STEPS)}

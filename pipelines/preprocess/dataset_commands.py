@@ -1,4 +1,4 @@
-"""`tcan dataset info|rejected|verify|preview DATASET`: what a clip dataset holds, whether it is whole, and how it looks."""
+"""`tcan dataset info|rejected|verify|preview DATASET`: statistics, rejections, integrity check and preview of a dataset."""
 
 import itertools
 import json
@@ -23,19 +23,20 @@ from pipelines.dataset import (
     read_info,
     rejected_files,
 )
-from pipelines.preprocess.shards import FILES_AT_ONCE, read_contents, split_of
+from pipelines.preprocess.assembly import assign_split
+from pipelines.preprocess.shards import READ_THREADS, read_contents
 from tcan.errors import UserError
 
-SHOWN = 20  # problems printed, of however many
+MAX_PRINTED = 20  # problems
 
 
 def print_info(dataset: str) -> None:
-    """Counts, settings, lengths and the reasons of rejections.
+    """Print counts, duration, rejection reasons and settings.
 
     Raises:
-        UserError: no whole dataset there.
+        UserError: the dataset is missing or incomplete.
     """
-    info, folder = _whole(dataset)
+    info, folder = _read_complete(dataset)
     contents = read_contents(folder, info["identity"])
     splits: Counter[str] = Counter()
     videos: set[str] = set()
@@ -52,7 +53,7 @@ def print_info(dataset: str) -> None:
         f"{counts['clips']} clips, {counts['frames']} frames, {seconds / 60:.1f} minutes"
     )
     print(
-        f"of {counts['sources']} sources {counts['rejected']} rejected, {counts['duplicates']} duplicates; "
+        f"{counts['rejected']} of {counts['sources']} sources rejected, {counts['duplicates']} duplicates; "
         f"{len(contents.files)} files"
     )
     for reason, count in contents.histogram().items():
@@ -62,28 +63,28 @@ def print_info(dataset: str) -> None:
 
 
 def print_rejected(dataset: str) -> None:
-    """A line for each source that gave no clips: where it lies, the stage and the reason, with tabs between them.
+    """Print one line per source without clips: path, step and reason, separated by tabs.
 
     Raises:
-        UserError: no whole dataset there.
+        UserError: the dataset is missing or incomplete.
     """
-    info, folder = _whole(dataset)
+    info, folder = _read_complete(dataset)
     rejected = read_contents(folder, info["identity"]).rejected
-    for (source, _), (stage, reason) in sorted(rejected.items(), key=lambda item: item[0][0]):
-        print(source, stage, reason, sep="\t")
+    for (source, _), (step, reason) in sorted(rejected.items(), key=lambda item: item[0][0]):
+        print(source, step, reason, sep="\t")
 
 
-def _whole(dataset: str) -> tuple[dict[str, Any], str]:
-    """What dataset.json says, and the dataset's folder.
+def _read_complete(dataset: str) -> tuple[dict[str, Any], str]:
+    """Return the content of dataset.json and the absolute folder of the dataset.
 
     Raises:
-        UserError: no finished dataset there, or files of it are missing.
+        UserError: the dataset is missing or unfinished, or some of its files are missing.
     """
     info, folder = read_info(dataset), storage.absolute(dataset)
     if missing := sorted(info["files"].keys() - _files(folder)):
         raise UserError(
-            f"{dataset}: {len(missing)} of its files are missing, such as {missing[0]}; put them back, or run the same tcan "
-            "preprocess again"
+            f"{dataset}: {len(missing)} files are missing, such as {missing[0]}; restore them, or rerun the same tcan "
+            "preprocess command"
         )
     return info, folder
 
@@ -93,50 +94,49 @@ def _files(folder: str) -> set[str]:
 
 
 def verify(dataset: str) -> None:
-    """Reads all of the dataset and checks every file's digest, identity and schema, every row's shapes, values and ids,
-    and the counts.
+    """Read the complete dataset. Check digest, identity and schema of every file; shapes, values and ids of every row; counts.
 
     Raises:
-        UserError: no finished dataset there, or one with faults, which are printed.
+        UserError: the dataset is missing or unfinished, or has defects; the defects are printed.
     """
     info = read_info(dataset)
     folder = storage.absolute(dataset)
-    there = _files(folder)
-    problems = [f"{name}: missing" for name in sorted(info["files"].keys() - there)]
-    problems += [f"{name}: not of this dataset" for name in sorted(there - info["files"].keys())]
-    videos: dict[str, list[tuple[int, int, str]]] = {}  # video -> (start, frames, file)
-    names = sorted(there & info["files"].keys())
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        right = pool.map(lambda name: _has_its_digest(folder, name), names)
-        for name, has_its_digest in zip(names, right, strict=True):
-            if not has_its_digest:
-                problems.append(f"{name}: its bytes are not those that were written: another digest")
+    existing = _files(folder)
+    problems = [f"{name}: missing" for name in sorted(info["files"].keys() - existing)]
+    problems += [f"{name}: not listed in dataset.json" for name in sorted(existing - info["files"].keys())]
+    videos: dict[str, list[tuple[int, int, str]]] = {}  # video_id -> (start, frames, file)
+    names = sorted(existing & info["files"].keys())
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        matches = pool.map(lambda name: _digest_matches(folder, name), names)
+        for name, digest_matches in zip(names, matches, strict=True):
+            if not digest_matches:
+                problems.append(f"{name}: digest mismatch: the file was changed after it was written")
                 continue
             with storage.open_parquet(f"{folder}/{name}") as file:
                 problems += [f"{name}: {problem}" for problem in _file_problems(file, name, info, videos)]
     problems += _video_problems(videos)
-    damaged = bool(problems)
     counts = {
         "videos": len(videos),
         "clips": sum(map(len, videos.values())),
         "frames": sum(frames for clips in videos.values() for _, frames, _ in clips),
     }
-    problems += [
-        f"dataset.json: says {info['counts'][key]} {key}, the files hold {value}"
-        for key, value in counts.items()
-        if info["counts"][key] != value and not damaged  # else it would only follow
-    ]
-    for problem in problems[:SHOWN]:
+    if not problems:  # other problems also change the counts
+        problems = [
+            f"dataset.json: {info['counts'][key]} {key} listed, the files contain {value}"
+            for key, value in counts.items()
+            if info["counts"][key] != value
+        ]
+    for problem in problems[:MAX_PRINTED]:
         print(problem)
     if problems:
         raise UserError(
-            f"{dataset}: not whole ({len(problems)} found), the first: {problems[0]}; delete the files named, where they are "
-            "still there, and run the same tcan preprocess again"
+            f"{dataset}: {len(problems)} problems found, the first: {problems[0]}; delete the listed files that still exist, "
+            "then rerun the same tcan preprocess command"
         )
-    print(f"{dataset}: whole: {len(names)} files, {counts['videos']} videos, {counts['clips']} clips")
+    print(f"{dataset}: verified: {len(names)} files, {counts['videos']} videos, {counts['clips']} clips")
 
 
-def _has_its_digest(folder: str, name: str) -> bool:
+def _digest_matches(folder: str, name: str) -> bool:
     part = name.partition("/")[0]
     with storage.open_file(f"{folder}/{name}") as file:
         return name == f"{part}/{file_name(part, file)}"
@@ -148,12 +148,12 @@ def _file_problems(
     part = name.partition("/")[0]
     schema = clip_schema(info["identity"]) if part == CLIPS_FOLDER else REJECTED_SCHEMA
     if not file.schema_arrow.remove_metadata().equals(schema):
-        yield "another schema"
+        yield "schema mismatch"
         return
     if json.loads(file.schema_arrow.metadata[IDENTITY_KEY]) != info["identity"]:
-        yield "made with other settings or models than dataset.json says"
+        yield "created with other settings or models than dataset.json"
     if file.metadata.num_rows != info["files"][name]:
-        yield f"{file.metadata.num_rows} rows, dataset.json says {info['files'][name]}"
+        yield f"{file.metadata.num_rows} rows, {info['files'][name]} in dataset.json"
     if part != CLIPS_FOLDER:
         return
     for batch in file.iter_batches(batch_size=1):
@@ -165,29 +165,29 @@ def _file_problems(
 
 def _row_problems(row: dict[str, Any], info: dict[str, Any]) -> Iterator[str]:
     if row["clip_id"] != f"{row['video_id']}-{row['start']:06d}":
-        yield "an id that is not its video's and start's"
-    if row["split"] != split_of(row["video_id"], info["identity"]["validation_fraction"]):
-        yield f"in the split {row['split']}"
+        yield "clip_id does not match video_id and start"
+    if row["split"] != assign_split(row["video_id"], info["identity"]["validation_fraction"]):
+        yield f"wrong split {row['split']}"
     if (row["height"], row["width"]) != (info["height"], info["width"]):
-        yield f"{row['width']} x {row['height']} pixels"
+        yield f"wrong size {row['width']} x {row['height']}"
     try:
         arrays = decode_row(row)
     except ValueError as error:
-        yield f"a shape that is not of {row['num_frames']} frames ({error})"
+        yield f"array shape does not match {row['num_frames']} frames ({error})"
         return
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        yield "numbers that are not finite"
+        yield "NaN or inf values"
     counts = row["people_per_frame"]
     if len(counts) != row["num_frames"] or sum(counts) != len(arrays["people"]):
-        yield "people that are not those of its frames"
+        yield "people do not match people_per_frame"
         return
     if any(len(arrays[name]) != len(arrays["people"]) for name in ("hands", "faces") if name in arrays):
-        yield "hands or faces that are not its people's"
+        yield "hands or faces do not match the number of people"
     ends = np.cumsum(counts)
-    for frame, (which, keypoints) in enumerate(zip(row["main_person"], arrays["keypoints"], strict=True)):
-        expected = arrays["people"][ends[frame] - counts[frame] + which] if which >= 0 else np.zeros((18, 3))
-        if which >= counts[frame] or not np.array_equal(keypoints, expected):
-            yield f"frame {frame}: keypoints that are not the main person's"
+    for frame, (main, keypoints) in enumerate(zip(row["main_person"], arrays["keypoints"], strict=True)):
+        expected = arrays["people"][ends[frame] - counts[frame] + main] if main >= 0 else np.zeros((18, 3))
+        if main >= counts[frame] or not np.array_equal(keypoints, expected):
+            yield f"frame {frame}: keypoints differ from those of the main person"
             return
 
 
@@ -195,26 +195,26 @@ def _video_problems(videos: dict[str, list[tuple[int, int, str]]]) -> Iterator[s
     for video, clips in videos.items():
         clips.sort()
         if any(a[0] + a[1] > b[0] for a, b in itertools.pairwise(clips)):
-            yield f"video {video}: frames that are in two clips ({', '.join(sorted({clip[2] for clip in clips}))})"
+            yield f"video {video}: clips overlap ({', '.join(sorted({clip[2] for clip in clips}))})"
 
 
 def preview(dataset: str, out: str, config: Config) -> None:
-    """Writes a PNG of random clips; see `contact_sheet`. `config.seed` chooses them.
+    """Write an image of random clips, chosen by `config.seed`; see `contact_sheet`.
 
     Raises:
-        UserError: no whole dataset there, the VAE is another than its latents', or `out` cannot be written.
+        UserError: the dataset is missing or incomplete, the VAE differs from the dataset's, or `out` cannot be written.
     """
     from pipelines.preprocess.preview import contact_sheet
     from tcan.fingerprint import fingerprint
     from tcan.video import write_image
     from tcan.weights import load_part
 
-    info, folder = _whole(dataset)
+    info, folder = _read_complete(dataset)
     vae = load_part("vae", config.pretrained.vae).requires_grad_(False).eval()
     if fingerprint(vae) != info["vae_fingerprint"]:
         raise UserError(
-            f"{dataset}: its latents are of another VAE ({info['vae_fingerprint']}) than {config.pretrained.vae}; "
-            "give its own with --pretrained.vae or --config"
+            f"{dataset}: the latents were created with another VAE ({info['vae_fingerprint']}) than {config.pretrained.vae}; "
+            "set the dataset's VAE with --pretrained.vae or --config"
         )
     write_image(contact_sheet(folder, vae, config.train.stick_width, seed=config.seed), out)
     print(out)

@@ -1,16 +1,16 @@
-"""The process that decodes: `decode.py` starts it, asks it for one video after another and reads what is sent.
+"""The decoder process: `decode.py` starts it, requests one video after another and reads the clips.
 
-decord can wait without end, holding the GIL, for frames that a header claims and the file lacks; it can crash, and it
-keeps memory. So each video has a process of its own, forked from this one, which has imported decord already. Its
-time limit is a timer of the kernel with the signal's default action, which ends the process whatever the interpreter is
-doing, and also when the parent is gone.
+decord may block forever, holding the GIL, on frames that a header claims but the file lacks; it may crash, and it leaks
+memory. So each video is decoded in a process forked from this one, which has already imported decord. The time limit is a
+kernel timer with the default action of SIGALRM: it ends the process whatever the interpreter is doing, even if the parent is
+gone.
 
-decord also decodes ahead of its reader, up to the video's end if the reader is slow, as pose network and VAE are: a long
-video would fill the memory. PyAV, which does not, reads those.
+decord also decodes ahead of its reader. If the reader (pose network and VAE) is slow, it decodes up to the end of the video,
+so a long video would fill the memory. Long videos are read with PyAV, which does not decode ahead.
 
-A request comes on the socket that is standard input: the arguments of `decode` as JSON, and where to send: messages of a
-line of JSON and then as many bytes as its "bytes" says. The answer, when all is sent, is the status that the video's
-process ended with.
+Protocol: a request arrives on the socket at standard input. It contains the arguments of `decode` as JSON, and a file
+descriptor for the output. Each output message is a line of JSON, followed by as many bytes as its key "bytes" says. After the
+output is complete, the response on the socket is the exit status of the forked process.
 """
 
 import json
@@ -27,59 +27,62 @@ import decord
 import numpy as np
 from PIL import Image
 
-REQUEST_BYTES = 2**16  # at most: a path has 4096
-RAW_BYTES = 16 * 2**20  # of source images taken from decord at once
-AHEAD_BYTES = 512 * 2**20  # of a video's images that decord may hold
-GRID = 8  # pixels: the sides of what is sent are multiples, as the VAE takes them
-WIDEST = 3  # times as long as wide: what is more of a whole image is left out, so that memory stays bounded
-CUT_SIZE = (32, 32)  # enough to see a cut
-MAX_REPAIRED = 0.01  # share of frames that decord may fill with their neighbours before it gives up
+from tcan.crop import crop_box
+
+REQUEST_BYTES = 2**16  # maximum size; a path has at most 4096
+RAW_BYTES = 16 * 2**20  # decoded source frames per decord call
+AHEAD_BYTES = 512 * 2**20  # decoded size of the longest video that decord reads
+GRID = 8  # pixels: frame sizes are multiples of it, as the VAE requires
+MAX_ASPECT_RATIO = 3  # wider or taller full frames are cropped to it, to limit memory
+CUT_SIZE = (32, 32)  # thumbnail size for cut detection
+MAX_REPAIRED = 0.01  # fraction of damaged frames that may be replaced by their neighbors
 
 
 class Unusable(Exception):
-    """The video is not one to use; the message is the reason."""
+    """The video cannot be used; the message is the reason."""
 
 
-def frame_numbers(shown_at: np.ndarray, end: float, fps: float) -> list[int]:
-    """The source's frame that is to be seen at each frame time of the resampled video; a higher fps than the source's
-    repeats, and how long each frame of a variable frame rate stays is kept.
+def resample_indices(shown_at: np.ndarray, end: float, fps: float) -> list[int]:
+    """Index of the source frame to show at each frame of the resampled video.
 
-    shown_at: seconds at which each of the source's frames appears, rising. end: when the last one goes.
+    Frames are repeated if `fps` exceeds the source's frame rate. Frame durations of variable frame rates are respected.
+
+    Args:
+        shown_at: presentation time in seconds of each source frame, increasing.
+        end: time in seconds at which the last frame ends.
+        fps: frame rate of the resampled video.
     """
     count = max(1, round((end - shown_at[0]) * fps))
     times = shown_at[0] + np.arange(count) / fps
-    late = 1e-3  # times are rounded in the file
-    return (np.searchsorted(shown_at, times + late, side="right") - 1).tolist()
+    tolerance = 1e-3  # seconds; times are rounded in the file
+    return (np.searchsorted(shown_at, times + tolerance, side="right") - 1).tolist()
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
-    """Hue, saturation and brightness, int16 `CUT_SIZE` + [3], of an RGB image."""
+    """Hue, saturation and value of a downscaled RGB image: int16 `[32, 32, 3]`."""
     small = Image.fromarray(image).resize(CUT_SIZE, Image.Resampling.BOX)
     return np.asarray(small.convert("HSV"), np.int16)
 
 
 def is_cut(before: np.ndarray, after: np.ndarray, threshold: float) -> bool:
-    """Whether hue, saturation and brightness change by more than `threshold` (0 to 255) on average from one thumbnail to
-    the next, as PySceneDetect's content detector finds cuts."""
+    """Whether the scene is cut between two thumbnails, as in PySceneDetect's content detector.
+
+    threshold: limit of the mean change of hue, saturation and value, 0 to 255.
+    """
     change = np.abs(before - after)
     change[..., 0] = np.minimum(change[..., 0], 256 - change[..., 0])  # hue is an angle
     return float(change.mean()) > threshold
 
 
-def sent_size(height: int, width: int, canvas: int, whole: bool) -> tuple[int, int]:
-    """Height and width of what is sent of a image: its centred square at the canvas's side, or, whole, all of it with
-    the canvas's side as its shorter one."""
-    if not whole:
+def output_size(height: int, width: int, canvas: int, full_frame: bool) -> tuple[int, int]:
+    """Height and width of the frames of a clip.
+
+    full_frame: the complete frame, its shorter side scaled to `canvas`; otherwise the center square, scaled to `canvas`.
+    """
+    if not full_frame:
         return canvas, canvas
-    longer = min(canvas * max(height, width) // min(height, width), canvas * WIDEST) // GRID * GRID
+    longer = min(canvas * max(height, width) // min(height, width), canvas * MAX_ASPECT_RATIO) // GRID * GRID
     return (canvas, longer) if width > height else (longer, canvas)
-
-
-def centred_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centred box of a image with the proportions of `size` (height, width): (x0, y0, x1, y1) in pixels."""
-    scale = min(height / size[0], width / size[1])
-    x0, y0 = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
-    return x0, y0, x0 + size[1] * scale, y0 + size[0] * scale
 
 
 def decode(
@@ -88,44 +91,54 @@ def decode(
     timeout: float,
     clip_frames: int,
     min_clip_frames: int,
-    whole: bool = False,
+    full_frame: bool = False,
     fps: float | None = None,
     cut_threshold: float = 0.0,
     min_seconds: float = 0.0,
     max_seconds: float | None = None,
 ) -> Iterator[tuple[dict, np.ndarray]]:
-    """A header and uint8 RGB frames [F, H, W, 3] for each clip, in order; H and W as `sent_size` says, the same in all.
+    """Yield a header and uint8 RGB frames `[F, H, W, 3]` for each clip in order, then a header with num_clips.
 
-    fps: resample to this; None: every frame as it comes. cut_threshold: clips end where the scene is cut (`is_cut`); 0: cuts are not looked for.
-    min_seconds, max_seconds: of the whole video.
+    Args:
+        path: local path of the video.
+        canvas: side of the canvas in pixels; `output_size` gives H and W, the same for all clips.
+        timeout: time limit in seconds for opening the video, and for each clip.
+        clip_frames, min_clip_frames: maximum and minimum number of frames per clip.
+        full_frame: see `output_size`.
+        fps: resample to this frame rate; None uses every frame.
+        cut_threshold: clips end at scene cuts (see `is_cut`); 0 disables cut detection.
+        min_seconds, max_seconds: limits on the duration of the video.
+
+    Raises:
+        Unusable: the video is damaged, too short or too long.
     """
     signal.setitimer(signal.ITIMER_REAL, timeout)
     video = _open(path)
     if not (np.isfinite(video.fps) and video.fps > 0):
-        raise Unusable("has no frame rate")
+        raise Unusable("no frame rate")
     seconds = video.num_frames / video.fps
     if seconds < min_seconds:
         raise Unusable(f"too short: {seconds:.1f} s, less than {min_seconds:g} s")
     if max_seconds is not None and seconds > max_seconds:
         raise Unusable(f"too long: {seconds:.1f} s, more than {max_seconds:g} s")
-    numbers = list(range(video.num_frames)) if fps is None else frame_numbers(*video.times(), fps)
-    if len(numbers) < min_clip_frames:
-        raise Unusable(f"too short: {len(numbers)} frames, fewer than {min_clip_frames}")
+    indices = list(range(video.num_frames)) if fps is None else resample_indices(*video.times(), fps)
+    if len(indices) < min_clip_frames:
+        raise Unusable(f"too short: {len(indices)} frames, fewer than {min_clip_frames}")
 
     clip: list[np.ndarray] = []
-    small: Any = None  # of the frame before
+    small: Any = None  # thumbnail of the previous frame
     start = clips = 0
-    for i, image in enumerate(_images(video, path, numbers)):
+    for i, image in enumerate(_images(video, path, indices)):
         height, width = image.shape[:2]
         if i == 0:
-            size = sent_size(height, width, canvas, whole)
-        crop = centred_box(height, width, size)
+            size = output_size(height, width, canvas, full_frame)
+        crop = crop_box(height, width, *size)
         frame = _resize(image, crop, size)
         small, before = thumbnail(frame) if cut_threshold else None, small
         if len(clip) == clip_frames or (clip and cut_threshold and is_cut(before, small, cut_threshold)):
             if len(clip) >= min_clip_frames:
                 clips += 1
-                signal.setitimer(signal.ITIMER_REAL, 0)  # the reader of clips may take its time
+                signal.setitimer(signal.ITIMER_REAL, 0)  # no time limit while the consumer processes the clip
                 yield _header(start, clip, fps or video.fps, crop), np.stack(clip)
             start, clip = i, []
             signal.setitimer(signal.ITIMER_REAL, timeout)
@@ -135,7 +148,7 @@ def decode(
         clips += 1
         yield _header(start, clip, fps or video.fps, crop), np.stack(clip)
     if not clips:
-        raise Unusable(f"too short: no {min_clip_frames} frames without a cut")
+        raise Unusable(f"too short: no {min_clip_frames} consecutive frames without a cut")
     yield {"num_clips": clips}, np.empty(0, np.uint8)
 
 
@@ -152,7 +165,7 @@ def _header(
 
 
 class _Decord:
-    """The video as decord reads it: fast, at any frame."""
+    """decord reader: fast, with random access."""
 
     def __init__(self, path: str) -> None:
         self.reader = decord.VideoReader(path, num_threads=1, fault_tol=MAX_REPAIRED)
@@ -160,33 +173,35 @@ class _Decord:
         self.frame_bytes = int(np.prod(self.reader[0].shape))
 
     def times(self) -> tuple[np.ndarray, float]:
-        """Seconds at which the frames appear, and at which the last one goes."""
+        """Presentation times of the frames and the end of the last frame, in seconds."""
         times = self.reader.get_frame_timestamp(range(self.num_frames))
         return times[:, 0], float(times[-1, 1])
 
-    def images(self, numbers: list[int]) -> Iterator[np.ndarray]:
-        """uint8 RGB [H, W, 3] of these frames, rising, upright; few are held at a time."""
+    def images(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """Upright uint8 RGB images `[H, W, 3]` of increasing frame indices; few are in memory at a time."""
         chunk = max(1, RAW_BYTES // self.frame_bytes)
-        for i in range(0, len(numbers), chunk):
-            yield from self.reader.get_batch(numbers[i : i + chunk]).asnumpy()
+        for i in range(0, len(indices), chunk):
+            yield from self.reader.get_batch(indices[i : i + chunk]).asnumpy()
 
 
 class _PyAV:
-    """The same for long videos and for what decord fails at: what its own ffmpeg does not know (AV1), transport streams,
-    tiny images."""
+    """PyAV reader with the same interface, for long videos and for videos that decord cannot read.
+
+    decord fails at codecs that its bundled ffmpeg lacks (AV1), at transport streams and at tiny images.
+    """
 
     def __init__(self, path: str) -> None:
-        import av  # half of a decoder's start, and seldom needed
+        import av  # 50% of the startup time, and rarely needed
 
         self.path, self.av = path, av
         with av.open(path) as container:
             stream = container.streams.video[0]
             self.fps = float(stream.average_rate or 0)
             tick = float(stream.time_base)
-            self.packets = sorted(  # seconds: (shown at, for)
+            self.packets = sorted(  # (presentation time, duration) in seconds
                 (packet.pts * tick, (packet.duration or 0) * tick)
                 for packet in container.demux(stream)
-                # What was cut off without encoding anew is there, for what refers to it, but isn't to be shown.
+                # Frames trimmed without re-encoding stay in the file as references, marked to be discarded.
                 if packet.pts is not None and not packet.is_discard
             )
         self.num_frames = len(self.packets)
@@ -195,26 +210,26 @@ class _PyAV:
         last, duration = self.packets[-1]
         return np.array([time for time, _ in self.packets]), last + duration
 
-    def images(self, numbers: list[int]) -> Iterator[np.ndarray]:
-        wanted = iter(numbers)
-        number = next(wanted, None)
+    def images(self, indices: list[int]) -> Iterator[np.ndarray]:
+        remaining = iter(indices)
+        index = next(remaining, None)
         damaged = 0
         try:
             with self.av.open(self.path) as container:
                 container.streams.video[0].thread_count = 1
                 for i, frame in enumerate(container.decode(video=0)):
                     damaged += frame.is_corrupt
-                    if i == number:
+                    if i == index:
                         image = np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
-                    while i == number:
+                    while i == index:
                         yield np.ascontiguousarray(image)
-                        number = next(wanted, None)
+                        index = next(remaining, None)
         except self.av.error.FFmpegError as error:
             raise Unusable(f"damaged: {error.strerror}") from None
-        if number is not None:
-            raise Unusable("damaged: fewer images than the file says it has")
+        if index is not None:
+            raise Unusable("damaged: fewer frames than the file declares")
         if damaged > MAX_REPAIRED * self.num_frames:
-            raise Unusable(f"damaged: {damaged} of its images")
+            raise Unusable(f"damaged: {damaged} corrupt frames")
 
 
 def _open(path: str) -> _Decord | _PyAV:
@@ -222,26 +237,26 @@ def _open(path: str) -> _Decord | _PyAV:
         video = _Decord(path)
         if video.num_frames * video.frame_bytes <= AHEAD_BYTES:
             return video
-        del video  # with what it has decoded ahead by now
+        del video  # frees the frames that it has decoded ahead
     try:
         return _PyAV(path)
     except IndexError:
-        raise Unusable("not a video: holds no images") from None
-    except Exception:  # both readers' errors are many
-        raise Unusable("not a video that can be read") from None
+        raise Unusable("not a video: no video stream") from None
+    except Exception:  # both readers raise many error types
+        raise Unusable("not a video, or an unsupported format") from None
 
 
-def _images(video: _Decord | _PyAV, path: str, numbers: list[int]) -> Iterator[np.ndarray]:
-    """Of the reader that opened it; from where decord fails, of PyAV, which says whether the file is at fault."""
-    done = 0
+def _images(video: _Decord | _PyAV, path: str, indices: list[int]) -> Iterator[np.ndarray]:
+    """Read the frames. If decord fails, PyAV reads the remaining frames; it fails only if the file is damaged."""
+    num_read = 0
     try:
-        for image in video.images(numbers):
+        for image in video.images(indices):
             yield image
-            done += 1
+            num_read += 1
     except Exception:
         if not isinstance(video, _Decord):
             raise
-        yield from _PyAV(path).images(numbers[done:])
+        yield from _PyAV(path).images(indices[num_read:])
 
 
 def _resize(image: np.ndarray, crop: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
@@ -251,12 +266,14 @@ def _resize(image: np.ndarray, crop: tuple[float, float, float, float], size: tu
 
 
 def _reason(error: BaseException) -> str:
-    """decord's message without time, place in its sources and stack: its own words only."""
+    """First line of a decord error, without its timestamp, source location and stack trace."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", lines[0]).strip()[:200]
 
 
 def send_clips(request: dict[str, Any], output: BinaryIO) -> None:
+    """Decode the requested video and write its messages to `output`."""
+
     def send(header: dict, payload: bytes | memoryview = b"") -> None:
         output.write(json.dumps(header | {"bytes": len(payload)}).encode() + b"\n")
         output.write(payload)
@@ -267,7 +284,7 @@ def send_clips(request: dict[str, Any], output: BinaryIO) -> None:
             send(header, frames.data.cast("B"))
     except BrokenPipeError:
         pass
-    except Exception as error:  # whatever decord makes of a file is a property of the file
+    except Exception as error:  # any error of a reader is treated as a defect of the file
         signal.setitimer(signal.ITIMER_REAL, 0)
         send({"error": str(error) if isinstance(error, Unusable) else _reason(error)})
 
@@ -284,7 +301,7 @@ def main() -> None:
             if (child := os.fork()) == 0:
                 try:
                     send_clips(json.loads(request), output)
-                    os._exit(0)  # decord's destructors may wait too
+                    os._exit(0)  # skip decord's destructors, which may block
                 finally:
                     os._exit(1)
         _, status = os.waitpid(child, 0)

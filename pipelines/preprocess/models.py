@@ -1,7 +1,7 @@
-"""Stages 3 and 4 in one actor: decoded clips -> poses and latents.
+"""Pose detection and VAE encoding in one actor: decoded clips -> poses and latents.
 
-Fused, since both read the same frames: between two stages these would cross the object store once more, and each
-would need a device of its own.
+Both read the same frames. As separate operators, they would transfer the frames through the object store twice, and each
+would need its own GPU.
 """
 
 from typing import Any
@@ -21,10 +21,10 @@ from tcan.weights import load_part, load_pose_detector
 
 
 def load_models(pretrained: PretrainedConfig, device: str) -> tuple[PoseDetector, AutoencoderKL]:
-    """The pose detector and the VAE (float32).
+    """Load the pose detector and the VAE (float32).
 
     Raises:
-        UserError: a source that is not there or holds something else.
+        UserError: a source does not exist or contains another model.
     """
     vae = load_part("vae", pretrained.vae).to(device).requires_grad_(False).eval()
     return load_pose_detector(pretrained.pose, device), vae
@@ -33,10 +33,10 @@ def load_models(pretrained: PretrainedConfig, device: str) -> tuple[PoseDetector
 def load_part_detectors(
     pose: str, hands: bool, face: bool, device: str
 ) -> dict[str, HandDetector | FaceDetector]:
-    """What finds "hands" and "faces", of those asked for.
+    """Load the requested detectors by column name: "hands", "faces".
 
     Raises:
-        UserError: as `HandDetector.from_pretrained`.
+        UserError: see `HandDetector.from_pretrained`.
     """
     detectors: dict[str, HandDetector | FaceDetector] = {}
     if hands:
@@ -47,7 +47,7 @@ def load_part_detectors(
 
 
 class PoseAndLatents:
-    """The actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA; ends of videos pass through."""
+    """Actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA. Rows without frames pass through."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class PoseAndLatents:
         hands: bool = False,
         face: bool = False,
     ) -> None:
-        torch.set_num_threads(1)  # the CPU that Ray reserved; torch would take all of the machine's
+        torch.set_num_threads(1)  # Ray reserves one CPU; torch would use all CPUs of the node
         self.detector, self.vae = load_models(pretrained, device)
         self.parts = load_part_detectors(pretrained.pose, hands, face, device)
         self.batch_frames = batch_frames
@@ -67,28 +67,28 @@ class PoseAndLatents:
         rows = clips.drop_columns(["frames"]).to_pylist()
         for i, row in enumerate(rows):
             if frames[i].is_valid:
-                # as_buffer: a view of the object store, no copy.
+                # as_buffer: a view of the object store without a copy.
                 images = np.frombuffer(frames[i].as_buffer(), np.uint8)
                 row.update(self._encode(images.reshape(-1, row["height"], row["width"], 3)))
         return pa.Table.from_pylist(rows, ENCODED_SCHEMA)
 
     def _encode(self, frames: np.ndarray) -> dict[str, Any]:
         height, width = frames.shape[1:3]
-        # `batch_frames` of a square fill the device's memory; wide ones are fewer.
+        # `batch_frames` applies to square frames; the batch is smaller for wide ones to use the same memory.
         batch = max(1, self.batch_frames * min(height, width) // max(height, width))
         mean, logvar = encode_frames(self.vae, frames, batch)
         if not (np.isfinite(mean).all() and np.isfinite(logvar).all()):
-            return {"stage": "latents", "reason": "the VAE's latents are not finite in float16"}
-        # Detectors fit a image's height to their network: people of a tall one would be smaller than in its square.
+            return {"step": "latents", "reason": "the VAE's latents are not finite in float16"}
+        # Detectors scale frames to a fixed height, so people in tall frames would be smaller than in the square crop.
         zoom = height / min(height, width)
-        found = self.detector.detect(frames, batch, zoom)
-        people_per_frame, people = pack_people(found)
+        people = self.detector.detect(frames, batch, zoom)
+        people_per_frame, packed = pack_people(people)
         parts = {
-            name: pack_people(detector.detect(frames, found))[1] for name, detector in self.parts.items()
+            name: pack_people(detector.detect(frames, people))[1] for name, detector in self.parts.items()
         }
         return parts | {
             "people_per_frame": people_per_frame,
-            "people": people,
+            "people": packed,
             "latent_mean": mean.tobytes(),
             "latent_logvar": logvar.tobytes(),
         }

@@ -1,5 +1,7 @@
-"""What becomes of a clip that ends the process of the models each time, for want of memory, say: Ray would start that
-process again and give it the clip again, without end. Here its video is rejected."""
+"""Rejection of videos with a clip that repeatedly kills the process of the models, for example by running out of memory.
+
+Without it, Ray would restart the process and process the same clip again indefinitely.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,36 +12,42 @@ import ray
 
 from pipelines.preprocess.schemas import ENCODED_SCHEMA
 
-DEATHS = 3  # at one clip: that a machine is lost happens, but hardly so often
+DEATHS = 3  # process deaths at one clip; a lost node rarely hits the same clip this often
 
 
 class Attempts:
-    """How often each clip was begun that is not ended: a Ray actor, one for the job."""
+    """Number of attempts at each unfinished clip. Runs as one Ray actor per job."""
 
     def __init__(self) -> None:
-        self.begun: Counter[tuple[str, int]] = Counter()
-        self.given_up: set[str] = set()
+        self.num_attempts: Counter[tuple[str, int]] = Counter()
+        self.rejected: set[str] = set()
 
     def begin(self, video_id: str, start: int) -> bool:
-        """Whether to try this clip: not if it was tried often enough, nor when another one of its video was."""
-        self.begun[video_id, start] += 1
-        if self.begun[video_id, start] > DEATHS:
-            self.given_up.add(video_id)
-        return video_id not in self.given_up
+        """Record an attempt at a clip; return whether to process the clip.
+
+        False if DEATHS attempts at this clip, or at another clip of the same video, have failed.
+        """
+        self.num_attempts[video_id, start] += 1
+        if self.num_attempts[video_id, start] > DEATHS:
+            self.rejected.add(video_id)
+        return video_id not in self.rejected
 
     def end(self, video_id: str, start: int) -> None:
-        del self.begun[video_id, start]
+        """Record that a clip was processed."""
+        del self.num_attempts[video_id, start]
 
 
 def count_attempts() -> Any:
-    """The handle of a new `Attempts`, which lives as long as somebody has it."""
+    """Create an `Attempts` actor. It lives as long as a handle to it exists."""
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
 
 
 class Quarantine:
-    """The actor around the models: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA, a clip at a time.
+    """Actor around the models: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA, one clip per call.
 
-    make_models: what makes `PoseAndLatents` in the actor's process. attempts: from `count_attempts`, the same for all actors.
+    Args:
+        make_models: creates `PoseAndLatents` in the process of the actor.
+        attempts: handle from `count_attempts`, the same for all actors.
     """
 
     def __init__(self, make_models: Callable[[], Callable[[pa.Table], pa.Table]], attempts: Any) -> None:
@@ -49,12 +57,12 @@ class Quarantine:
     def __call__(self, clips: pa.Table) -> pa.Table:
         (row,) = clips.select(["video_id", "source", "start"]).to_pylist()
         start = row.pop("start")
-        if start is None:  # the end of a video
+        if start is None:  # end-of-video row
             return self.models(clips)
         clip = row["video_id"], start
         if not ray.get(self.attempts.begin.remote(*clip)):
-            reason = f"their process died {DEATHS} times at the clip from frame {start}"
-            return pa.Table.from_pylist([row | {"stage": "models", "reason": reason}], ENCODED_SCHEMA)
+            reason = f"the model process died {DEATHS} times at the clip from frame {start}"
+            return pa.Table.from_pylist([row | {"step": "models", "reason": reason}], ENCODED_SCHEMA)
         encoded = self.models(clips)
         self.attempts.end.remote(*clip)
         return encoded

@@ -1,9 +1,11 @@
-"""The rows that flow between the stages."""
+"""Schemas of the rows that the operators of preprocessing exchange."""
 
 import pyarrow as pa
 
-# What flows from decode to the models: a clip, or, without frames, the end of a video: how many clips it has (it is
-# complete when so many have arrived), or the stage and the reason of its rejection.
+# From decoding to the models. A row is one of:
+# - a clip;
+# - the end of a video (no frames): num_clips is set, and the video is complete when that number of clips has arrived;
+# - a rejection (no frames): step and reason are set.
 DECODED_SCHEMA = pa.schema(
     [
         ("video_id", pa.string()),
@@ -12,16 +14,16 @@ DECODED_SCHEMA = pa.schema(
         ("start", pa.int32()),
         ("num_frames", pa.int32()),
         ("fps", pa.float32()),
-        ("height", pa.int32()),  # of the frames, pixels
+        ("height", pa.int32()),  # frame size in pixels
         ("width", pa.int32()),
-        ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 in source pixels: what became the frames
+        ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 of the frames in source pixels
         ("frames", pa.large_binary()),  # uint8 RGB [num_frames, height, width, 3]
-        ("stage", pa.string()),
+        ("step", pa.string()),
         ("reason", pa.string()),
     ]
 )
 
-# What flows from the models to the shards: DECODED_SCHEMA with the frames replaced by what was made of them.
+# From the models to the shards: DECODED_SCHEMA with poses and latents in place of the frames.
 ENCODED_SCHEMA = pa.schema(
     [
         ("video_id", pa.string()),
@@ -34,12 +36,12 @@ ENCODED_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("crop", pa.list_(pa.float32())),
         ("people_per_frame", pa.list_(pa.int32())),
-        ("people", pa.large_binary()),  # float32 [sum, 18, 3]
-        ("hands", pa.large_binary()),  # float32 [sum, 2, 21, 3]; null where they are not asked for
-        ("faces", pa.large_binary()),  # float32 [sum, 70, 3]
+        ("people", pa.large_binary()),  # float32 [sum(people_per_frame), 18, 3]
+        ("hands", pa.large_binary()),  # float32 [sum(people_per_frame), 2, 21, 3]; null if disabled
+        ("faces", pa.large_binary()),  # float32 [sum(people_per_frame), 70, 3]; null if disabled
         ("latent_mean", pa.large_binary()),  # float16 [F, 4, h, w]
         ("latent_logvar", pa.large_binary()),
-        ("stage", pa.string()),
+        ("step", pa.string()),
         ("reason", pa.string()),
     ]
 )

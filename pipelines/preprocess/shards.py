@@ -1,15 +1,14 @@
-"""Stage 5, shards: clips -> whole videos -> Parquet files, each video exactly once.
+"""Reading and writing of a dataset's Parquet files.
 
-There is no other record of what is done than the files themselves: a shard holds whole videos only, appears under its
-name when it is complete, and never changes. So a job may die at any moment; the next one reads which videos are in
-`clips/` and `rejected/` and goes on with the others.
+The files are the only record of progress. A file contains complete videos only, appears under its name when it is complete,
+and never changes. So a job may die at any time: the next job reads which videos are in `clips/` and `rejected/`, and processes
+the others.
 """
 
 import fcntl
 import io
 import json
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,43 +35,39 @@ from pipelines.dataset import (
     file_name,
     rejected_files,
 )
-from pipelines.preprocess.crop import Square, square_around
-from pipelines.preprocess.pose import main_person, person_height, unpack_people
 from pipelines.preprocess.sources import Source
 from tcan.errors import UserError
 
-ROW_GROUP_BYTES = (
-    2 * 2**20
-)  # a training sample reads one row group: small, yet large enough for a request to S3
-LATENTS_IN_MEMORY = 4 * 2**20  # of a video that is not whole yet
-FILES_AT_ONCE = 16  # read, when a dataset is opened: a bucket answers slowly, but many at a time
+# A training sample reads one row group: small, but large enough for an efficient request to S3.
+ROW_GROUP_BYTES = 2 * 2**20
+READ_THREADS = 16  # files read in parallel: requests to a bucket have a high latency
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Contents:
-    """What a dataset's files hold."""
+    """Index of the videos and sources in a dataset's files."""
 
-    kept: dict[str, str] = field(default_factory=dict)
+    videos: dict[str, str] = field(default_factory=dict)
     """video_id -> source."""
     rejected: dict[tuple[str, str | None], tuple[str, str]] = field(default_factory=dict)
-    """(source, video_id) -> (stage, reason), the duplicates among them."""
+    """(source, video_id) -> (step, reason), including duplicates."""
     known: dict[tuple[str, str], str] = field(default_factory=dict)
-    """(source, source_version) -> video_id: what need not be read to know its content."""
+    """(source, source_version) -> video_id: sources whose content need not be hashed again."""
     files: dict[str, int] = field(default_factory=dict)
-    """Name in the dataset's folder -> rows."""
+    """File name relative to the dataset's folder -> number of rows."""
     clips: int = 0
     frames: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
-        """sources = videos + rejected + duplicates, always."""
-        duplicates = sum(stage == DUPLICATE for stage, _ in self.rejected.values())
+        """Counts, for which sources = videos + rejected + duplicates."""
+        duplicates = sum(step == DUPLICATE for step, _ in self.rejected.values())
         return {
-            "sources": len(self.kept) + len(self.rejected),
-            "videos": len(self.kept),
+            "sources": len(self.videos) + len(self.rejected),
+            "videos": len(self.videos),
             "clips": self.clips,
             "frames": self.frames,
             "rejected": len(self.rejected) - duplicates,
@@ -80,54 +75,68 @@ class Contents:
         }
 
     def histogram(self) -> dict[str, int]:
-        """How many sources were rejected for which reason, the most frequent first; numbers and names left out."""
+        """Number of rejected sources per reason, the most frequent first. Details after the colon of a reason are removed."""
         reasons = (
-            DUPLICATE if stage == DUPLICATE else f"{stage}: {reason.split(':')[0]}"
-            for stage, reason in self.rejected.values()
+            DUPLICATE if step == DUPLICATE else f"{step}: {reason.split(':')[0]}"
+            for step, reason in self.rejected.values()
         )
         return dict(Counter(reasons).most_common())
 
 
 def read_contents(folder: str, identity: Mapping[str, Any]) -> Contents:
-    """Reads all files' metadata, and of each only the columns that say which videos it holds.
+    """Read the metadata of all files, and only the columns that identify their videos.
 
     Raises:
-        UserError: a file was made with other settings or other models than `identity`, with the difference.
+        UserError: a file was created with other settings or models than `identity`; the message names the difference.
     """
     contents = Contents()
     columns = ["video_id", "source", "source_version", "num_frames"]
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        clips, rejected = clip_files(folder), rejected_files(folder)
-        for file, table in zip(
-            clips, pool.map(lambda file: _read(file, columns, identity, folder), clips), strict=True
-        ):
+    clips, rejected = clip_files(folder), rejected_files(folder)
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        tables = pool.map(lambda file: _read_clips(file, columns, identity, folder), clips)
+        for file, table in zip(clips, tables, strict=True):
             contents.files[file[len(folder) + 1 :]] = len(table)
             contents.clips += len(table)
             contents.frames += int(np.sum(table["num_frames"]))
             for video_id, source, version, _ in zip(
                 *(table[name].to_pylist() for name in columns), strict=True
             ):
-                contents.kept[video_id] = source
+                contents.videos[video_id] = source
                 contents.known[source, version] = video_id
-        for file, table in zip(
-            rejected, pool.map(lambda file: _read(file, None, identity, folder), rejected), strict=True
-        ):
+        tables = pool.map(lambda file: _read_rejected(file, identity, folder), rejected)
+        for file, table in zip(rejected, tables, strict=True):
             contents.files[file[len(folder) + 1 :]] = len(table)
             for row in table.to_pylist():
-                contents.rejected[row["source"], row["video_id"]] = row["stage"], row["reason"]
+                contents.rejected[row["source"], row["video_id"]] = row["step"], row["reason"]
                 if row["video_id"] is not None:
                     contents.known[row["source"], row["source_version"]] = row["video_id"]
     return contents
 
 
-def _read(file: str, columns: list[str] | None, identity: Mapping[str, Any], folder: str) -> pa.Table:
+def _read_clips(file: str, columns: list[str], identity: Mapping[str, Any], folder: str) -> pa.Table:
     with storage.open_parquet(file) as parquet:
-        made_with = json.loads((parquet.schema_arrow.metadata or {}).get(IDENTITY_KEY, b"{}"))
-        if made_with != identity:
-            keys = sorted(k for k in {*made_with, *identity} if made_with.get(k) != identity.get(k))
-            difference = ", ".join(f"{k} {made_with.get(k)}, not {identity.get(k)}" for k in keys)
-            raise UserError(f"{folder}: was made with {difference}; give another OUT, or the same settings")
+        _check_identity(parquet, identity, folder)
         return parquet.read(columns)
+
+
+def _read_rejected(file: str, identity: Mapping[str, Any], folder: str) -> pa.Table:
+    with storage.open_parquet(file) as parquet:
+        _check_identity(parquet, identity, folder)
+        if missing := [name for name in REJECTED_SCHEMA.names if name not in parquet.schema_arrow.names]:
+            raise UserError(
+                f"{file}: no column {missing[0]}; delete the file and rerun tcan preprocess to regenerate it"
+            )
+        return parquet.read()
+
+
+def _check_identity(parquet: pq.ParquetFile, identity: Mapping[str, Any], folder: str) -> None:
+    actual = json.loads((parquet.schema_arrow.metadata or {}).get(IDENTITY_KEY, b"{}"))
+    if actual != identity:
+        keys = sorted(key for key in {*actual, *identity} if actual.get(key) != identity.get(key))
+        difference = ", ".join(f"{key} {actual.get(key)}, not {identity.get(key)}" for key in keys)
+        raise UserError(
+            f"{folder}: created with {difference}; choose another OUT, or use the same settings and models"
+        )
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -135,72 +144,77 @@ def _read(file: str, columns: list[str] | None, identity: Mapping[str, Any], fol
 
 @contextmanager
 def writing(folder: str) -> Iterator[None]:
-    """Makes the dataset's folders, keeps other jobs from writing to it meanwhile, and clears what a killed job left.
+    """Create the dataset's folders, lock the dataset for the duration of the block, and delete leftovers of killed jobs.
 
-    A bucket has no locks: there, that no other job is writing is the user's to see to.
+    Object stores have no locks; make sure that no other job writes to a dataset in a bucket.
 
     Raises:
-        UserError: the folder cannot be made or written to, or another job is writing to it.
+        UserError: the folder cannot be created or written, or another job is writing to it.
     """
     if storage.is_remote(folder):
         storage.check_bucket(folder)
         yield
         return
     local = Path(folder)
-    with storage.mendable(folder):
+    with storage.user_errors(folder):
         for part in (CLIPS_FOLDER, REJECTED_FOLDER):
             (local / part).mkdir(parents=True, exist_ok=True)
         lock = os.open(local, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the folder itself; ends with this process
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # on the folder itself; released when this process ends
         except BlockingIOError:
             raise UserError(
-                f"{folder}: another preprocess is writing here; wait for it or give another OUT"
+                f"{folder}: another preprocess job is writing here; wait for it or choose another OUT"
             ) from None
-        with storage.mendable(folder):
-            _clear(local)
+        with storage.user_errors(folder):
+            _delete_partial(local)
         try:
             yield
         finally:
-            _clear(local)
+            _delete_partial(local)
     finally:
         os.close(lock)
 
 
-def _clear(folder: Path) -> None:
-    """Deletes the files that have not become whole."""
+def _delete_partial(folder: Path) -> None:
+    """Delete incomplete files."""
     for leftover in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:
         leftover.unlink()
 
 
 def write_info(folder: str, info: Mapping[str, Any]) -> None:
-    """dataset.json, last of all."""
+    """Write dataset.json, which marks the dataset as complete."""
     storage.write(f"{folder}/{INFO_FILE}", json.dumps(info, indent=2).encode() + b"\n")
 
 
 def forget_rejected(folder: str, identity: Mapping[str, Any], sources: set[str]) -> int:
-    """Takes the rejections of these sources out of the dataset, so that they are tried again; returns how many.
+    """Delete the rejections of these sources, so that they are processed again; return their number.
 
-    Duplicates stay. What is to stay is written before what is to go is deleted: a job that dies in between has lost
-    nothing.
+    Rejections as duplicates are kept. The remaining rejections are written before the old files are deleted, so a job that
+    dies in between loses nothing.
     """
     files = rejected_files(folder)
     if not files:
         return 0
-    rows = pa.concat_tables(_read(file, None, identity, folder) for file in files).to_pylist()
-    stay = [row for row in rows if row["stage"] == DUPLICATE or row["source"] not in sources]
-    if len(stay) < len(rows):
-        kept = ShardWriter(folder, identity, 0, 0).write_rejected(stay) if stay else None
+    rows = pa.concat_tables(_read_rejected(file, identity, folder) for file in files).to_pylist()
+    remaining = [row for row in rows if row["step"] == DUPLICATE or row["source"] not in sources]
+    if len(remaining) < len(rows):
+        new_file = ShardWriter(folder, identity, 0, 0).write_rejected(remaining) if remaining else None
         for file in files:
-            if file != kept:
+            if file != new_file:
                 storage.delete(file)
-    return len(rows) - len(stay)
+    return len(rows) - len(remaining)
 
 
 class ShardWriter:
-    """Writes whole videos and rejections in files of about `shard_bytes`, or after `seconds`, so that a slow job that dies
-    has lost little. Of the clips, a row group is in memory: the others are in a file that gets its name in the end."""
+    """Writes complete videos and rejections to files.
+
+    A file is committed when it reaches about `shard_bytes`, or after `seconds`, which limits the loss if the job dies. One
+    row group of clips is in memory; earlier row groups are in a temporary file, which is renamed when it is committed.
+    """
 
     def __init__(self, folder: str, identity: Mapping[str, Any], shard_bytes: int, seconds: float) -> None:
         self.folder = folder
@@ -213,24 +227,25 @@ class ShardWriter:
         self._last_commit = time.monotonic()
 
     def add_video(self, clips: Iterable[Mapping[str, Any]]) -> None:
-        """All clips of one video, rows of `schema`, taken one at a time.
+        """Add all clips of one video. The iterable of rows of `schema` is consumed one row at a time.
 
         Raises:
-            UserError: they cannot be written; nothing of their file is there then.
+            UserError: the clips cannot be written; their file is deleted.
         """
-        with storage.mendable(f"{self.folder}/{CLIPS_FOLDER}"):
+        with storage.user_errors(f"{self.folder}/{CLIPS_FOLDER}"):
             self._shard = self._shard or _Shard(self.folder, self.schema.with_metadata(self.metadata))
             for clip in clips:
                 self._shard.add(clip)
         self._commit_when_due()
 
-    def add_rejected(self, source: Source, stage: str, reason: str) -> None:
+    def add_rejected(self, source: Source, step: str, reason: str) -> None:
+        """Add a source without clips."""
         self._rejected.append(
             {
                 "source": source.path,
                 "source_version": source.version,
                 "video_id": source.video_id,
-                "stage": stage,
+                "step": step,
                 "reason": reason,
             }
         )
@@ -242,13 +257,13 @@ class ShardWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Gives the dataset what has been collected.
+        """Publish the collected videos and rejections.
 
         Raises:
-            UserError: it cannot be written; each file is whole or not there.
+            UserError: a file cannot be written; every published file is complete.
         """
         if self._shard:
-            with storage.mendable(f"{self.folder}/{CLIPS_FOLDER}"):
+            with storage.user_errors(f"{self.folder}/{CLIPS_FOLDER}"):
                 file = self._shard.finish()
             self._publish(CLIPS_FOLDER, file)
             self._shard = None
@@ -258,15 +273,15 @@ class ShardWriter:
         self._last_commit = time.monotonic()
 
     def write_rejected(self, rows: list[dict[str, Any]]) -> str:
-        """A file of rows of REJECTED_SCHEMA; returns its name."""
+        """Write a file of rows of REJECTED_SCHEMA; return its name."""
         table = pa.Table.from_pylist(rows, REJECTED_SCHEMA).replace_schema_metadata(self.metadata)
         file = storage.open_partial(f"{self.folder}/{REJECTED_FOLDER}")
-        with storage.mendable(f"{self.folder}/{REJECTED_FOLDER}"):
+        with storage.user_errors(f"{self.folder}/{REJECTED_FOLDER}"):
             pq.write_table(table, file, compression="zstd")
         return self._publish(REJECTED_FOLDER, file)
 
     def _publish(self, part: str, file: io.BufferedRandom) -> str:
-        # While files are added the dataset is not whole.
+        # The dataset is incomplete while files are added.
         storage.delete(f"{self.folder}/{INFO_FILE}")
         file.seek(0)
         name = f"{self.folder}/{part}/{file_name(part, file)}"
@@ -275,12 +290,12 @@ class ShardWriter:
 
 
 class _Shard:
-    """A Parquet file of clips, of which all but the last row group is on disk."""
+    """A Parquet file of clips; all row groups except the last one are on disk."""
 
     def __init__(self, folder: str, schema: pa.Schema) -> None:
         self.file = storage.open_partial(f"{folder}/{CLIPS_FOLDER}")
         self.writer = pq.ParquetWriter(self.file, schema, compression="zstd")
-        self.bytes = 0  # of the rows, written or waiting
+        self.bytes = 0  # of all rows, written or buffered
         self._group: list[Mapping[str, Any]] = []
         self._group_bytes = 0
 
@@ -298,156 +313,7 @@ class _Shard:
         self._group, self._group_bytes = [], 0
 
     def finish(self) -> io.BufferedRandom:
-        """The whole file, open."""
+        """Write the last row group; return the complete file, open."""
         self._write_group()
         self.writer.close()
         return self.file
-
-
-# --- clips -> videos -------------------------------------------------------------------------------------------------
-
-
-class VideoAssembler:
-    """Gathers the clips of each video, in whatever order they come, and hands on whole videos or rejections.
-
-    A video's latents wait on disk, however long it is: an hour at 512 pixels has 6 GB of them. Of its frames it keeps the
-    people, by whom it is judged when it is whole.
-    """
-
-    def __init__(
-        self,
-        writer: ShardWriter,
-        sources: list[Source],
-        *,
-        min_person_fraction: float,
-        min_person_height: float,
-        validation_fraction: float,
-    ) -> None:
-        self.writer = writer
-        self.sources = {source.video_id: source for source in sources}
-        self.min_person_fraction = min_person_fraction
-        self.min_person_height = min_person_height
-        self.validation_fraction = validation_fraction
-        self.finished: set[str] = set()
-        self._clips: dict[str, dict[int, dict[str, Any]]] = {}  # video -> start -> clip without its latents
-        self._latents: dict[str, _Latents] = {}
-        self._num_clips: dict[str, int] = {}
-
-    def add(self, row: dict[str, Any]) -> str | None:
-        """A row of ENCODED_SCHEMA. Returns "kept" or "rejected" when it completes its video, else None."""
-        video_id = row["video_id"]
-        if video_id in self.finished:  # clips of a video that was rejected for another clip
-            return None
-        if row["reason"] is not None:
-            return self._reject(video_id, row["stage"], row["reason"])
-        clips = self._clips.setdefault(video_id, {})
-        if row["num_clips"] is not None:
-            self._num_clips[video_id] = row["num_clips"]
-        else:
-            if video_id not in self._latents:
-                self._latents[video_id] = _Latents(self.writer.folder)
-            self._latents[video_id].put(row["start"], row.pop("latent_mean"), row.pop("latent_logvar"))
-            clips[row["start"]] = row
-        if len(clips) != self._num_clips.get(video_id):
-            return None
-        in_order = [clips[start] for start in sorted(clips)]
-        people = [
-            frame for clip in in_order for frame in unpack_people(clip["people_per_frame"], clip["people"])
-        ]
-        height, width = in_order[0]["height"], in_order[0]["width"]
-        keypoints, which = main_person(people, height, width)
-        square = square_around(keypoints, height, width)
-        if reason := self._too_little(keypoints, square):
-            return self._reject(video_id, "pose", reason)
-        self.writer.add_video(self._rows(in_order, keypoints, which, square))
-        self._finish(video_id)
-        return "kept"
-
-    def _too_little(self, keypoints: np.ndarray, square: Square) -> str | None:
-        share = float(np.mean(square.shows(keypoints)))
-        if share < self.min_person_fraction:
-            return f"no person: in {share:.0%} of the frames only, fewer than {self.min_person_fraction:.0%}"
-        height = person_height(keypoints) / square.side
-        if height < self.min_person_height:
-            return f"person too small: {height:.0%} of the canvas's height, less than {self.min_person_height:.0%}"
-        return None
-
-    def _rows(
-        self, clips: list[dict[str, Any]], keypoints: np.ndarray, which: list[int], square: Square
-    ) -> Iterator[dict[str, Any]]:
-        first, video_id = clips[0], clips[0]["video_id"]
-        height, width = first["height"], first["width"]
-        keypoints = square.of_keypoints(keypoints)
-        latents = self._latents[video_id]
-        mean = square.of_latents(latents.get(first["start"])[0], height, width)
-        shared = {
-            "source_version": self.sources[video_id].version,
-            "split": split_of(video_id, self.validation_fraction),
-            "height": square.side,
-            "width": square.side,
-            "reference_latent_mean": mean[: len(mean) // first["num_frames"]],
-            "reference_keypoints": keypoints[0].tobytes(),
-        }
-        at = 0
-        for clip in clips:
-            span = slice(at, at := at + clip["num_frames"])
-            mean, logvar = (square.of_latents(both, height, width) for both in latents.get(clip["start"]))
-            points = {
-                name: square.of_keypoints(np.frombuffer(clip[name], "<f4").reshape(-1, 3)).tobytes()
-                for name in ("people", "hands", "faces")
-                if clip.get(name) is not None
-            }
-            made = {
-                "clip_id": f"{video_id}-{clip['start']:06d}",
-                "crop": square.of_box(clip["crop"], width),
-                "latent_mean": mean,
-                "latent_logvar": logvar,
-                "keypoints": keypoints[span].tobytes(),
-                "main_person": which[span],
-            }
-            row = clip | shared | points | made
-            yield {name: row[name] for name in self.writer.schema.names}
-
-    def _reject(self, video_id: str, stage: str, reason: str) -> str:
-        self.writer.add_rejected(self.sources[video_id], stage, reason)
-        self._finish(video_id)
-        return "rejected"
-
-    def _finish(self, video_id: str) -> None:
-        self.finished.add(video_id)
-        self._clips.pop(video_id, None)
-        if latents := self._latents.pop(video_id, None):
-            latents.close()
-
-
-class _Latents:
-    """The latents of one video's clips: few in memory, more in a file that ends with this process. It lies in the
-    dataset's folder, where there must be room for them anyway; for a bucket, in this machine's temporary folder."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        local = None if storage.is_remote(folder) else folder
-        self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - open until `close`
-            LATENTS_IN_MEMORY, prefix=".", suffix=".partial", dir=local
-        )
-        self._places: dict[int, tuple[int, int]] = {}  # start -> (offset, bytes) of both
-
-    def put(self, start: int, mean: bytes, logvar: bytes) -> None:
-        with storage.mendable(self.folder):
-            offset = self._file.seek(0, os.SEEK_END)
-            self._file.write(mean + logvar)
-        self._places[start] = offset, len(mean) + len(logvar)
-
-    def get(self, start: int) -> tuple[bytes, bytes]:
-        offset, size = self._places[start]
-        self._file.seek(offset)
-        both = self._file.read(size)
-        return both[: size // 2], both[size // 2 :]
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def split_of(video_id: str, validation_fraction: float) -> str:
-    """The id is a digest, so its digits are uniform: a video's split never changes as others come."""
-    return "validation" if int(video_id, 16) < validation_fraction * 16 ** len(video_id) else "train"

@@ -1,4 +1,4 @@
-"""Stage 1, list: what the user names -> the files to preprocess, each with the id of its content."""
+"""Listing and identification of sources: the user's argument -> video files with a content id each."""
 
 import fnmatch
 import glob
@@ -23,39 +23,47 @@ VIDEO_SUFFIXES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A file: where it lies, and the id of its content or the reason why it could not be read."""
+    """A file with the id of its content, or the reason why it cannot be read."""
 
     path: str
-    """Absolute, or a URI; bytes that are not UTF-8 written as escapes."""
+    """Absolute path or URI; bytes that are not UTF-8 are escaped."""
     video_id: str | None = None
+    """First 16 hex digits of the SHA-256 of the file."""
     version: str | None = None
     """{bytes}-{modification time in ns}."""
     problem: str | None = None
+    """Why the file cannot be read."""
 
 
 def list_sources(videos: str) -> list[str]:
-    """Absolute paths or URIs, sorted, each once.
+    """Return the sorted, unique absolute paths or URIs of the sources.
 
-    videos: a folder (searched with all its subfolders for files named as videos), a text file (`.txt`) with a path or URI
-    a line (relative ones from the file's folder; empty lines and lines that begin with # don't count), any other file, or
-    a glob pattern (`**` for any subfolders); each of them on this machine or in a bucket (`s3://`, `gs://`), where a
-    pattern's `*` passes through subfolders too. What a list or a pattern names counts whatever its suffix.
+    Args:
+        videos: one of these, locally or in a bucket (`s3://`, `gs://`):
+
+            - a folder, searched recursively for files with a video suffix;
+            - a text file (`.txt`) with one path or URI per line; relative paths start at the folder of the list, empty
+              lines and lines that begin with # are ignored;
+            - any other file;
+            - a glob pattern; `**` matches any number of subfolders (in a bucket, `*` also matches `/`).
+
+            Files that a list or a pattern names are used whatever their suffix.
 
     Raises:
-        UserError: there is no such thing, or no video in it.
+        UserError: the source does not exist, or contains no videos.
     """
-    place = storage.absolute(videos)
-    kind, found = _list_remote(place) if storage.is_remote(place) else _list_local(place)
-    if not found:
-        raise UserError(f"{videos}: {NOTHING[kind]}")
-    return sorted(set(found))
+    name = storage.absolute(videos)
+    kind, files = _list_remote(name) if storage.is_remote(name) else _list_local(name)
+    if not files:
+        raise UserError(f"{videos}: {NO_SOURCES[kind]}")
+    return sorted(set(files))
 
 
-NOTHING = {
-    "folder": f"no videos in this folder (looked for {' '.join(VIDEO_SUFFIXES)})",
-    "list": "this list names no videos; give it a path a line",
-    "pattern": "no file matches this pattern; quote it, so that the shell leaves it alone",
-    "nothing": "no such file or folder; give a folder of videos, a pattern, a video or a list (.txt)",
+NO_SOURCES = {
+    "folder": f"no videos in this folder; add files with one of the suffixes {' '.join(VIDEO_SUFFIXES)}",
+    "list": "the list names no videos; write one path per line",
+    "pattern": "no file matches this pattern; check it, and quote it so that the shell does not expand it",
+    "nothing": "no such file or folder; give a folder of videos, a glob pattern, a video or a list (.txt)",
 }
 
 
@@ -72,12 +80,14 @@ def _list_local(path: str) -> tuple[str, list[str]]:
 def _list_remote(uri: str) -> tuple[str, list[str]]:
     filesystem, path = storage.locate(uri)
     try:
-        there = filesystem.get_file_info(path).type
+        file_type = filesystem.get_file_info(path).type
     except OSError as error:
-        raise UserError(f"{uri}: cannot be read: {storage.one_line(error)}") from None
-    if there == pafs.FileType.File:
+        raise UserError(
+            f"{uri}: cannot be read: {storage.one_line(error)}; check the bucket and the credentials"
+        ) from None
+    if file_type == pafs.FileType.File:
         return ("list", _read_list(uri)) if uri.lower().endswith(".txt") else ("file", [uri])
-    if there == pafs.FileType.Directory:
+    if file_type == pafs.FileType.Directory:
         return "folder", [file for file in storage.list_files(uri, recursive=True) if _is_video(file)]
     if glob.has_magic(uri):
         parts = uri.split("/")
@@ -92,8 +102,10 @@ def _is_video(file: str) -> bool:
 
 
 def identify(paths: list[str], known: Mapping[tuple[str, str], str]) -> list[Source]:
-    """The sources with their content's ids. Files are read in threads, since hashing gives the GIL away; those of the
-    same (path, version) as in `known` are not read."""
+    """Return a `Source` with its content id for each path.
+
+    Files with a (path, version) in `known` are not read. The others are hashed in threads, because hashing releases the GIL.
+    """
     with ThreadPoolExecutor(max_workers=max(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda path: _identify(path, known), paths))
 
@@ -101,34 +113,34 @@ def identify(paths: list[str], known: Mapping[tuple[str, str], str]) -> list[Sou
 def _identify(path: str, known: Mapping[tuple[str, str], str]) -> Source:
     try:
         path.encode()
-    except UnicodeEncodeError:  # neither Arrow nor Parquet take such a name
-        return Source(os.fsencode(path).decode(errors="backslashreplace"), problem="its name is not UTF-8")
+    except UnicodeEncodeError:  # neither Arrow nor Parquet supports such names
+        return Source(os.fsencode(path).decode(errors="backslashreplace"), problem="file name is not UTF-8")
     try:
-        filesystem, place = storage.locate(path)
-        # A pipe or a device would be waited for without end.
+        filesystem, local_path = storage.locate(path)
+        # Reading a pipe or a device could block forever.
         if not storage.is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
             return Source(path, problem="not a regular file")
-        there = filesystem.get_file_info(place)
-        if there.type != pafs.FileType.File:
+        info = filesystem.get_file_info(local_path)
+        if info.type != pafs.FileType.File:
             return Source(path, problem="no such file")
-        if there.size == 0:
+        if info.size == 0:
             return Source(path, problem="empty file")
-        version = f"{there.size}-{there.mtime_ns}"
+        version = f"{info.size}-{info.mtime_ns}"
         if (path, version) in known:
             return Source(path, known[path, version], version)
         digest = hashlib.sha256()
-        with filesystem.open_input_stream(place) as file:
+        with filesystem.open_input_stream(local_path) as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     except FileNotFoundError:
-        return Source(path, problem="link to nowhere" if os.path.islink(path) else "no such file")
+        return Source(path, problem="broken symbolic link" if os.path.islink(path) else "no such file")
     except OSError as error:
         return Source(path, problem=f"cannot be read: {error.strerror or storage.one_line(error)}")
     return Source(path, digest.hexdigest()[:16], version)
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """All files below a folder, through links to folders too, no folder twice."""
+    """All files below a folder. Links to folders are followed, and each folder is visited once."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -143,13 +155,15 @@ def _read_list(file: str) -> list[str]:
     try:
         lines = [line.strip() for line in storage.read_bytes(file).decode().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as a list of paths: {storage.one_line(error)}") from None
+        raise UserError(
+            f"{file}: cannot be read as a list of paths: {storage.one_line(error)}; check that it is UTF-8 text"
+        ) from None
     names = [line for line in lines if line and not line.startswith("#")]
     folder = posixpath.dirname(file)
-    return [_named_in(folder, name) for name in names]
+    return [_resolve(folder, name) for name in names]
 
 
-def _named_in(folder: str, name: str) -> str:
+def _resolve(folder: str, name: str) -> str:
     if storage.is_remote(name) or name.startswith(("/", "~")):
         return storage.absolute(name)
     return f"{folder}/{name}" if storage.is_remote(folder) else os.path.abspath(os.path.join(folder, name))

@@ -11,7 +11,7 @@ from pipelines.puppets.corpus import SIZE, Corpus, Rendered, render_held_out
 from pipelines.puppets.fit import fit
 from pipelines.puppets.scene import sample_background
 from tcan.metrics.pose import joint_errors
-from tcan.pose import OpenPose, follow_main_person
+from tcan.pose import OpenPose, track_main_person
 from tcan.pose.network import BodyPoseNetwork
 from tcan.pose.targets import pose_targets
 
@@ -56,7 +56,7 @@ def found_shares(network: BodyPoseNetwork, rendered: Rendered) -> tuple[float, f
     """Shares of the true joints that are found within 5 % and within 3 % of the image's height."""
     detector = OpenPose(network, network.config.input_height, network.config.blur_sigma)
     people = detector.detect(rendered.frames.reshape(-1, SIZE, SIZE, 3))
-    found = np.concatenate([follow_main_person([everybody], SIZE, SIZE) for everybody in people])
+    found = np.concatenate([track_main_person([everybody], SIZE, SIZE) for everybody in people])
     errors = joint_errors(found, rendered.keypoints.reshape(-1, 18, 3), SIZE)
     counted = ~np.isnan(errors)
     return float((errors[counted] < 0.05).mean()), float((errors[counted] < 0.03).mean())

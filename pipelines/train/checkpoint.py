@@ -1,12 +1,12 @@
-"""A checkpoint: what training needs to go on exactly, reported to Ray Train by all workers together.
+"""Checkpoints: the exact state to resume a training from, reported to Ray Train by all workers together.
 
-    state.json                  step, steps of the optimizer, what the guard of the loss knows
-    trained-*.safetensors       of each trained parameter, in fp32: weight, moments, average; each worker's pieces, flat,
-                                as NAME:KEY:START, the place in the parameter at which the piece begins
-    model/                      only in a stage's last checkpoint: the model folder
+    state.json                  step, optimizer steps, running mean of the loss
+    trained-*.safetensors       fp32 weight, moments and EMA of each trained parameter: the flat shards of one worker,
+                                named NAME:KEY:START, with START the offset of the shard in the parameter
+    model/                      only in the last checkpoint of a stage: the model folder
 
-Nothing in it depends on the number of workers, the ZeRO stage or the precision that wrote it. Ray Train registers a
-checkpoint when every worker has uploaded its share: before that it isn't there, and `sweep` clears away what never will be.
+A checkpoint does not depend on the number of workers, the ZeRO stage or the precision that wrote it. Ray Train registers
+it when every worker has uploaded its shards; `remove_incomplete` deletes checkpoints that were never registered.
 """
 
 import errno
@@ -39,18 +39,19 @@ from torch import Tensor, nn
 
 from pipelines.storage import is_remote
 from pipelines.train.engine import (
+    copy_to_module,
+    local_shard,
     optimizer_steps,
-    own_piece,
-    refresh,
     set_optimizer_steps,
     set_state,
     state_keys,
-    trained,
+    trained_parameters,
 )
+from tcan.atomic_write import atomic_write
 
 STATE, MODEL = "state.json", "model"
-LIST = "checkpoint_manager_snapshot.json"  # Ray Train's, of the checkpoints that it knows
-PREFIX = "step_"  # of a checkpoint's folder
+CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"  # Ray Train's list of registered checkpoints
+PREFIX = "step_"  # of the checkpoint folders
 
 
 def save(
@@ -60,13 +61,16 @@ def save(
     scratch: Path,
     save_model: Callable[[Path], None] | None = None,
 ) -> None:
-    """Called by all workers at once; returns when this worker's share is on the local disk: the upload goes on beside
-    the training, and what fails in it ends the worker.
+    """Save and report a checkpoint. Called by all workers; returns when this worker's shards are on the local disk.
 
-    scratch: a folder of this worker alone. state: of the loop, with the number of `step`s behind it; comes back from `load`.
-    save_model: writes the model folder; called by all workers, and rank 0's is kept.
+    The upload continues during the training; an error in it ends the worker.
+
+    Args:
+        state: state of the training loop, with the number of steps as `step`; `load` returns it.
+        scratch: local folder of this worker.
+        save_model: writes the model folder; called by all workers, rank 0's is uploaded.
     """
-    # Each worker writes to a folder of its own, as if on its own node; Ray Train puts them together.
+    # Each worker writes to its own folder, as if on its own node; Ray Train merges them.
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=scratch))
     write(engine, folder, state)
@@ -75,7 +79,7 @@ def save(
     ray.train.report(
         {"step": state["step"], **metrics},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
-        # Never the name of one that a killed worker left half uploaded.
+        # Unique, so that it never merges with a partial upload of a killed worker.
         checkpoint_dir_name=f"{PREFIX}{state['step']:06d}_{uuid.uuid4().hex[:8]}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         delete_local_checkpoint_after_upload=True,
@@ -83,7 +87,7 @@ def save(
 
 
 def load(engine: Any) -> dict[str, Any]:
-    """Brings the engine to the last checkpoint; returns its state, or that of the start when there is none."""
+    """Load the last checkpoint into the engine; returns its state, or {"step": 0} without one."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return {"step": 0}
@@ -92,19 +96,19 @@ def load(engine: Any) -> dict[str, Any]:
 
 
 def write(engine: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Called by all workers at once; each writes its share into a folder, which may be the same or not."""
+    """Write this worker's shards. Called by all workers; their folders may be the same or different ones."""
     rank, workers = dist.get_rank(), dist.get_world_size()
-    share: dict[str, Tensor] = {}
-    for name, parameter in trained(engine):
+    shards: dict[str, Tensor] = {}
+    for name, parameter in trained_parameters(engine):
         for key in state_keys(engine):
-            start, piece = own_piece(engine, parameter, key)
-            if piece.numel():
-                share[f"{name}:{key}:{start}"] = piece.cpu().clone()
+            start, shard = local_shard(engine, parameter, key)
+            if shard.numel():
+                shards[f"{name}:{key}:{start}"] = shard.cpu().clone()
     path = folder / f"trained-{rank:05d}-of-{workers:05d}.safetensors"
     try:
-        save_file(share, path)
+        save_file(shards, path)
     except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" in str(error):  # what the command line knows how to say
+        if f"os error {errno.ENOSPC}" in str(error):  # which the command line reports as a user error
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     if rank == 0:
@@ -113,72 +117,80 @@ def write(engine: Any, folder: Path, state: dict[str, Any]) -> None:
 
 
 def read(engine: Any, folder: Path) -> dict[str, Any]:
-    """Called by all workers, of any number. Raises RuntimeError unless the names are exactly what the stage trains."""
+    """Load a checkpoint into the engine; returns its state. Called by all workers; their number may differ from the writer's.
+
+    Raises:
+        RuntimeError: the parameter names are not exactly those that the stage trains.
+    """
     with ExitStack() as stack:
-        pieces: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+        shards: dict[str, list[tuple[int, Any]]] = defaultdict(list)
         for path in folder.glob("trained-*.safetensors"):
             file = stack.enter_context(safe_open(path, "pt"))
-            names = file.keys()  # it is no mapping
-            for piece in names:
-                whole, start = piece.rsplit(":", 1)
-                pieces[whole].append((int(start), file))
-        wanted = {f"{name}:{key}" for name, _ in trained(engine) for key in state_keys(engine)}
-        if differing := pieces.keys() ^ wanted:
+            names = file.keys()  # safe_open is not iterable
+            for shard in names:
+                name, start = shard.rsplit(":", 1)
+                shards[name].append((int(start), file))
+        expected = {f"{name}:{key}" for name, _ in trained_parameters(engine) for key in state_keys(engine)}
+        if differing := shards.keys() ^ expected:
             raise RuntimeError(
                 f"checkpoint and model differ in {len(differing)} names, such as {min(differing)}"
             )
-        for name, parameter in trained(engine):
+        for name, parameter in trained_parameters(engine):
             for key in state_keys(engine):
-                whole = f"{name}:{key}"
-                found = sorted(pieces[whole], key=itemgetter(0))
-                value = torch.cat([file.get_tensor(f"{whole}:{start}") for start, file in found])
+                full_name = f"{name}:{key}"
+                ordered = sorted(shards[full_name], key=itemgetter(0))
+                value = torch.cat([file.get_tensor(f"{full_name}:{start}") for start, file in ordered])
                 set_state(engine, parameter, key, value)
     state = json.loads((folder / STATE).read_text())
     set_optimizer_steps(engine, state["optimizer_steps"])
-    refresh(engine)
+    copy_to_module(engine)
     return state
 
 
-def sweep(run: str) -> None:
-    """Deletes what a failed upload, or workers that were killed at it, left of checkpoints that never became whole.
+def remove_incomplete(run: str) -> None:
+    """Delete checkpoints that were not completely uploaded, because the upload failed or workers were killed.
 
-    run: path or URI of the run's folder in Ray Train's storage, where nobody is training now.
+    run: path or URI of the run's folder in Ray Train's storage; no training may be running there.
     """
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells at length that it found the run
+    logging.getLogger("ray.train").setLevel(
+        logging.WARNING
+    )  # otherwise it logs at length that it found the run
     if not is_remote(run):
-        _mend_list(Path(run))
+        _repair_checkpoint_list(Path(run))
     try:
         known = ray.train.Result.from_path(run)
-    except RuntimeError:  # there is nothing yet
+    except RuntimeError:  # no run yet
         return
     if known.checkpoint is None:
         return
     filesystem, folder = known.checkpoint.filesystem, os.path.dirname(known.checkpoint.path)
-    whole = {os.path.basename(checkpoint.path) for checkpoint, _ in known.best_checkpoints}
+    complete = {os.path.basename(checkpoint.path) for checkpoint, _ in known.best_checkpoints}
     for found in filesystem.get_file_info(pafs.FileSelector(folder)):
-        if found.base_name.startswith(PREFIX) and found.base_name not in whole:
+        if found.base_name.startswith(PREFIX) and found.base_name not in complete:
             filesystem.delete_dir(found.path)
 
 
-def _mend_list(run: Path) -> None:
-    """Ray Train writes its list of checkpoints in place, so that a full disk leaves it empty, and could never start
-    again. Then the list is made anew from the checkpoints that are whole, and the others are deleted."""
-    path = run / LIST
+def _repair_checkpoint_list(run: Path) -> None:
+    """Rebuild Ray Train's list of checkpoints if a full disk has left it empty, and delete incomplete checkpoints.
+
+    Ray Train overwrites the list in place and cannot restart with an empty one.
+    """
+    path = run / CHECKPOINT_LIST
     try:
         json.loads(path.read_text())
         return
     except (FileNotFoundError, ValueError):
         checkpoints = sorted(run.glob(f"{PREFIX}*"))
-    whole = [folder for folder in checkpoints if _is_whole(folder)]
-    for folder in set(checkpoints) - set(whole):
+    complete = [folder for folder in checkpoints if _is_complete(folder)]
+    for folder in set(checkpoints) - set(complete):
         shutil.rmtree(folder)
     path.unlink(missing_ok=True)
-    if not whole:
+    if not complete:
         return
     results = [
-        # What it was judged is not in it; the worst, if the best are kept.
+        # Its validation loss is unknown: it ranks last if the best checkpoints are kept.
         _TrainingResultState(checkpoint_dir_name=folder.name, metrics={"validation_loss": math.inf})
-        for folder in whole
+        for folder in complete
     ]
     state = _CheckpointManagerState(
         checkpoint_results=results,
@@ -194,21 +206,21 @@ def _mend_list(run: Path) -> None:
     path.write_text(state.json())
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether all workers' files are there to their ends; a stage's last, with the model, is rather made again."""
-    shares = list(folder.glob("trained-*.safetensors"))
+def _is_complete(folder: Path) -> bool:
+    """Whether the files of all workers are complete. The last checkpoint of a stage, with the model, is recomputed."""
+    files = list(folder.glob("trained-*.safetensors"))
     try:
-        for path in shares:
-            with safe_open(path, "pt"):  # compares the file's length with its header
+        for path in files:
+            with safe_open(path, "pt"):  # compares the file size with its header
                 pass
         last = json.loads((folder / STATE).read_text()).get("model")
     except (OSError, ValueError, SafetensorError):
         return False
-    return not last and bool(shares) and len(shares) == int(shares[0].stem.rpartition("-")[2])
+    return not last and bool(files) and len(files) == int(files[0].stem.rpartition("-")[2])
 
 
 class FrozenFingerprint:
-    """A hash of every tensor that must not change: frozen parameters (this worker's shard under ZeRO-3) and buffers."""
+    """Hashes of every tensor that must not change: frozen parameters (the local shard under ZeRO-3) and buffers."""
 
     def __init__(self, module: nn.Module):
         self._module = module
@@ -219,24 +231,25 @@ class FrozenFingerprint:
         named += self._module.named_buffers()
         tensors = {name: getattr(tensor, "ds_tensor", tensor).detach() for name, tensor in named}
         tensors = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-        hashes = [torch.hash_tensor(tensor) for tensor in tensors.values()]  # on the device: no copy
+        hashes = [
+            torch.hash_tensor(tensor) for tensor in tensors.values()
+        ]  # on the device, without copying the tensors
         return list(tensors), torch.stack(hashes).cpu()
 
     def check(self) -> None:
-        """Raises RuntimeError, with the name, when one has changed since the start."""
+        """Raises:
+        RuntimeError: a tensor has changed since the start, with its name.
+        """
         names, now = self._hash()
-        moved = [name for name, a, b in zip(names, now, self._hashes, strict=True) if a != b]
-        if moved or names != self._names:
+        changed = [name for name, a, b in zip(names, now, self._hashes, strict=True) if a != b]
+        if changed or names != self._names:
             raise RuntimeError(
-                f"{len(moved)} frozen tensors have changed, such as {min(moved or ['their names'])}"
+                f"{len(changed)} frozen tensors have changed, such as {min(changed or ['their names'])}"
             )
 
 
 def publish(checkpoint: ray.train.Checkpoint, folder: Path) -> None:
-    """The model of a stage's last checkpoint as a folder of its own, which appears when it is whole."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    """Copy the model of a stage's last checkpoint to a model folder, atomically."""
     model = ray.train.Checkpoint(f"{checkpoint.path}/{MODEL}", checkpoint.filesystem)
-    with model.as_directory() as source:
+    with model.as_directory() as source, atomic_write(folder) as partial:
         shutil.copytree(source, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)

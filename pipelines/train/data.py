@@ -1,12 +1,13 @@
-"""What comes at global step k: a function of the seed, the stage, k and the place in the global batch alone.
+"""The samples of a training step, as a function of the seed, the stage, the step and the index in the global batch.
 
-Not of the number of workers, nor of restarts: each sample draws from a generator of its own, keyed by these numbers, so
-any worker can make any sample without having made the ones before.
+They depend neither on the number of workers nor on restarts: each sample has its own random generator, keyed by these
+numbers, so any worker can create any sample without the earlier ones.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from pipelines.dataset import LATENT_STRIDE, clip_files, decode_row
 from pipelines.storage import open_parquet
 from tcan.errors import UserError
+from tcan.pixels import to_controlnet_input
 from tcan.pose import PoseErrors, draw_poses
 
-_PASS, _SAMPLE, _ERRORS = 0, 1, 2  # what a generator is for; first after seed and stage in its key
+_EPOCH, _SAMPLE, _ERRORS = 0, 1, 2  # purpose of a generator: the entry after seed and stage in its key
 MIN_DISTANCE, MAX_DISTANCE_SHORT_OF_LENGTH = 30, 31  # frames between reference and target: U[30, L - 31]
 TIMESTEPS = 1000
 NO_ERRORS = PoseErrors()
@@ -27,18 +29,18 @@ NO_ERRORS = PoseErrors()
 
 @dataclass(frozen=True)
 class Video:
-    """The frames of one video that the dataset holds, in order: position p is frame `number[p]`."""
+    """The frames of one video in the dataset, in order: position p is frame `number[p]`."""
 
     video_id: str
     number: np.ndarray
-    """int64 [L], rising; a gap is where no clip was kept."""
+    """int64 `[L]`, ascending; gaps where a clip was discarded."""
     row: np.ndarray
-    """int64 [L]: the row of the store with that frame."""
+    """int64 `[L]`: the row of the store with that frame."""
     offset: np.ndarray
-    """int64 [L]: its place in that row's clip."""
+    """int64 `[L]`: its index in that row's clip."""
 
     def starts(self, frames: int) -> np.ndarray:
-        """Positions from which `frames` frames follow one another without a gap."""
+        """Positions from which `frames` frames follow each other without a gap."""
         last = len(self.number) - frames + 1
         if last < 1:
             return np.empty(0, np.int64)
@@ -46,9 +48,9 @@ class Video:
 
 
 class ClipStore:
-    """The clips of one split of a dataset, read from the shards at random access by row group, the latest ones kept.
+    """The clips of one split of a dataset, read by row group with random access and an LRU cache.
 
-    cache_bytes: memory for row groups already read; one is always kept.
+    cache_bytes: size of the cache; at least one row group is always cached.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class ClipStore:
     ):
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._cached: OrderedDict[tuple[str, int], list[dict[str, np.ndarray]]] = OrderedDict()
-        self._places: list[tuple[str, int, int]] = []  # row -> file, row group, row in the group
+        self._locations: list[tuple[str, int, int]] = []  # row -> file, row group, row in the group
         clips: dict[str, list[tuple[int, int, int]]] = {}  # video -> (first frame, number of frames, row)
         for path in clip_files(dataset):
             with open_parquet(path) as file:
@@ -64,20 +66,21 @@ class ClipStore:
                     columns = file.read_row_group(
                         group, ["video_id", "split", "start", "num_frames"]
                     ).to_pylist()
-                    for at, clip in enumerate(columns):
+                    for index, clip in enumerate(columns):
                         if clip["split"] == split:
-                            found = (clip["start"], clip["num_frames"], len(self._places))
+                            found = (clip["start"], clip["num_frames"], len(self._locations))
                             clips.setdefault(clip["video_id"], []).append(found)
-                            self._places.append((path, group, at))
+                            self._locations.append((path, group, index))
         self.videos = [_video(video, clips[video]) for video in sorted(clips)]
 
     def frames(self, video: Video, positions: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Of these positions: latent_mean, latent_logvar `[n, 4, h, w]` (unscaled), keypoints `[n, 18, 3]`."""
+        """Arrays of these positions: latent_mean, latent_logvar `[n, 4, h, w]` (unscaled), keypoints `[n, 18, 3]`."""
         clips = [self._clip(video.row[position]) for position in positions]
         offsets = video.offset[positions]
         keys = ("latent_mean", "latent_logvar", "keypoints")
         return {
-            key: np.stack([clip[key][at] for clip, at in zip(clips, offsets, strict=True)]) for key in keys
+            key: np.stack([clip[key][offset] for clip, offset in zip(clips, offsets, strict=True)])
+            for key in keys
         }
 
     def reference_latent(self, video: Video) -> np.ndarray:
@@ -85,7 +88,7 @@ class ClipStore:
         return self._clip(video.row[0])["reference_latent_mean"]
 
     def _clip(self, row: int) -> dict[str, np.ndarray]:
-        path, group, at = self._places[row]
+        path, group, index = self._locations[row]
         if (path, group) not in self._cached:
             with open_parquet(path) as file:
                 self._cached[path, group] = [
@@ -95,7 +98,7 @@ class ClipStore:
             while self._cached_bytes > self._cache_bytes and len(self._cached) > 1:
                 self._cached_bytes -= _nbytes(self._cached.popitem(last=False)[1])
         self._cached.move_to_end((path, group))
-        return self._cached[path, group][at]
+        return self._cached[path, group][index]
 
 
 def _nbytes(clips: list[dict[str, np.ndarray]]) -> int:
@@ -110,9 +113,9 @@ def _video(video_id: str, clips: list[tuple[int, int, int]]) -> Video:
 
 
 def stage1_pair(length: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Positions of reference and target in a video of `length` >= 2 frames (method "Training").
+    """Positions of reference and target in a video of `length` >= 2 frames (paper, "Training").
 
-    Reference: any. Target: (reference + U[30, L - 31]) mod L; where that range is empty, any other frame.
+    Reference: any frame. Target: (reference + U[30, L - 31]) mod L; any other frame if that range is empty.
     """
     reference = int(rng.integers(length))
     low, high = MIN_DISTANCE, length - MAX_DISTANCE_SHORT_OF_LENGTH
@@ -123,32 +126,43 @@ def stage1_pair(length: int, rng: np.random.Generator) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples of F frames (stage 1: F = 1); latents are times the VAE's scaling factor."""
+    """B samples of F frames (stage 1: F = 1); latents are multiplied by the VAE's scaling factor."""
 
     latents: Tensor
-    """float32 [B, F, 4, h, w], drawn from the VAE's posterior."""
+    """float32 `[B, F, 4, h, w]`, sampled from the VAE's posterior."""
     noise: Tensor
-    """float32 [B, F, 4, h, w]."""
+    """float32 `[B, F, 4, h, w]`."""
     timestep: Tensor
-    """int64 [B]."""
+    """int64 `[B]`."""
     pose: Tensor
-    """uint8 [B, F, H, W, 3]."""
+    """Drawn poses, uint8 `[B, F, H, W, 3]`."""
     reference: Tensor
-    """float32 [B, 4, h, w], the posterior's mean."""
+    """float32 `[B, 4, h, w]`, the mean of the VAE's posterior."""
     reference_mask: Tensor
-    """bool [B]."""
+    """bool `[B]`: whether the sample has its reference; False for unconditional samples, which guidance needs."""
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors on the device, with `pose` as float32 `[B, F, 3, H, W]` in [0, 1]."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
+        return tensors | {"pose": to_controlnet_input(tensors["pose"])}
 
 
 class Sampler:
-    """Sample i of step k, in stage 1 a image, in stage 2 a clip.
+    """Creates sample i of step k: an image in stage 1, a clip in stage 2.
 
-    Videos come in passes, each once a pass in an order of its own: n = k * batch_size + i counts samples from the
-    start, so n // videos is the pass. batch_size is the global one.
-    size: side of the training image in pixels; a larger canvas is cropped on the latents' grid.
-    reference: a sample's; None: the method's, random in stage 1, first in stage 2.
-    pose_errors: of stage 2's poses; each clip's, too, come from the seed, the step and its place alone.
-    noise_offset: the noise gets this times a normal number a channel, the same for all places and frames of a sample.
-    Raises UserError when no video of the store is long enough.
+    An epoch goes through all videos once, in its own random order: n = k * batch_size + i counts the samples from the
+    start, and n // number of videos is the epoch.
+
+    Args:
+        batch_size: the global one.
+        size: side of the training image in pixels; a larger canvas is cropped on the latent grid.
+        reference: "random" frame or "first" frame; None: the paper's, random in stage 1 and first in stage 2.
+        pose_errors: applied to the poses of stage 2; they depend on seed, step and index only.
+        noise_offset: scale of a normal number per channel, added to the noise of all positions and frames of a sample.
+
+    Raises:
+        UserError: no video of the store is long enough.
     """
 
     def __init__(
@@ -180,23 +194,23 @@ class Sampler:
         ]
         if not self.videos:
             raise UserError(
-                f"stage {stage} needs videos with {shortest} {'consecutive ' * (stage == 2)}frames, the dataset has none in "
-                "its train split; preprocess longer videos"
+                f"stage {stage}: no video of the split has {shortest} {'consecutive ' * (stage == 2)}frames; "
+                "preprocess longer videos"
             )
-        self._pass: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.stage, *key])))
 
     def video(self, step: int, index: int) -> Video:
-        number, place = divmod(step * self.batch_size + index, len(self.videos))
-        order = self._pass  # once: another thread may ask for a step of another pass
-        if order[0] != number:
-            order = self._pass = (number, self._rng(_PASS, number).permutation(len(self.videos)))
-        return self.videos[order[1][place]]
+        epoch, position = divmod(step * self.batch_size + index, len(self.videos))
+        order = self._order  # read once: another thread may request a step of another epoch
+        if order[0] != epoch:
+            order = self._order = (epoch, self._rng(_EPOCH, epoch).permutation(len(self.videos)))
+        return self.videos[order[1][position]]
 
     def sample(self, step: int, index: int) -> dict[str, np.ndarray]:
-        """One sample, as `Batch` without its first axis."""
+        """One sample: the fields of `Batch` without the batch axis."""
         rng = self._rng(_SAMPLE, step, index)
         video = self.video(step, index)
         length = len(video.number)
@@ -223,12 +237,12 @@ class Sampler:
         keypoints[..., :2] -= (
             np.float32(LATENT_STRIDE) * np.array([x, y], np.float32) * (keypoints[..., 2:] > 0)
         )
-        # Of a generator of its own: what else is drawn stays the same.
+        # A separate generator, so that pose errors do not change the other random numbers.
         keypoints = self.pose_errors.apply(keypoints, self.size, self._rng(_ERRORS, step, index))
 
         timestep = rng.integers(TIMESTEPS)
-        keep = rng.random() >= self.drop_reference
-        # AutoencoderKL clamps the log-variance as here.
+        has_reference = rng.random() >= self.drop_reference
+        # AutoencoderKL clamps the log-variance in the same way.
         posterior = mean + np.exp(0.5 * np.clip(logvar, -30, 20)) * rng.standard_normal(
             mean.shape, np.float32
         )
@@ -242,7 +256,7 @@ class Sampler:
             "timestep": np.int64(timestep),
             "pose": draw_poses(keypoints, self.size, self.size, self.stick_width),
             "reference": reference[crop].astype(np.float32) * np.float32(self.scaling),
-            "reference_mask": np.bool_(keep),
+            "reference_mask": np.bool_(has_reference),
         }
 
     def batch(self, step: int, indices: Sequence[int]) -> Batch:
@@ -250,7 +264,33 @@ class Sampler:
         return Batch(**{key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]})
 
     def worker_batches(self, step: int, rank: int, workers: int, micro_batch: int) -> list[Batch]:
-        """A worker's share of a step, a batch per accumulation: together the workers' shares are the global batch."""
+        """The micro-batches of a worker in a step, one per gradient accumulation. All workers' together are the global batch."""
         stride = workers * micro_batch
         firsts = range(rank * micro_batch, self.batch_size, stride)
         return [self.batch(step, range(first, first + micro_batch)) for first in firsts]
+
+
+class Prefetcher:
+    """Creates the next step's batches in a thread while the current step runs.
+
+    create: step -> batches of this worker.
+    """
+
+    def __init__(self, create: Callable[[int], list[Batch]]):
+        self._create = create
+        self._executor = ThreadPoolExecutor(1, "data")
+        self._next: tuple[int, Future] | None = None
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def get(self, step: int) -> list[Batch]:
+        """The batches of a step; starts to create those of the next one."""
+        if self._next is None or self._next[0] != step:
+            self._next = step, self._executor.submit(self._create, step)
+        batches = self._next[1].result()
+        self._next = step + 1, self._executor.submit(self._create, step + 1)
+        return batches

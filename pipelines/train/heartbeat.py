@@ -1,4 +1,4 @@
-"""Where the driver and the workers of a run leave word for each other, without a step waiting for it."""
+"""Messages between the driver and the workers of a run; no training step waits for them."""
 
 import os
 import time
@@ -7,76 +7,77 @@ from typing import Any
 import ray
 
 
-class Watch:
-    """An actor of Ray, one a run, that outlives the workers that are replaced."""
+class RunMonitor:
+    """A Ray actor, one per run, that outlives replaced workers."""
 
     def __init__(self) -> None:
         self._stop = False
-        self._verdict: str | None = None
-        self._beats: dict[
-            int, tuple[int, str]
-        ] = {}  # rank -> the step it was last seen at, and where it runs
-        self._last = time.monotonic()
+        self._abort_reason: str | None = None
+        self._heartbeats: dict[int, tuple[int, str]] = {}  # rank -> (last step, process and host)
+        self._last_heartbeat = time.monotonic()
         self._progress: tuple[int, str] | None = None
 
-    def begin(self, rank: int, workers: int) -> str | None:
-        """A worker starts; returns why none should, if so."""
-        self._beats = {
-            known: beat for known, beat in self._beats.items() if known < workers and known != rank
+    def register(self, rank: int, workers: int) -> str | None:
+        """Register a starting worker; returns the reason to abort, if there is one."""
+        self._heartbeats = {
+            known: heartbeat
+            for known, heartbeat in self._heartbeats.items()
+            if known < workers and known != rank
         }
-        self._last = time.monotonic()
-        return self._verdict
+        self._last_heartbeat = time.monotonic()
+        return self._abort_reason
 
-    def beat(self, rank: int, step: int, where: str) -> bool:
-        """A worker has this step's data and gradients of its own; returns whether to make a checkpoint and stop."""
-        self._beats[rank] = (step, where)
-        self._last = time.monotonic()
+    def heartbeat(self, rank: int, step: int, location: str) -> bool:
+        """Record that a worker has computed its gradients of a step; returns whether to save a checkpoint and stop."""
+        self._heartbeats[rank] = (step, location)
+        self._last_heartbeat = time.monotonic()
         return self._stop
 
-    def tell(self, step: int, text: str) -> None:
-        """A worker has done this step, and how it goes."""
+    def report_progress(self, step: int, text: str) -> None:
         self._progress = (step, text)
 
     def progress(self) -> tuple[int, str] | None:
-        """The last that was told, if anything."""
+        """The last reported (step, text)."""
         return self._progress
 
     def stop(self) -> None:
         self._stop = True
 
-    def give_up(self, reason: str) -> None:
-        """What no new start would mend: the driver says it, and workers that are started again end at once."""
-        self._verdict = self._verdict or reason
+    def abort(self, reason: str) -> None:
+        """End the run for a reason that a restart would not fix. The driver reports it; restarted workers end at once."""
+        self._abort_reason = self._abort_reason or reason
 
-    def verdict(self) -> str | None:
-        return self._verdict
+    def abort_reason(self) -> str | None:
+        return self._abort_reason
 
-    def late(self, seconds: float) -> str | None:
-        """Who is to blame if no worker was seen for so long: those that are behind the others, else all. Said once."""
-        if not self._beats or time.monotonic() - self._last < seconds:
+    def hung_workers(self, seconds: float) -> str | None:
+        """If there was no heartbeat for this long, a message with the workers behind the others, or all. Given once."""
+        if not self._heartbeats or time.monotonic() - self._last_heartbeat < seconds:
             return None
-        first = min(step for step, _ in self._beats.values())
-        behind = [
-            f"worker {rank} ({where})" for rank, (step, where) in sorted(self._beats.items()) if step == first
+        slowest = min(step for step, _ in self._heartbeats.values())
+        hung = [
+            f"worker {rank} ({location})"
+            for rank, (step, location) in sorted(self._heartbeats.items())
+            if step == slowest
         ]
-        self._beats = {}
-        return f"no step for {seconds:g} s; {', '.join(behind)} hung after step {first}"
+        self._heartbeats = {}
+        return f"no step for {seconds:g} s; {', '.join(hung)} hung after step {slowest}"
 
 
-class Pulse:
-    """A worker's side of it."""
+class Heartbeat:
+    """Sends a worker's heartbeats to the `RunMonitor`."""
 
-    def __init__(self, watch: Any, rank: int):
-        self._watch, self._rank = watch, rank
-        self._where = f"pid {os.getpid()} on {os.uname().nodename}"
-        self._asked: Any = None
+    def __init__(self, monitor: Any, rank: int):
+        self._monitor, self._rank = monitor, rank
+        self._location = f"pid {os.getpid()} on {os.uname().nodename}"
+        self._reply: Any = None
 
-    def beat(self, step: int) -> bool:
-        """Says where this worker is; returns whether the driver wants to stop, as far as that is known by now."""
+    def send(self, step: int) -> bool:
+        """Send a heartbeat; returns whether the driver wants to stop, as far as replies have arrived."""
         stop = False
-        if self._asked is not None:
-            if not ray.wait([self._asked], timeout=0)[0]:
+        if self._reply is not None:
+            if not ray.wait([self._reply], timeout=0)[0]:
                 return False
-            stop = ray.get(self._asked)
-        self._asked = self._watch.beat.remote(self._rank, step, self._where)
+            stop = ray.get(self._reply)
+        self._reply = self._monitor.heartbeat.remote(self._rank, step, self._location)
         return stop

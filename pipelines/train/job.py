@@ -1,11 +1,11 @@
-"""Training's driver: clip dataset -> model folder, by stage 1, stage 2, or both.
+"""The training job: clip dataset -> model folder, by stage 1, stage 2, or both.
 
     OUT/stage1/             Ray Train's storage of the run (checkpoints) and run.json
-    OUT/stage1/model/       the model folder of stage 1, when it is finished
+    OUT/stage1/model/       the model folder of stage 1, once it is finished
     OUT/stage2/
-    OUT/model/              the model folder of stage 2: what `tcan animate` takes
+    OUT/model/              the model folder of stage 2, which `tcan animate` loads
 
-The same command again goes on from the last checkpoint; what is finished is left alone.
+Rerunning the command resumes from the last checkpoint; finished stages are skipped.
 """
 
 import dataclasses
@@ -32,16 +32,18 @@ from pipelines.dataset import INFO_FILE, read_info
 from pipelines.train import checkpoint
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import deepspeed_settings, read_settings
-from pipelines.train.heartbeat import Watch
+from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.progress import progress
-from pipelines.train.trainer import Task, pretrained_sources, run_worker, schedule_options, stage_of
+from pipelines.train.task import Task, pretrained_sources, schedule_options, stage_config
+from pipelines.train.worker import run_worker
+from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
 from tcan.weights import MODEL_FILE, load_pretrained, read_model_info
 
 RUN_FILE = "run.json"
-REGISTERED = {1: "tcan-stage1", 2: "tcan"}  # names in MLflow's registry
-# Of a run that goes on, these may change: they move no number of it by more than rounding.
-MAY_CHANGE = {
+REGISTERED_NAMES = {1: "tcan-stage1", 2: "tcan"}  # in the MLflow model registry
+# Keys that may change when a run is resumed: they change its results by no more than rounding.
+RESUME_MAY_CHANGE = {
     "workers",
     "cpus_per_worker",
     "gpus_per_worker",
@@ -50,17 +52,17 @@ MAY_CHANGE = {
     "gradient_checkpointing",
     "min_workers",
     "max_failures",
+    "num_checkpoints",
     "keep_checkpoints",
-    "keep",
     "validation_samples",
-    "bad_loss",
-    "spike",
-    "hang_seconds",
+    "on_bad_loss",
+    "loss_spike_factor",
+    "hang_timeout",
     "log_every",
-    "profile",
-    "cache_mb",
+    "profile_steps",
+    "clip_cache_mb",
 }
-STAGE_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "sample_every", "validate_every"}
+STAGE_RESUME_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "sample_every", "validate_every"}
 
 
 def train(
@@ -70,16 +72,19 @@ def train(
     stage: Literal["1", "2", "all"] = "all",
     from_model: str | Path | None = None,
 ) -> Path:
-    """Trains what is missing and returns the model folder of the last stage asked for.
+    """Train the stages that are not finished yet; returns the model folder of the last requested stage.
 
-    from_model: the stage-1 model that stage 2 starts from, instead of OUT/stage1/model: a folder, or as
-        `tracking.local_model` takes it.
-    Raises UserError when the dataset, the pretrained, the model and the configuration don't fit each other, or OUT holds a
-    run with other settings.
+    Args:
+        from_model: the stage-1 model that stage 2 starts from, instead of OUT/stage1/model: a folder, or a model in
+            MLflow (`tracking.local_model`).
+
+    Raises:
+        UserError: the dataset, the pretrained models, the model and the configuration do not match, or OUT contains a
+            run with other settings.
     """
     dataset, out = Path(dataset).absolute(), Path(out).absolute()
     if from_model and stage == "1":
-        raise UserError("--from gives stage 2 its start; leave out --stage 1")
+        raise UserError("--from: only stage 2 starts from a model; remove --from or --stage 1")
     info = read_info(dataset)
     _check_dataset(dataset, info, config)
     models = {1: out / "stage1" / checkpoint.MODEL, 2: out / checkpoint.MODEL}
@@ -90,14 +95,16 @@ def train(
     start = tracking.local_model(str(from_model), config.tracking).absolute() if from_model else models[1]
     if not from_model and not start.is_dir():
         raise UserError(
-            f"stage 2 starts from {start}, which isn't there; run stage 1 first, or name a model with --from"
+            f"{start}: no such model; stage 2 starts from it: train stage 1 first, or pass a model with --from"
         )
     start_info, options = read_model_info(start), schedule_options(config.train)
     if start_info["stage"] != 1:
-        raise UserError(f"{start}: stage 2 starts from a model of stage 1; this one has been through stage 2")
+        raise UserError(
+            f"{start}: a model of stage 2; stage 2 starts from a model of stage 1: pass one with --from"
+        )
     if start_info.get("schedule", options) != options:
         raise UserError(
-            f"{start}: was trained with {start_info['schedule']}, not {options}; give stage 2 the same"
+            f"{start}: trained with {start_info['schedule']}, not {options}; set the same options for stage 2"
         )
     _train_stage(2, dataset, info, out, models[2], start, config)
     return models[2]
@@ -106,14 +113,14 @@ def train(
 def _check_dataset(dataset: Path, info: dict[str, Any], config: Config) -> None:
     if min(info["height"], info["width"]) < config.size:
         raise UserError(
-            f"{dataset}: its canvas of {info['width']} x {info['height']} pixels is below the training size {config.size}; "
-            f"preprocess at {config.size} or set --size"
+            f"{dataset}: its canvas of {info['width']} x {info['height']} pixels is smaller than the training size "
+            f"{config.size}; preprocess with --size {config.size}, or lower --size"
         )
     vae = load_pretrained(**pretrained_sources(config)).info["vae"]
     if vae["fingerprint"] != info["vae_fingerprint"]:
         raise UserError(
-            f"{dataset}: its latents are of another VAE ({info['vae_fingerprint']}) than {vae['source']} "
-            f"({vae['fingerprint']}); preprocess with this VAE, or set --pretrained.vae to that one"
+            f"{dataset}: encoded with another VAE ({info['vae_fingerprint']}) than {vae['source']} "
+            f"({vae['fingerprint']}); preprocess with this VAE, or set --pretrained.vae to the other one"
         )
 
 
@@ -126,27 +133,27 @@ def _train_stage(
     start: Path | None,
     config: Config,
 ) -> None:
-    stage_config = stage_of(config, stage)
+    stage_options = stage_config(config, stage)
     folder = out / f"stage{stage}"
     settings = _settings(stage, dataset, start, config)
     given = read_settings(config.train.deepspeed)
     deepspeed_settings(
-        config.train, stage_config, config.train.workers, given
-    )  # what contradicts is said now
+        config.train, stage_options, config.train.workers, given
+    )  # reports contradictions before anything starts
     run = _read_run(folder)
     if run:
-        _check_same(folder, run["settings"], settings)
-        if run["finished_steps"] >= stage_config.steps and (model / MODEL_FILE).is_file():
+        _check_same_settings(folder, run["settings"], settings)
+        if run["finished_steps"] >= stage_options.steps and (model / MODEL_FILE).is_file():
             print(
-                f"stage {stage}: finished before ({run['finished_steps']} steps), left alone: {model}",
+                f"stage {stage}: already finished ({run['finished_steps']} steps), skipped: {model}",
                 flush=True,
             )
             return
-        print(f"stage {stage}: goes on from the last checkpoint in {folder}", flush=True)
-    # Before anything starts: is there a clip to train on?
+        print(f"stage {stage}: resumes from the last checkpoint in {folder}", flush=True)
+    # Raises UserError if the dataset has no clip to train on, before anything starts.
     Sampler(
-        ClipStore(dataset), stage, seed=config.seed, batch_size=stage_config.batch_size, size=config.size,
-        vae_scaling_factor=info["vae_scaling_factor"], stick_width=config.train.stick_width, frames=config.train.frames,
+        ClipStore(dataset), stage, seed=config.seed, batch_size=stage_options.batch_size, size=config.size,
+        vae_scaling_factor=info["vae_scaling_factor"], stick_width=config.train.stick_width, frames=config.train.clip_frames,
         drop_reference=config.train.drop_reference,
     )  # fmt: skip
     _connect(config)
@@ -170,91 +177,103 @@ def _train_stage(
             tracking=record.config,
             run_id=record.id,
             deepspeed=given,
-            watch=ray.remote(num_cpus=0)(Watch).remote(),
-            bar=sys.stdout.isatty() and sys.stderr.isatty(),
+            monitor=ray.remote(num_cpus=0)(RunMonitor).remote(),
+            show_bar=sys.stdout.isatty() and sys.stderr.isatty(),
             model_info={
                 "mlflow_run_id": record.id,
                 "dataset": settings["dataset"],
-                "steps": stage_config.steps,
+                "steps": stage_options.steps,
                 "schedule": schedule_options(config.train),
             },
         )
         result = _fit(task, out)
         checkpoint.publish(result.checkpoint, model)
-        options = {
-            "num_inference_steps": config.animate.steps,
-            "guidance_scale": float(config.animate.guidance_scale),
-            "start_from_reference": config.animate.start_from_reference,
-        }
-        record.model(model, REGISTERED[stage], out.name, options)
-        _write_run(folder, {**run, "finished_steps": stage_config.steps})
+        record.model(model, REGISTERED_NAMES[stage], out.name, config.animate)
+        _write_run(folder, {**run, "finished_steps": stage_options.steps})
     print(f"stage {stage}: finished, model in {model}", flush=True)
 
 
 def _fit(task: Task, out: Path) -> ray.train.Result:
-    """Trains the stage. SIGTERM and Ctrl-C: a checkpoint after the step that is being taken, then SystemExit or
-    KeyboardInterrupt; a second one at once. Raises UserError for what the workers found that has to be mended."""
+    """Train the stage.
+
+    On SIGTERM or Ctrl-C the workers finish the step and save a checkpoint; a second signal ends the job at once.
+
+    Raises:
+        UserError: an error that the workers have reported and the user can fix.
+        SystemExit, KeyboardInterrupt: after a signal.
+    """
     config = task.config.train
-    # Imports take most of a minute on a busy machine or a cold disk; Ray's own limit is one minute, then it starts over.
+    # Imports need most of a minute on a busy machine or a cold disk; after Ray's default of one minute it starts over.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    resources = {"CPU": config.cpus_per_worker} | (
-        {"GPU": config.gpus_per_worker} if config.gpus_per_worker else {}
-    )
-    elastic = config.min_workers is not None
     storage, name = config.storage or str(out), f"stage{task.stage}"
-    checkpoint.sweep(f"{storage}/{name}")
-    trainer = TorchTrainer(
+    checkpoint.remove_incomplete(f"{storage}/{name}")
+    trainer = _ray_trainer(task, storage, name)
+    bar = progress(f"stage {task.stage}", task.stage_config.steps)
+    with _signals() as received, bar if task.show_bar else nullcontext() as update_bar:
+        fitted = _in_thread(trainer.fit)  # in the main thread, Ray Train would handle Ctrl-C itself
+        _wait(fitted, task, received, update_bar)
+    checkpoint.remove_incomplete(f"{storage}/{name}")
+    if reason := ray.get(task.monitor.abort_reason.remote()):
+        raise UserError(reason)
+    result = fitted.result()
+    if received:
+        print(f"stage {task.stage}: stopped; rerun the command to resume", flush=True)
+        _interrupt(received[0])
+    return result
+
+
+def _ray_trainer(task: Task, storage: str, name: str) -> TorchTrainer:
+    config = task.config.train
+    resources = {"CPU": config.cpus_per_worker}
+    if config.gpus_per_worker:
+        resources["GPU"] = config.gpus_per_worker
+    is_elastic = config.min_workers is not None
+    return TorchTrainer(
         run_worker,
         train_loop_config={"task": task},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=(config.min_workers, config.workers) if elastic else config.workers,
+            num_workers=(config.min_workers, config.workers) if is_elastic else config.workers,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
-            name=name,  # with the storage path: what a later start goes on from
+            name=name,  # with the storage path, the key under which a later start finds the checkpoints
             storage_path=storage,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=config.keep_checkpoints,
-                checkpoint_score_attribute="validation_loss" if config.keep == "best" else None,
+                num_to_keep=config.num_checkpoints,
+                checkpoint_score_attribute="validation_loss" if config.keep_checkpoints == "best" else None,
                 checkpoint_score_order="min",
             ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    bar = progress(f"stage {task.stage}", stage_of(task.config, task.stage).steps)
-    with _signals() as received, bar if task.bar else nullcontext() as show:
-        fitted = _in_thread(trainer.fit)  # in the main thread, Ray Train would take Ctrl-C for itself
-        patience = 0.9 * config.hang_seconds  # a little before the workers end themselves
-        asked, told = task.watch.late.remote(patience), False
-        while not wait([fitted], timeout=0.5).done:
-            if received and not told:
-                told = True
-                task.watch.stop.remote()
-                print(
-                    f"stage {task.stage}: stops with a checkpoint after this step; again to stop at once",
-                    flush=True,
-                )
-            if ray.wait([asked], timeout=0)[0]:
-                if late := ray.get(asked):
-                    print(f"stage {task.stage}: {late}; all workers are started anew", flush=True)
-                asked = task.watch.late.remote(patience)
-            if show and (progressed := ray.get(task.watch.progress.remote())):
-                show(*progressed)
-    checkpoint.sweep(f"{storage}/{name}")
-    verdict = ray.get(task.watch.verdict.remote())
-    if verdict:
-        raise UserError(verdict)
-    result = fitted.result()
-    if received:
-        print(f"stage {task.stage}: stopped; the same command goes on", flush=True)
-        _interrupt(received[0])
-    return result
+
+
+def _wait(
+    fitted: Future, task: Task, received: list[int], update_bar: Callable[[int, str], None] | None
+) -> None:
+    """Wait for the end of the training; meanwhile forward signals, report hung workers, and update the bar."""
+    timeout = 0.9 * task.config.train.hang_timeout  # a little before the watchdog ends the workers
+    hung_workers, is_stopping = task.monitor.hung_workers.remote(timeout), False
+    while not wait([fitted], timeout=0.5).done:
+        if received and not is_stopping:
+            is_stopping = True
+            task.monitor.stop.remote()
+            print(
+                f"stage {task.stage}: stopping with a checkpoint after this step; interrupt again to stop at once",
+                flush=True,
+            )
+        if ray.wait([hung_workers], timeout=0)[0]:
+            if message := ray.get(hung_workers):
+                print(f"stage {task.stage}: {message}; all workers restart", flush=True)
+            hung_workers = task.monitor.hung_workers.remote(timeout)
+        if update_bar and (last_progress := ray.get(task.monitor.progress.remote())):
+            update_bar(*last_progress)
 
 
 def _in_thread(function: Callable[[], Any]) -> Future:
-    """Runs a function beside the main thread, which may end without waiting for it."""
+    """Run a function in a daemon thread."""
     future: Future = Future()
 
     def run() -> None:
@@ -269,7 +288,7 @@ def _in_thread(function: Callable[[], Any]) -> Future:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The first SIGTERM or SIGINT within is put into the list; the next one ends the process as usual."""
+    """Collect the first SIGTERM or SIGINT in the yielded list; the next one ends the process as usual."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -293,36 +312,44 @@ def _interrupt(number: int) -> NoReturn:
 
 
 def _connect(config: Config) -> None:
-    """Connects to Ray; UserError when this machine alone is too small for the workers."""
+    """Connect to Ray.
+
+    Raises:
+        UserError: a local Ray has too few CPUs or GPUs for the workers.
+    """
     connect()
-    if "RAY_ADDRESS" in os.environ:  # a cluster may grow
+    if "RAY_ADDRESS" in os.environ:  # a cluster may scale up
         return
     workers = config.train.min_workers or config.train.workers
     needed = {"CPU": workers * config.train.cpus_per_worker, "GPU": workers * config.train.gpus_per_worker}
-    there = ray.cluster_resources()
+    available = ray.cluster_resources()
     for kind, amount in needed.items():
-        if amount > there.get(kind, 0):
+        if amount > available.get(kind, 0):
             raise UserError(
-                f"train.workers = {workers} need {amount} {kind}s, this machine has {there.get(kind, 0):.0f}; "
+                f"train.workers = {workers} need {amount} {kind}s, this machine has {available.get(kind, 0):.0f}; "
                 f"lower train.workers or train.{kind.lower()}s_per_worker"
             )
 
 
-# --- what a run was begun with ---------------------------------------------------------------------------------------
+# --- settings of a run ---------------------------------------------------------------------------------------
 
 
 def _settings(stage: int, dataset: Path, start: Path | None, config: Config) -> dict[str, Any]:
-    """All that decides a run's numbers."""
+    """All settings that determine the results of a run."""
     values = dataclasses.asdict(config.train)
-    chosen = {key: value for key, value in values.items() if key not in MAY_CHANGE | {"stage1", "stage2"}}
-    chosen |= {key: value for key, value in values[f"stage{stage}"].items() if key not in STAGE_MAY_CHANGE}
+    relevant = {
+        key: value for key, value in values.items() if key not in RESUME_MAY_CHANGE | {"stage1", "stage2"}
+    }
+    relevant |= {
+        key: value for key, value in values[f"stage{stage}"].items() if key not in STAGE_RESUME_MAY_CHANGE
+    }
     start_digest = _digest(*sorted(start.rglob("*.safetensors"))) if start else None
     return {
         "seed": config.seed,
         "size": config.size,
         "dataset": _digest(dataset / INFO_FILE),
         "from": start_digest,
-        **chosen,
+        **relevant,
     }
 
 
@@ -334,11 +361,12 @@ def _digest(*files: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_same(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
-    for key in now:
-        if begun.get(key) != now[key]:
+def _check_same_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key in new:
+        if old.get(key) != new[key]:
             raise UserError(
-                f"{folder}: this run was begun with {key} = {begun.get(key)}, not {now[key]}; give the same, or another OUT"
+                f"{folder}: this run was started with {key} = {old.get(key)}, not {new[key]}; set the same value, or use "
+                "another OUT"
             )
 
 
@@ -349,6 +377,5 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
 
 def _write_run(folder: Path, run: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{RUN_FILE}.part"
-    partial.write_text(json.dumps(run, indent=2) + "\n")
-    os.replace(partial, folder / RUN_FILE)
+    with atomic_write(folder / RUN_FILE) as partial:
+        partial.write_text(json.dumps(run, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What stops a training that has gone wrong before it has cost more."""
+"""Checks that stop a training that has gone wrong: bad losses, hanging workers, exhausted memory."""
 
 import faulthandler
 import math
@@ -8,48 +8,53 @@ import torch
 
 from pipelines.config import StageConfig, TrainConfig
 
-SPIKE_AFTER, REMEMBERED = 20, 100  # steps: before the first spike can be told; of the running mean
+SPIKE_AFTER = 20  # steps before the first spike can be detected
+MEAN_STEPS = 100  # steps of the running mean
 
 
 class LossGuard:
-    """Tells a loss that is no number, or many times its running mean. What it knows is part of the checkpoint: with
-    `train.bad_loss = skip` it decides which steps are left out."""
+    """Detects a NaN or inf loss, and a loss far above its running mean.
 
-    def __init__(self, spike: float, state: dict[str, Any]):
-        self._spike = spike
+    The running mean is part of the checkpoint, because with `train.on_bad_loss = skip` it decides which steps are skipped.
+
+    spike_factor: a loss above this many times the mean is a spike; 0 disables the check.
+    """
+
+    def __init__(self, spike_factor: float, state: dict[str, Any]):
+        self._spike_factor = spike_factor
         self._mean, self._steps = state.get("loss_mean", 0.0), state.get("loss_steps", 0)
 
     @property
     def state(self) -> dict[str, Any]:
         return {"loss_mean": self._mean, "loss_steps": self._steps}
 
-    def fault(self, loss: float) -> str | None:
-        """What is wrong with a step's loss; None, and it counts in the mean, when nothing is."""
+    def check(self, loss: float) -> str | None:
+        """What is wrong with a step's loss. A good loss returns None and updates the running mean."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if self._spike and self._steps >= SPIKE_AFTER and loss > self._spike * self._mean:
-            return f"the loss is {loss:.4g}, {loss / self._mean:.0f} times its mean of the steps before"
+        if self._spike_factor and self._steps >= SPIKE_AFTER and loss > self._spike_factor * self._mean:
+            return f"the loss is {loss:.4g}, {loss / self._mean:.0f} times its running mean"
         self._steps += 1
-        self._mean += (loss - self._mean) / min(self._steps, REMEMBERED)
+        self._mean += (loss - self._mean) / min(self._steps, MEAN_STEPS)
         return None
 
 
-def arm(seconds: float) -> None:
-    """Ends this worker, after it has written where each thread stands, unless it is armed again within the time.
+def arm_watchdog(seconds: float) -> None:
+    """End this process after this time, with the stack of each thread on stderr, unless it is armed again before.
 
-    In C, so also when a thread hangs with Python's lock held; the other workers, waiting for this one, end likewise,
-    and Ray Train starts all of them anew from the last checkpoint.
+    It runs in C, so it also ends a process in which a thread hangs with the GIL held. The other workers, which wait for
+    this one, end likewise, and Ray Train restarts all of them from the last checkpoint.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
 
-disarm = faulthandler.cancel_dump_traceback_later
+disarm_watchdog = faulthandler.cancel_dump_traceback_later
 
 
 def out_of_memory(
     error: BaseException, config: TrainConfig, stage_config: StageConfig, stage: int
 ) -> str | None:
-    """What to change when that is what an error means."""
+    """If the error means that memory is exhausted: a message with the settings to change."""
     text = str(error)
     if (
         not isinstance(error, torch.OutOfMemoryError)
@@ -67,4 +72,4 @@ def out_of_memory(
     if config.zero_stage < 3:
         advice.append(f"raise train.zero_stage ({config.zero_stage}), with more train.workers")
     advice.append("offload the optimizer by train.deepspeed")
-    return f"stage {stage}: out of memory; {', or '.join(advice)}; the same command then goes on from the last checkpoint"
+    return f"stage {stage}: out of memory; {', or '.join(advice)}, and rerun; it resumes from the last checkpoint"

@@ -1,4 +1,4 @@
-"""Progress on the driver's terminal."""
+"""The progress bar on the driver's terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,18 +8,20 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} remaining{postfix}"
 
 
 @contextmanager
 def progress(name: str, steps: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar with the time left, from the first call with a step and how it goes. What is printed meanwhile, by Ray for its
-    workers too, goes above the bar."""
+    """A progress bar with the remaining time. Yields a function that updates it with (step, text).
+
+    Output printed meanwhile, including what Ray prints for its workers, appears above the bar.
+    """
     terminal, bar = sys.stderr, None
 
     def show(step: int, text: str) -> None:
         nonlocal bar
-        # Not before: neither the workers' start nor the steps of an earlier one count in the time left.
+        # Created at the first update, so that the start of the workers and earlier steps do not distort the estimate.
         if bar is None:
             bar = tqdm(
                 desc=name, total=steps, initial=step, postfix=text, bar_format=FORMAT, file=terminal,

@@ -1,15 +1,12 @@
-"""What each worker of Ray Train does: build TCAN, wrap it in a DeepSpeed engine, take steps, report checkpoints."""
+"""The training loop of a worker: steps of the DeepSpeed engine, validation, sample images, checkpoints."""
 
-import dataclasses
-import logging
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,255 +17,228 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipelines.config import Config, StageConfig, TrackingConfig, TrainConfig
+from pipelines.config import StageConfig
 from pipelines.train import checkpoint
-from pipelines.train.data import NO_ERRORS, Batch, ClipStore, Sampler
-from pipelines.train.engine import averaged, make_engine
-from pipelines.train.heartbeat import Pulse
-from pipelines.train.loss_guard import LossGuard, arm, disarm, out_of_memory
-from pipelines.train.run_logger import Log
-from pipelines.train.throughput import Speed, peak_matmul_flops, profiler
-from pipelines.train.validation import Samples, Validation, validation_sampler
-from tcan.errors import UserError
-from tcan.model import TCAN, diffusion_loss
+from pipelines.train.data import NO_ERRORS, Batch, ClipStore, Prefetcher, Sampler
+from pipelines.train.engine import create_engine, ema_weights
+from pipelines.train.heartbeat import Heartbeat
+from pipelines.train.loss_guard import LossGuard, arm_watchdog
+from pipelines.train.model import batch_loss, build_model, save_trained_model
+from pipelines.train.run_logger import RunLogger
+from pipelines.train.task import Task, pretrained_sources, schedule_options
+from pipelines.train.throughput import FlopsMeter, peak_matmul_flops, profiler
+from pipelines.train.validation import SampleImages, Validation, validation_sampler
 from tcan.pose import PoseErrors
 from tcan.schedule import noise_schedule
-from tcan.weights import PretrainedModels, load_model, load_pretrained, portable_source, save_model
+from tcan.weights import load_pretrained
 
 
 @dataclass(frozen=True)
-class Task:
-    """What the driver tells every worker."""
-
-    config: Config
-    stage: int
-    dataset: str
-    vae_scaling_factor: float
-    from_model: str | None
-    """Model folder to start from; None: the pretrained alone."""
-    tracking: TrackingConfig
-    run_id: str
-    deepspeed: dict[str, Any]
-    """The user's own DeepSpeed settings."""
-    watch: Any
-    """The run's `Watch`."""
-    bar: bool
-    """The driver shows a bar of the progress, so no lines are printed."""
-    model_info: dict[str, Any]
-    """Written into the model folder beside the rest."""
+class StepResult:
+    loss: float
+    """Mean over all workers."""
+    grad_norm: float
+    """NaN if the step was skipped."""
+    lr: float
+    bad_loss: str | None
+    """What is wrong with the loss, if the step was skipped."""
+    stop: bool
+    """The driver asks for a checkpoint and the end of the training."""
+    preempted: bool
+    """A worker's machine is about to be taken away."""
 
 
-def run_worker(settings: dict[str, Task]) -> None:
-    """Ray Train's function: from the last checkpoint, if any, to the end of the stage.
+class Trainer:
+    """One worker of a training stage. All workers call the same methods in the same order."""
 
-    Raises UserError when memory is exhausted, FloatingPointError when the gradient is no number, RuntimeError when a
-    frozen parameter has changed. What the driver is to say instead of a failure it finds in `Task.watch`.
-    """
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report otherwise
-    task = settings["task"]
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    if ray.get(task.watch.begin.remote(rank, workers)):
-        return
-    try:
-        _run(task, rank, workers)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        stage_config = stage_of(task.config, task.stage)
-        if reason := out_of_memory(error, task.config.train, stage_config, task.stage):
-            ray.get(task.watch.give_up.remote(reason))  # the next try would end like this one
-            raise UserError(reason) from error
-        raise
-    finally:
-        disarm()
+    def __init__(self, task: Task, rank: int, workers: int):
+        config = task.config.train
+        self.task, self.rank, self.workers = task, rank, workers
+        self.config, self.stage = config, task.stage_config
+        os.environ["DS_ACCELERATOR"] = "cuda" if config.gpus_per_worker else "cpu"
+        self.device = ray.train.torch.get_device()
+        torch.set_num_threads(config.cpus_per_worker)
 
+        self.pretrained = load_pretrained(**pretrained_sources(task.config))
+        self.pretrained.scheduler = noise_schedule(self.pretrained.scheduler, **schedule_options(config))
+        model = build_model(task, self.pretrained)
+        self.engine = create_engine(model, config, self.stage, workers, task.deepspeed)
+        self.frozen = checkpoint.FrozenFingerprint(self.engine.module)
+        self.state = checkpoint.load(self.engine)
+        self.first_step = self.last_checkpoint = self.state["step"]
+        self.scratch = Path(tempfile.gettempdir()) / f"tcan-{task.run_id}-{rank}"
+        shutil.rmtree(self.scratch, ignore_errors=True)  # left by a worker that was killed
 
-def _run(task: Task, rank: int, workers: int) -> None:
-    config, stage_config = task.config.train, stage_of(task.config, task.stage)
-    os.environ["DS_ACCELERATOR"] = "cuda" if config.gpus_per_worker else "cpu"
-    device = ray.train.torch.get_device()
-    torch.set_num_threads(config.cpus_per_worker)
-
-    pretrained = load_pretrained(**pretrained_sources(task.config))
-    pretrained.scheduler = noise_schedule(pretrained.scheduler, **schedule_options(config))
-    engine = make_engine(_model(task, pretrained), config, stage_config, workers, task.deepspeed)
-    frozen = checkpoint.FrozenFingerprint(engine.module)
-    state = checkpoint.load(engine)
-    done = saved = state["step"]
-    scratch = Path(tempfile.gettempdir()) / f"tcan-{task.run_id}-{rank}"
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed worker left
-    loss_guard = LossGuard(config.spike, state)
-
-    def make(split: str, batch_size: int) -> Sampler:
-        return _sampler(task, dataclasses.replace(stage_config, batch_size=batch_size), split)
-
-    def loss_of(batch: Batch, snr_gamma: float | None = None) -> Tensor:
-        return _loss(engine, pretrained, batch, device, snr_gamma)
-
-    # The other samplers judge the model: their poses stay as they are.
-    errors = PoseErrors(config.pose_dropout, config.pose_jitter, config.pose_outliers)
-    sampler = _sampler(task, stage_config, "train", errors)
-    log = Log(task, stage_config, rank, done)
-    micro_batches = stage_config.batch_size // stage_config.micro_batch
-    speed = Speed(micro_batches, workers, peak_matmul_flops(device, engine.module.dtype))
-    profile = None
-    if config.profile and rank == 0:
-        profile = profiler(config.profile, lambda seen: log.trace(seen, f"from_step_{done + 3:06d}"))
-    samples = validation = None
-    if stage_config.sample_every:
-        samples = Samples(make, task.stage, pretrained, device, lambda batch: _on(batch, device))
-    if stage_config.validate_every and (held_out := validation_sampler(make, config.validation_samples)):
-        validation = Validation(held_out, config.validation_samples)
-    judged: dict[str, float] = {}
-
-    def save(step: int, last: bool) -> None:
-        began = time.perf_counter()
-        frozen.check()
-        log.flush()
-        writer = _model_writer(task, engine, pretrained) if last else None
-        # Every checkpoint has a score, else keep-best could not order them.
-        score = {"validation_loss": judged.get("validation_loss", math.inf)} if config.keep == "best" else {}
-        checkpoint.save(engine, {"step": step, "model": last, **loss_guard.state}, score, scratch, writer)
-        log.metrics({"checkpoint_seconds": time.perf_counter() - began}, step)
-
-    if done >= stage_config.steps and not state.get("model"):  # it now ends sooner than it was begun to
-        save(done, True)
-    ahead = ThreadPoolExecutor(1, "data")
-    share = (rank, workers, stage_config.micro_batch)
-    upcoming = ahead.submit(sampler.worker_batches, done, *share)
-    pulse, left = Pulse(task.watch, rank), False
-    if profile:
-        profile.start()
-    for step in range(done, stage_config.steps):
-        arm(config.hang_seconds)
-        began = time.perf_counter()
-        batches = upcoming.result()
-        waited = time.perf_counter() - began
-        upcoming = ahead.submit(sampler.worker_batches, step + 1, *share)
-
-        lr = learning_rate(step, stage_config)
-        for group in engine.basic_optimizer.param_groups:
-            group["lr"] = lr
-        own = torch.zeros((), device=device)
-        for batch in batches:
-            with speed.counted():
-                part = loss_of(batch, config.snr_gamma)
-                engine.backward(part)
-            own += part.detach() / len(batches)
-            if batch is not batches[-1]:
-                engine.step()  # counts the accumulation
-        stop, leaving = pulse.beat(step + 1), ray.train.get_preemption_info() is not None
-        loss, stop, leaving = _agree(own, stop, leaving)
-        fault = loss_guard.fault(loss)
-        engine.basic_optimizer.leave_out = fault is not None
-        engine.step()
-        if fault:
-            norm = math.nan
-            videos = sorted({sampler.video(step, i).video_id for i in range(stage_config.batch_size)})
-            fault = f"stage {task.stage}, step {step + 1}: {fault}; videos {', '.join(videos)}"
-            if config.bad_loss == "stop":
-                kept = (
-                    f"the last good checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
-                )
-                advice = "lower lr, look at these videos, or set train.bad_loss to skip"
-                ray.get(task.watch.give_up.remote(f"{fault}; {kept}; {advice}"))
-                break
-            if rank == 0:
-                print(f"{fault}: step left out", flush=True)
-        elif not math.isfinite(norm := float(engine.get_global_grad_norm())):
-            raise FloatingPointError(f"stage {task.stage}: the gradient's norm is {norm} at step {step + 1}")
-        seconds = time.perf_counter() - began
-        values = {"loss": loss, "grad_norm": norm, "lr": lr, **speed.metrics(seconds)}
-        log.step(step + 1, values, seconds, waited)
-
-        last = step + 1 == stage_config.steps
-        if validation and (last or (step + 1) % stage_config.validate_every == 0):
-            with averaged(engine):
-                judged = validation.measure(loss_of, device)
-            log.metrics(judged, step + 1)
-        if samples and (last or (step + 1) % stage_config.sample_every == 0):
-            # By all workers: under ZeRO-3 each holds a part of the weights.
-            with averaged(engine):
-                image, clip = samples.draw(engine.module)
-            log.samples(image, clip, step + 1)
-        if last or stop or (leaving and not left) or (step + 1) % stage_config.checkpoint_every == 0:
-            save(saved := step + 1, last)
-            left |= leaving  # Ray Train takes the workers away when the machine goes, and starts others
-        if profile:
-            profile.step()
-        if stop:
-            break
-    if profile:
-        profile.stop()
-    ahead.shutdown(cancel_futures=True)
-    log.close()
-    dist.barrier()  # still on the guard: else who is done would wait without end for one that hangs from here
-
-
-def _agree(loss: Tensor, *wishes: bool) -> Any:
-    """The mean of the workers' losses, and of each wish whether one of them has it: the same on all of them."""
-    wished = torch.tensor([float(wish) for wish in wishes], device=loss.device)
-    together = torch.cat([loss.float()[None] / dist.get_world_size(), wished])
-    dist.all_reduce(together)
-    mean, *counts = together.tolist()
-    return mean, *(count > 0 for count in counts)
-
-
-def stage_of(config: Config, stage: int) -> StageConfig:
-    return config.train.stage1 if stage == 1 else config.train.stage2
-
-
-def pretrained_sources(config: Config) -> dict[str, str]:
-    """What `tcan.weights.load_pretrained` takes: training needs no pose network."""
-    sources = dataclasses.asdict(config.pretrained)
-    del sources["pose"]
-    return sources
-
-
-def schedule_options(config: TrainConfig) -> dict[str, Any]:
-    """What `tcan.schedule.noise_schedule` takes, and the model folder keeps as "schedule"."""
-    return {"prediction_type": config.prediction_type, "zero_terminal_snr": config.zero_terminal_snr}
-
-
-def learning_rate(step: int, config: StageConfig) -> float:
-    """Of the step with this number, from 0: rises linearly to `lr` over the warm-up, then constant."""
-    return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
-
-
-# --- model and engine ------------------------------------------------------------------------------------------------
-
-
-def _model(task: Task, pretrained: PretrainedModels) -> TCAN:
-    config = task.config.train
-    torch.manual_seed(task.config.seed)  # of APPA's first weights
-    if task.from_model:
-        model = load_model(task.from_model, pretrained)
-    else:
-        model = TCAN(
-            pretrained.unet,
-            pretrained.controlnet,
-            pretrained.motion_adapter,
-            pretrained.empty_prompt,
-            config.lora_rank,
-            config.lora_alpha,
+        self.loss_guard = LossGuard(config.loss_spike_factor, self.state)
+        self.heartbeat = Heartbeat(task.monitor, rank)
+        # Only training poses get errors: the other samplers serve validation.
+        errors = PoseErrors(config.pose_dropout, config.pose_jitter, config.pose_outliers)
+        self.sampler = create_sampler(task, "train", self.stage.batch_size, errors)
+        self.logger = RunLogger(task, rank, self.first_step)
+        self.flops_meter = FlopsMeter(
+            self.stage.batch_size // self.stage.micro_batch,
+            workers,
+            peak_matmul_flops(self.device, self.engine.module.dtype),
         )
-    model.set_stage(task.stage)
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    # The buffers too: DeepSpeed converts parameters alone.
-    return model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32).train()
+        self._create_validation()
+
+    def _create_validation(self) -> None:
+        self.validation: Validation | None = None
+        self.validation_metrics: dict[str, float] = {}
+        self.sample_images: SampleImages | None = None
+        make_sampler = partial(create_sampler, self.task)
+        if self.stage.sample_every:
+            self.sample_images = SampleImages(make_sampler, self.task.stage, self.pretrained, self.device)
+        samples = self.config.validation_samples
+        if self.stage.validate_every and (held_out := validation_sampler(make_sampler, samples)):
+            self.validation = Validation(held_out, samples)
+
+    def run(self) -> None:
+        """Train to the last step of the stage, or until the driver asks to stop."""
+        if self.first_step >= self.stage.steps and not self.state.get("model"):
+            self.save(self.first_step, is_last=True)  # train.stageN.steps was lowered since the last start
+        profile = self._profiler()
+        shard = (self.rank, self.workers, self.stage.micro_batch)
+        with Prefetcher(lambda step: self.sampler.worker_batches(step, *shard)) as prefetcher:
+            has_left_machine = False
+            for step in range(self.first_step, self.stage.steps):
+                arm_watchdog(self.config.hang_timeout)
+                began = time.perf_counter()
+                batches = prefetcher.get(step)
+                data_wait = time.perf_counter() - began
+                result = self.train_step(step, batches)
+                if result.bad_loss and self._stop_at_bad_loss(step, result.bad_loss):
+                    break
+                self._log_step(step + 1, result, time.perf_counter() - began, data_wait)
+
+                is_last = step + 1 == self.stage.steps
+                self._validate_if_due(step + 1, is_last)
+                is_due = (step + 1) % self.stage.checkpoint_every == 0
+                if is_last or result.stop or (result.preempted and not has_left_machine) or is_due:
+                    self.save(step + 1, is_last)
+                    # Ray Train moves the workers when the machine goes: one checkpoint for that is enough.
+                    has_left_machine |= result.preempted
+                if profile:
+                    profile.step()
+                if result.stop:
+                    break
+        if profile:
+            profile.stop()
+        self.logger.close()
+        # Still under the watchdog: otherwise a finished worker would wait forever for one that hangs from here on.
+        dist.barrier()
+
+    def train_step(self, step: int, batches: list[Batch]) -> StepResult:
+        """One optimizer step over this worker's micro-batches; skipped if the loss is NaN, inf or a spike.
+
+        Raises:
+            FloatingPointError: the gradient norm is NaN or inf.
+        """
+        lr = learning_rate(step, self.stage)
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = lr
+        local_loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            with self.flops_meter.counted():
+                loss = self.batch_loss(batch, self.config.snr_gamma)
+                self.engine.backward(loss)
+            local_loss += loss.detach() / len(batches)
+            if batch is not batches[-1]:
+                self.engine.step()  # counts the gradient accumulation
+        stop = self.heartbeat.send(step + 1)
+        preempted = ray.train.get_preemption_info() is not None
+        mean_loss, stop, preempted = _reduce(local_loss, stop, preempted)
+        bad_loss = self.loss_guard.check(mean_loss)
+        self.engine.basic_optimizer.skip = bad_loss is not None
+        self.engine.step()
+        grad_norm = math.nan
+        if not bad_loss and not math.isfinite(grad_norm := float(self.engine.get_global_grad_norm())):
+            raise FloatingPointError(
+                f"stage {self.task.stage}: the gradient norm is {grad_norm} at step {step + 1}"
+            )
+        return StepResult(mean_loss, grad_norm, lr, bad_loss, stop, preempted)
+
+    def batch_loss(self, batch: Batch, snr_gamma: float | None = None) -> Tensor:
+        return batch_loss(self.engine, self.pretrained, batch, self.device, snr_gamma)
+
+    def validate(self, step: int) -> None:
+        """Compute and log the validation loss with the EMA weights, if there are any."""
+        assert self.validation is not None
+        with ema_weights(self.engine):
+            self.validation_metrics = self.validation.compute(self.batch_loss, self.device)
+        self.logger.metrics(self.validation_metrics, step)
+
+    def log_samples(self, step: int) -> None:
+        """Render and log the sample images. Called by all workers: under ZeRO-3 each holds a shard of the weights."""
+        assert self.sample_images is not None
+        with ema_weights(self.engine):
+            image, clip = self.sample_images.draw(self.engine.module)
+        self.logger.samples(image, clip, step)
+
+    def save(self, step: int, is_last: bool) -> None:
+        """Save a checkpoint after `step` steps; the last one of a stage contains the model folder."""
+        began = time.perf_counter()
+        self.frozen.check()
+        self.logger.flush()
+        writer = partial(save_trained_model, self.task, self.engine, self.pretrained) if is_last else None
+        metrics = {}
+        if self.config.keep_checkpoints == "best":  # every checkpoint needs a score to be ranked
+            metrics["validation_loss"] = self.validation_metrics.get("validation_loss", math.inf)
+        state = {"step": step, "model": is_last, **self.loss_guard.state}
+        checkpoint.save(self.engine, state, metrics, self.scratch, writer)
+        self.last_checkpoint = step
+        self.logger.metrics({"checkpoint_seconds": time.perf_counter() - began}, step)
+
+    def _validate_if_due(self, step: int, is_last: bool) -> None:
+        if self.validation and (is_last or step % self.stage.validate_every == 0):
+            self.validate(step)
+        if self.sample_images and (is_last or step % self.stage.sample_every == 0):
+            self.log_samples(step)
+
+    def _log_step(self, step: int, result: StepResult, seconds: float, data_wait: float) -> None:
+        metrics = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+        self.logger.step(step, metrics | self.flops_meter.metrics(seconds), seconds, data_wait)
+
+    def _stop_at_bad_loss(self, step: int, reason: str) -> bool:
+        """Report a NaN, inf or spiking loss; returns whether `train.on_bad_loss` says to stop."""
+        videos = sorted({self.sampler.video(step, i).video_id for i in range(self.stage.batch_size)})
+        report = f"stage {self.task.stage}, step {step + 1}: {reason}; videos {', '.join(videos)}"
+        if self.config.on_bad_loss == "skip":
+            if self.rank == 0:
+                print(f"{report}: step skipped", flush=True)
+            return False
+        last = f"the last checkpoint is of step {self.last_checkpoint}" if self.last_checkpoint else None
+        advice = "lower lr, check these videos, or set train.on_bad_loss to skip"
+        message = f"{report}; {last or 'there is no checkpoint yet'}; {advice}"
+        ray.get(self.task.monitor.abort.remote(message))
+        return True
+
+    def _profiler(self) -> torch.profiler.profile | None:
+        """The started profiler of rank 0, if `train.profile_steps` asks for one."""
+        if not self.config.profile_steps or self.rank:
+            return None
+        name = f"from_step_{self.first_step + 3:06d}"
+        profile = profiler(self.config.profile_steps, lambda finished: self.logger.trace(finished, name))
+        profile.start()
+        return profile
 
 
-def _sampler(task: Task, stage: StageConfig, split: Any, errors: PoseErrors = NO_ERRORS) -> Sampler:
+def create_sampler(task: Task, split: Any, batch_size: int, errors: PoseErrors = NO_ERRORS) -> Sampler:
+    """The sampler of a split ("train" or "validation") with the options of the task.
+
+    Raises:
+        UserError: no video of the split is long enough for the stage.
+    """
     config = task.config.train
     return Sampler(
-        ClipStore(task.dataset, split, config.cache_mb << 20),
+        ClipStore(task.dataset, split, config.clip_cache_mb << 20),
         task.stage,
         seed=task.config.seed,
-        batch_size=stage.batch_size,
+        batch_size=batch_size,
         size=task.config.size,
         vae_scaling_factor=task.vae_scaling_factor,
         stick_width=config.stick_width,
-        frames=config.frames,
+        frames=config.clip_frames,
         drop_reference=config.drop_reference,
         reference=config.stage1_reference if task.stage == 1 else config.stage2_reference,
         noise_offset=config.noise_offset,
@@ -276,55 +246,15 @@ def _sampler(task: Task, stage: StageConfig, split: Any, errors: PoseErrors = NO
     )
 
 
-def _on(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch on the device; pose float32 `[B, F, 3, H, W]` in [0, 1]."""
-    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    tensors = {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
-    tensors["pose"] = tensors["pose"].movedim(-1, 2).float() / 255
-    return tensors
+def learning_rate(step: int, config: StageConfig) -> float:
+    """Learning rate of a step, counted from 0: linear warm-up to `lr`, then constant."""
+    return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
-def _loss(
-    engine: Any,
-    pretrained: PretrainedModels,
-    batch: Batch,
-    device: torch.device,
-    snr_gamma: float | None = None,
-) -> Tensor:
-    t = _on(batch, device)
-    return diffusion_loss(
-        engine,
-        pretrained.scheduler,
-        t["latents"],
-        t["noise"],
-        t["timestep"],
-        t["pose"],
-        t["reference"],
-        t["reference_mask"],
-        snr_gamma,
-    )
-
-
-def _model_writer(task: Task, engine: Any, pretrained: PretrainedModels) -> Callable[[Path], None]:
-    import deepspeed
-
-    def write(folder: Path) -> None:
-        sharded = task.config.train.zero_stage == 3
-        with (
-            averaged(engine),
-            deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=sharded),
-        ):
-            if dist.get_rank() == 0:
-                save_model(
-                    engine.module,
-                    folder,
-                    pretrained=pretrained.info
-                    | {"pose": {"source": portable_source(task.config.pretrained.pose)}},
-                    stage=task.stage,
-                    height=task.config.size,
-                    width=task.config.size,
-                    stick_width=task.config.train.stick_width,
-                    **task.model_info,
-                )
-
-    return write
+def _reduce(loss: Tensor, *flags: bool) -> Any:
+    """The mean loss of all workers, and for each flag whether any worker has set it. One all-reduce and one copy."""
+    flag_values = torch.tensor([float(flag) for flag in flags], device=loss.device)
+    values = torch.cat([loss.float()[None] / dist.get_world_size(), flag_values])
+    dist.all_reduce(values)
+    mean, *counts = values.tolist()
+    return mean, *(count > 0 for count in counts)

@@ -1,4 +1,4 @@
-"""What a training is judged by: the loss on fixed clips, timesteps and noise, and samples to look at."""
+"""Validation loss on fixed clips, timesteps and noise, and sample images."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,52 +11,53 @@ from torch import Tensor, nn
 
 from pipelines.train.data import TIMESTEPS, Batch, Sampler
 from tcan.errors import UserError
+from tcan.pixels import from_vae_output
 from tcan.weights import PretrainedModels
 
-BANDS = 4
+BANDS = 4  # of timesteps
 IMAGE_SAMPLES = {1: 4, 2: 1}  # rows of a sample image, by stage
 IMAGE_COLUMNS = 4  # of these frames of a clip, evenly spaced
-IMAGE_STEPS = 10  # DDIM steps: enough to judge by, few enough not to matter
+IMAGE_STEPS = 10  # DDIM steps: enough to see the quality, cheap compared with training
 
-Samplers = Callable[[str, int], Sampler]  # (split, batch size)
+MakeSampler = Callable[[str, int], Sampler]  # (split, batch size)
 
 
-def validation_sampler(make: Samplers, batch_size: int) -> Sampler | None:
-    """Of the validation split; None when that has no clip for this stage."""
+def validation_sampler(make_sampler: MakeSampler, batch_size: int) -> Sampler | None:
+    """A sampler of the validation split; None if the split has no clip for this stage."""
     try:
-        return make("validation", batch_size)
+        return make_sampler("validation", batch_size)
     except UserError:
         return None
 
 
 class Validation:
-    """The loss per band of timesteps: the same samples, noise and timesteps each time, each on one worker or another."""
+    """The loss per band of timesteps, on the same samples, noise and timesteps each time, sharded over the workers."""
 
     def __init__(self, sampler: Sampler, samples: int):
         rank, workers = dist.get_rank(), dist.get_world_size()
-        # The same number on every worker, since ZeRO-3 exchanges weights in each pass; what is too many weighs nothing.
+        # Every worker runs the same number of passes, because ZeRO-3 gathers weights in each. Padding has weight 0.
         indices = range(rank, -(-samples // workers) * workers, workers)
         self._batches = [
             (
                 band,
                 float(index < samples),
-                self._at(sampler.batch(0, [index % samples]), band, index, samples),
+                self._at_timestep(sampler.batch(0, [index % samples]), band, index, samples),
             )
             for index in indices
             for band in range(BANDS)
         ]
 
     @staticmethod
-    def _at(batch: Batch, band: int, index: int, samples: int) -> Batch:
-        """With its timestep in this band, the samples' spread evenly over it, and never without the reference."""
+    def _at_timestep(batch: Batch, band: int, index: int, samples: int) -> Batch:
+        """The batch with a timestep of this band, evenly spaced over the samples, and always with the reference."""
         timestep = int((band + (index % samples + 0.5) / samples) * TIMESTEPS / BANDS)
         return dataclasses.replace(
             batch, timestep=torch.tensor([timestep]), reference_mask=torch.tensor([True])
         )
 
     @torch.no_grad()
-    def measure(self, loss: Callable[[Batch], Tensor], device: torch.device) -> dict[str, float]:
-        """The metrics, of all workers together. Called by all workers."""
+    def compute(self, loss: Callable[[Batch], Tensor], device: torch.device) -> dict[str, float]:
+        """The validation metrics over all workers. Called by all workers."""
         sums = torch.zeros(BANDS, 2, device=device)
         for band, weight, batch in self._batches:
             sums[band] += torch.stack([weight * loss(batch), torch.tensor(weight, device=device)])
@@ -67,24 +68,15 @@ class Validation:
         return {"validation_loss": sum(means) / BANDS, **dict(zip(names, means, strict=True))}
 
 
-class Samples:
-    """Fixed samples of the validation split (of the train split when that has none), denoised from their noise. Without
-    guidance: the model as it is.
-
-    on_device: a batch -> its tensors as the model takes them.
-    """
+class SampleImages:
+    """Fixed samples of the validation split (of the train split if it is empty), denoised without guidance."""
 
     def __init__(
-        self,
-        make: Samplers,
-        stage: int,
-        pretrained: PretrainedModels,
-        device: torch.device,
-        on_device: Callable[[Batch], dict[str, Tensor]],
+        self, make_sampler: MakeSampler, stage: int, pretrained: PretrainedModels, device: torch.device
     ):
         count = IMAGE_SAMPLES[stage]
-        sampler = validation_sampler(make, count) or make("train", count)
-        self._batch, self._device, self._on_device = sampler.batch(0, range(count)), device, on_device
+        sampler = validation_sampler(make_sampler, count) or make_sampler("train", count)
+        self._batch, self._device = sampler.batch(0, range(count)), device
         self._vae = pretrained.vae.to(device)
         self._scheduler: Any = type(pretrained.scheduler).from_config(pretrained.scheduler.config)
         self._scheduler.set_timesteps(IMAGE_STEPS, device=device)
@@ -93,9 +85,13 @@ class Samples:
 
     @torch.no_grad()
     def draw(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        """A image, uint8 `[H, W, 3]`, one row a sample: reference, then pose, prediction and truth of a few frames;
-        and the first sample's clip, uint8 `[F, H, W, 3]`: pose, prediction and truth beside each other."""
-        t = self._on_device(self._batch)
+        """Render the sample image and clip.
+
+        Returns:
+            An image, uint8 `[H, W, 3]`, one row per sample: reference, then pose, prediction and ground truth of a few
+            frames; and the first sample's clip, uint8 `[F, H, W, 3]`: pose, prediction and ground truth side by side.
+        """
+        t = self._batch.inputs(self._device)
         latents = t["noise"]
         for step in self._scheduler.timesteps:
             eps = model(latents, step.expand(len(latents)), t["pose"], t["reference"])
@@ -112,9 +108,9 @@ class Samples:
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> np.ndarray:
-        """Scaled latents [B, F, 4, h, w] -> uint8 [B, F, H, W, 3]."""
+        """Scaled latents `[B, F, 4, h, w]` -> uint8 RGB `[B, F, H, W, 3]`."""
         shape = latents.shape[:2]
         unscaled = latents.flatten(0, 1).to(self._device, self._vae.dtype) / self._vae.config.scaling_factor
         images = torch.cat([self._vae.decode(frame[None]).sample for frame in unscaled])
-        images = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return images.unflatten(0, shape).movedim(2, -1).cpu().numpy()
+        frames = (from_vae_output(images.float()) * 255).round().to(torch.uint8)
+        return frames.unflatten(0, shape).cpu().numpy()

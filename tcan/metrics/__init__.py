@@ -1,4 +1,4 @@
-"""Metrics of a generated video that need no outside network."""
+"""Metrics of a generated video that do not require a pretrained network."""
 
 from tcan.metrics.background import background_mask, flicker
 from tcan.metrics.image import image_metrics

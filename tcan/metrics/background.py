@@ -1,4 +1,4 @@
-"""Flicker: how much of the result moves where nothing moves in the source."""
+"""Flicker: variation of the background over time in a generated video with a static background."""
 
 from contextlib import suppress
 
@@ -9,22 +9,24 @@ from scipy.spatial import ConvexHull, QhullError
 
 
 def background_mask(poses: np.ndarray, height: int, width: int, margin: float = 0.10) -> np.ndarray:
-    """True where the person is in no frame of a clip.
+    """Return the mask of pixels that the person covers in no frame of a clip.
 
-    The person of a frame: the convex hull of the joints found, widened by `margin` (a share of the height: for flesh,
-    hair and clothes beyond the joints). The mask is what all frames leave.
+    The person's area in a frame is the convex hull of the detected joints, dilated by the margin to include body, hair
+    and clothes outside the joints.
 
     Args:
         poses: keypoints `[F, 18, 3]` in pixels of the image.
+        height, width: size of the image in pixels.
+        margin: dilation as a fraction of the height.
 
     Returns:
-        bool `[height, width]`.
+        bool `[height, width]`, True for background.
     """
     drawing = Image.new("1", (width, height))
     draw = ImageDraw.Draw(drawing)
     for pose in poses:
         points = pose[pose[:, 2] > 0, :2].astype(np.float64)
-        with suppress(QhullError, ValueError):  # fewer than three points, or all in a line: the line itself
+        with suppress(QhullError, ValueError):  # fewer than 3 points, or collinear: draw the line
             points = points[ConvexHull(points).vertices]
         corners = [tuple(point) for point in points]
         if len(corners) > 2:
@@ -39,14 +41,14 @@ def background_mask(poses: np.ndarray, height: int, width: int, margin: float = 
 
 
 def flicker(frames: np.ndarray, mask: np.ndarray) -> float:
-    """Standard deviation over time of each masked pixel and channel, averaged; in grey levels of 255.
+    """Return the temporal standard deviation, averaged over masked pixels and channels, on the scale 0..255.
 
     Args:
         frames: uint8 `[F, H, W, 3]`.
-        mask: bool `[H, W]`, True where nothing should move.
+        mask: bool `[H, W]`, True for background.
 
     Returns:
-        0 for a still background; NaN where the mask is empty.
+        0 for a static background; NaN if the mask is empty.
     """
     pixels = frames[:, mask].astype(np.float64)  # [F, P, 3]
     return float(pixels.std(axis=0).mean()) if mask.any() else float("nan")

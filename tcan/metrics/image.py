@@ -1,4 +1,4 @@
-"""Frame against frame: L1, PSNR, SSIM."""
+"""Per-frame image metrics: L1, PSNR, SSIM."""
 
 import numpy as np
 import torch
@@ -6,21 +6,24 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 
 def image_metrics(result: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Each measure is computed frame by frame on values in [0, 1] and averaged over the frames.
+    """Compute L1, PSNR and SSIM per frame on values in [0, 1] and average them over the frames.
 
     Args:
-        result, truth: uint8 RGB `[F, H, W, 3]`, the same frames; H and W at least 11 (SSIM's Gaussian window).
+        result, truth: uint8 RGB `[F, H, W, 3]`, corresponding frames; H and W at least 11 (SSIM's Gaussian window).
 
     Returns:
         l1: mean absolute difference;
-        psnr: 10 log10(1 / MSE) in dB, infinite for an equal frame;
-        ssim: Wang et al. 2004, Gaussian window of sigma 1.5.
+        psnr: 10 log10(1 / MSE) in dB, infinite for an identical frame;
+        ssim: Wang et al. 2004, Gaussian window with sigma 1.5.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if result.shape != truth.shape:
-        raise ValueError(f"frames differ in shape: {result.shape}, {truth.shape}")
+        raise ValueError(f"result {result.shape} and truth {truth.shape} must have the same shape")
     l1, psnr, ssim = [], [], []
     for a, b in zip(result, truth, strict=True):
-        # float before any difference: differences of uint8 wrap around, and a PSNR from them comes out near 29
+        # Convert to float first: uint8 differences wrap around, which results in a PSNR near 29.
         pair = [torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255 for frame in (a, b)]
         l1.append((pair[0] - pair[1]).abs().mean().item())
         psnr.append(peak_signal_noise_ratio(*pair, data_range=1.0).item())

@@ -1,4 +1,4 @@
-"""Found pose against driving pose: the share of joints that are where they should be."""
+"""Pose accuracy: fraction of joints detected near their position in the driving pose."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,18 @@ JOINT_GROUPS = {
     f"{joint}s": [i for i, name in enumerate(JOINTS) if name.endswith(joint)]
     for joint in ("wrist", "elbow", "ankle")
 }
-"""The joints that move most, which a whole-body share would hide."""
+"""Joints with the largest motion, reported separately because an average over all joints hides their errors."""
 
 
 def joint_errors(found: np.ndarray, truth: np.ndarray, height: int) -> np.ndarray:
-    """Distance of each found joint from the true one, as a share of the image's height.
+    """Return the distance between each detected and true joint as a fraction of the image height.
 
     Args:
-        found, truth: keypoints `[F, 18, 3]` of the same frames, in pixels of one image of `height`.
+        found, truth: detected and true keypoints `[F, 18, 3]` of the same frames, in pixels.
+        height: of the image in pixels.
 
     Returns:
-        `[F, 18]`: infinite where the joint was not found, NaN where the truth has no such joint.
+        `[F, 18]`: infinite where the joint was not detected, NaN where the joint is missing in the truth.
     """
     errors = np.linalg.norm(found[..., :2] - truth[..., :2], axis=-1) / height
     errors = np.where(found[..., 2] > 0, errors, np.inf)
@@ -28,28 +29,30 @@ def joint_errors(found: np.ndarray, truth: np.ndarray, height: int) -> np.ndarra
 
 
 def pose_metrics(found: np.ndarray, truth: np.ndarray, height: int) -> dict[str, float]:
-    """Shares, in [0, 1], of the true joints that are found within 5 % and 10 % of the image's height.
+    """Return the fractions of true joints detected within 5 % and 10 % of the image height, in [0, 1].
 
-    Arguments as `joint_errors`. A joint that is not found counts as missed; one that the truth lacks isn't counted.
+    Arguments are those of `joint_errors`. Undetected joints count as errors; joints missing in the truth are ignored.
 
     Returns:
-        pose_5, pose_10: of all joints; pose_5_wrists, pose_10_wrists, ... of each of JOINT_GROUPS;
-        pose_error: mean distance of the joints found, as a share of the height. NaN where no joint counts.
+        pose_5, pose_10: for all joints;
+        pose_5_wrists, pose_10_wrists, ...: for each group in `JOINT_GROUPS`;
+        pose_error: mean distance of the detected joints as a fraction of the height.
+        NaN where there is no joint.
     """
     errors = joint_errors(found, truth, height)
-    metrics = {"pose_5": _share(errors, 0.05), "pose_10": _share(errors, 0.10)}
+    metrics = {"pose_5": _fraction_within(errors, 0.05), "pose_10": _fraction_within(errors, 0.10)}
     for group, joints in JOINT_GROUPS.items():
-        metrics[f"pose_5_{group}"] = _share(errors[:, joints], 0.05)
-        metrics[f"pose_10_{group}"] = _share(errors[:, joints], 0.10)
-    both = errors[np.isfinite(errors)]
-    metrics["pose_error"] = float(both.mean()) if both.size else float("nan")
+        metrics[f"pose_5_{group}"] = _fraction_within(errors[:, joints], 0.05)
+        metrics[f"pose_10_{group}"] = _fraction_within(errors[:, joints], 0.10)
+    detected = errors[np.isfinite(errors)]
+    metrics["pose_error"] = float(detected.mean()) if detected.size else float("nan")
     return metrics
 
 
 def mean_pose(poses: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean place `[18, 3]` of each joint over all frames of some videos `[F, 18, 3]` where it was found.
+    """Return the mean position `[18, 3]` of each joint over the frames of all videos `[F, 18, 3]` where it was detected.
 
-    What a model that ignores the driving pose could at best be right about: the control of every pose measure.
+    This pose is the control for all pose metrics: the best output of a model that ignores the driving pose.
     """
     frames = np.concatenate(list(poses)).astype(np.float64)
     seen = frames[..., 2:] > 0
@@ -58,6 +61,6 @@ def mean_pose(poses: Sequence[np.ndarray]) -> np.ndarray:
     return mean.astype(np.float32)
 
 
-def _share(errors: np.ndarray, within: float) -> float:
+def _fraction_within(errors: np.ndarray, threshold: float) -> float:
     counted = errors[~np.isnan(errors)]
-    return float((counted <= within).mean()) if counted.size else float("nan")
+    return float((counted <= threshold).mean()) if counted.size else float("nan")

@@ -1,7 +1,7 @@
-"""Poses: found, followed, drawn, and carried over to another body.
+"""Pose detection, tracking, drawing and retargeting.
 
-Keypoints everywhere are float32 `[..., 18, 3]`: (x, y, score) in OpenPose's order (`skeleton.JOINTS`), x and y in pixels
-of the image they belong to, score in [0, 1]. A joint not found is all 0.
+Keypoints are float32 `[..., 18, 3]`: (x, y, score) in OpenPose's order (`skeleton.JOINTS`), with x and y in pixels of
+the image and score in [0, 1]. A joint that was not found is all 0.
 """
 
 from tcan.pose.corrupt import PoseErrors
@@ -9,7 +9,7 @@ from tcan.pose.draw import draw_poses
 from tcan.pose.files import PoseFile, read_poses, write_poses
 from tcan.pose.openpose import OpenPose, PoseDetector, find_people
 from tcan.pose.retarget import retarget
-from tcan.pose.tracking import follow_main_person, one_body
+from tcan.pose.tracking import main_person_poses, track_main_person
 
 __all__ = [
     "OpenPose",
@@ -18,9 +18,9 @@ __all__ = [
     "PoseFile",
     "draw_poses",
     "find_people",
-    "follow_main_person",
-    "one_body",
+    "main_person_poses",
     "read_poses",
     "retarget",
+    "track_main_person",
     "write_poses",
 ]

@@ -1,4 +1,4 @@
-"""What pose networks get wrong, done on purpose: temporal layers that saw it learn to ask the neighbouring frames."""
+"""Pose augmentation: synthetic detector errors, from which temporal layers learn to use neighboring frames."""
 
 from dataclasses import dataclass
 
@@ -8,26 +8,26 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class PoseErrors:
-    """How often, and how much; as it stands, none."""
+    """Rates and sizes of the synthetic errors; the defaults add none."""
 
     dropout: float = 0.0
-    """Chance of each joint to be missing."""
+    """Probability that a joint is removed, in [0, 1]."""
     jitter: float = 0.0
-    """Standard deviation, in x and in y, of how far each joint lies from its place, as a share of the image's side."""
+    """Standard deviation of Gaussian noise on x and y, as a fraction of the image side."""
     outliers: float = 0.0
-    """Chance of a frame to be of no use: its joints have changed places at random, or, as often, none is found."""
+    """Probability that a frame is unusable, in [0, 1]: all joints are permuted or removed, with equal probability."""
 
     def apply(
         self, keypoints: NDArray[np.float32], side: int, rng: np.random.Generator
     ) -> NDArray[np.float32]:
-        """keypoints [F, 18, 3] of a image of `side` pixels -> the same with errors, a copy."""
+        """Return a copy of keypoints `[F, 18, 3]` of an image of `side` pixels, with errors added."""
         frames, joints = keypoints.shape[:2]
-        wrong = keypoints.copy()
-        wrong[..., :2] += np.float32(self.jitter * side) * rng.standard_normal(
+        corrupted = keypoints.copy()
+        corrupted[..., :2] += np.float32(self.jitter * side) * rng.standard_normal(
             (frames, joints, 2), np.float32
         )
         for frame in np.flatnonzero(rng.random(frames) < self.outliers):
-            found = np.flatnonzero(wrong[frame, :, 2] > 0)
-            wrong[frame, found] = wrong[frame, rng.permutation(found)] if rng.random() < 0.5 else 0
-        wrong[(rng.random((frames, joints)) < self.dropout) | (keypoints[..., 2] <= 0)] = 0
-        return wrong
+            found = np.flatnonzero(corrupted[frame, :, 2] > 0)
+            corrupted[frame, found] = corrupted[frame, rng.permutation(found)] if rng.random() < 0.5 else 0
+        corrupted[(rng.random((frames, joints)) < self.dropout) | (keypoints[..., 2] <= 0)] = 0
+        return corrupted

@@ -1,9 +1,11 @@
-"""Poses on disk, in OpenPose's own JSON: a frame is `{"people": [{"pose_keypoints_2d": [x, y, score, ...]}, ...]}`.
+"""Pose files in OpenPose's JSON format: a frame is `{"people": [{"pose_keypoints_2d": [x, y, score, ...]}, ...]}`.
 
-Three forms are read: one file of a whole video, `{"fps", "height", "width", "frames": [frame, ...]}`, which
-`write_poses` writes; one file of a bare list of frames, or of a single frame (editors of ControlNet's poses write
-these, with canvas_height and canvas_width in each); and a folder as OpenPose itself writes it, a file a frame in
-the order of their names.
+`read_poses` accepts three layouts:
+
+- one file per video, `{"fps", "height", "width", "frames": [frame, ...]}`, as `write_poses` writes it;
+- one file with a list of frames or a single frame, as ControlNet pose editors write it, with canvas_height and
+  canvas_width in each frame;
+- a folder with one file per frame, as OpenPose writes it, in the order of the file names.
 """
 
 import json
@@ -16,65 +18,67 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
 
 BODY_25 = (*range(8), *range(9, 19))
-"""Where OpenPose's model of 25 points has the 18: it adds the middle of the hips, and the feet at the end."""
+"""Indices of the 18 joints in OpenPose's 25-point model, which adds the mid hip (8) and the feet (19 to 24)."""
 
 
 @dataclass
 class PoseFile:
-    """What a file holds."""
+    """Contents of a pose file."""
 
     people: list[NDArray[np.float32]]
-    """Of each frame its people `[P, 18, 3]`, P may be 0."""
+    """Keypoints `[P, 18, 3]` of each frame; P may be 0."""
 
     height: int | None
     width: int | None
-    """Of the image whose pixels the keypoints are in; None where the file doesn't say, as OpenPose's own don't."""
+    """Image size in pixels; None if the file does not contain it, which is the case for OpenPose's own files."""
 
     fps: float | None
-    """Frames a second, where the file says."""
+    """Frames per second; None if the file does not contain it."""
 
 
 def read_poses(path: str | os.PathLike) -> PoseFile:
-    """Reads any of the three forms, with 18 points a person (COCO) or 25 (BODY_25, OpenPose's default).
+    """Read a pose file or folder, with 18 points per person (COCO) or 25 (BODY_25, OpenPose's default).
 
     Raises:
-        UserError: the file is missing or isn't one of these, naming the frame that is wrong.
+        UserError: the path does not exist or has another format; the message names the invalid frame.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("*.json"))
-        if not files:
-            raise UserError(f"{path}: no .json in this folder; give OpenPose's keypoint files, or one file")
-        whole: Any = [_read_json(file) for file in files]
-        if not all(isinstance(frame, dict) and "people" in frame for frame in whole):
-            raise UserError(
-                f"{path}: not each .json here is one frame as OpenPose writes it; name the file of poses itself"
-            )
+        content: Any = _read_folder(path)
     else:
-        whole = _read_json(path)
-    if isinstance(whole, dict) and "people" in whole:
-        whole = [whole]
-    if isinstance(whole, list):
-        first = whole[0] if whole and isinstance(whole[0], dict) else {}
-        whole = {"frames": whole, "height": first.get("canvas_height"), "width": first.get("canvas_width")}
-    if not isinstance(whole, dict) or not isinstance(whole.get("frames"), list) or not whole["frames"]:
-        raise UserError(f"{path}: holds no frames of poses; see tcan pose, which writes such a file")
-    people = [_people(frame, f"{path}: frame {number}") for number, frame in enumerate(whole["frames"])]
-    sizes = {name: whole.get(name) for name in ("height", "width", "fps")}
+        content = _read_json(path)
+    if isinstance(content, dict) and "people" in content:
+        content = [content]
+    if isinstance(content, list):
+        first = content[0] if content and isinstance(content[0], dict) else {}
+        content = {
+            "frames": content,
+            "height": first.get("canvas_height"),
+            "width": first.get("canvas_width"),
+        }
+    if not isinstance(content, dict) or not isinstance(content.get("frames"), list) or not content["frames"]:
+        raise UserError(f"{path}: no frames with poses; create the file with tcan pose")
+    people = [
+        _parse_frame(frame, f"{path}: frame {number}") for number, frame in enumerate(content["frames"])
+    ]
+    sizes = {name: content.get(name) for name in ("height", "width", "fps")}
     for name, value in sizes.items():
         if value is not None and not (isinstance(value, int | float) and value > 0):
-            raise UserError(f"{path}: {name} = {value}: must be a number above 0")
+            raise UserError(f"{path}: {name} = {value}: must be a number > 0; correct the value")
     return PoseFile(people, **sizes)
 
 
 def write_poses(
     poses: NDArray[np.float32], path: str | os.PathLike, height: int, width: int, fps: float | None = None
 ) -> None:
-    """Writes one person's keypoints `[F, 18, 3]` in pixels of `[height, width]`, a line a frame, so that an editor of
-    text will do to correct them; a joint of score 0 counts as not found, and `"people": []` as nobody.
+    """Write one person's keypoints `[F, 18, 3]` in pixels of an image of `height` x `width`.
+
+    The file has one line per frame, so that poses can be corrected in a text editor. A joint with score 0 means "not
+    found"; `"people": []` means that the frame has no person.
 
     Raises:
         UserError: the file cannot be written.
@@ -84,45 +88,56 @@ def write_poses(
     head = json.dumps({name: value for name, value in values.items() if value is not None})
     points = np.asarray(poses, np.float64).reshape(len(poses), -1).round(2).tolist()
     frames = [json.dumps({"people": [{"pose_keypoints_2d": frame}]}) for frame in points]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        partial.write_text(f'{head[:-1]}, "frames": [\n' + ",\n".join(frames) + "\n]}\n")
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            partial.write_text(f'{head[:-1]}, "frames": [\n' + ",\n".join(frames) + "\n]}\n")
     except OSError as error:
         raise UserError(f"{path}: cannot write the poses ({error.strerror}); check the folder") from None
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _read_folder(path: Path) -> list[Any]:
+    files = sorted(path.glob("*.json"))
+    if not files:
+        raise UserError(
+            f"{path}: no .json files in this folder; give OpenPose's keypoint files or one pose file"
+        )
+    frames = [_read_json(file) for file in files]
+    if not all(isinstance(frame, dict) and "people" in frame for frame in frames):
+        raise UserError(
+            f"{path}: not every .json file is one frame in OpenPose's format; give the path of the pose file"
+        )
+    return frames
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{path}: cannot read these poses ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError):  # of bytes that are no text, too
-        raise UserError(f"{path}: not JSON; give keypoints as OpenPose or tcan pose writes them") from None
+        raise UserError(f"{path}: cannot read the poses ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError):  # ValueError includes UnicodeDecodeError
+        raise UserError(f"{path}: not JSON; give keypoints in the format of OpenPose or tcan pose") from None
 
 
-def _people(frame: Any, where: str) -> NDArray[np.float32]:
-    """The people of a frame `[P, 18, 3]`; those of whom only hands or face are given are left out."""
+def _parse_frame(frame: Any, where: str) -> NDArray[np.float32]:
+    """The people `[P, 18, 3]` of a frame; people with only hand or face keypoints are ignored."""
     bodies: list[NDArray[np.float32]] = []
     people = frame.get("people") if isinstance(frame, dict) else None
     if not isinstance(people, list) or not all(isinstance(person, dict) for person in people):
-        raise UserError(f'{where}: no list of "people"; give keypoints as OpenPose writes them')
+        raise UserError(f'{where}: no list of "people"; give keypoints in OpenPose\'s format')
     for values in (person.get("pose_keypoints_2d") for person in people):
         if values:
-            bodies.append(_body(values, where))
+            bodies.append(_parse_body(values, where))
     return np.stack(bodies) if bodies else np.zeros((0, 18, 3), np.float32)
 
 
-def _body(values: Sequence[Any], where: str) -> NDArray[np.float32]:
+def _parse_body(values: Sequence[Any], where: str) -> NDArray[np.float32]:
     try:
         numbers = np.asarray(values, np.float32)
     except (TypeError, ValueError):
         numbers = np.full(1, np.nan, np.float32)
     if not np.isfinite(numbers).all() or numbers.shape not in ((54,), (75,)):
         raise UserError(
-            f"{where}: pose_keypoints_2d must be x, y, score of 18 points (54 numbers) or of BODY_25 (75)"
+            f"{where}: invalid pose_keypoints_2d; give x, y, score of 18 points (54 numbers) or of BODY_25 (75 numbers)"
         )
     body = numbers.reshape(-1, 3)
     if len(body) == 25:

@@ -1,7 +1,8 @@
-"""Hands and faces: OpenPose's two further networks (Simon et al., CVPR 2017), in squares around the wrists and the head.
+"""Hand and face keypoints: OpenPose's hand and face networks (Simon et al., CVPR 2017), on crops around wrists and heads.
 
-Squares, sizes and thresholds are those of controlnet_aux's `Hand` and `Face`, whose points it finds; here the networks
-take many squares at once, and what was not found keeps its place: all 0. TCAN draws and trains on bodies alone.
+Crops, sizes and thresholds are those of controlnet_aux's `Hand` and `Face`, and the points are the same. Here the
+networks process crops in batches, and a point that was not found keeps its index and is all 0. TCAN draws and trains on
+body keypoints only.
 """
 
 from collections.abc import Sequence
@@ -17,23 +18,36 @@ from torch import nn
 from torch.nn import functional as F
 
 from tcan.errors import UserError
-from tcan.pose.openpose import STRIDE, find_openpose_file, load_openpose_network, open_pose_module
+from tcan.fingerprint import fingerprint
+from tcan.pose.openpose_loading import (
+    FACE_FILE,
+    HAND_FILE,
+    find_openpose_file,
+    load_openpose_network,
+    open_pose_module,
+)
+from tcan.pose.skeleton import STRIDE
 
-HAND_FILE, FACE_FILE = "hand_pose_model.pth", "facenet.pth"
 HAND_POINTS, FACE_POINTS = 21, 70
 
-THRESHOLD = 0.05  # least heatmap at a point
-HAND_SIDES = (184, 368, 552, 736)  # a hand is seen at four sizes, whose heatmaps are averaged
+THRESHOLD = 0.05  # minimum heatmap value at a point
+HAND_SIDES = (184, 368, 552, 736)  # input sizes of the hand network, over which heatmaps are averaged
 HAND_MAP = 128  # side of the averaged heatmap
-HAND_SIGMA = 3.0  # of the blur by which a hand's points are told apart from noise
-FACE_SIDE = 384
-SQUARES_AT_ONCE = 8  # bounds the networks' memory
+HAND_SIGMA = 3.0  # blur of the averaged heatmap before thresholding, to suppress noise
+FACE_SIDE = 384  # input size of the face network
+CROPS_PER_BATCH = 8  # bounds the networks' memory
 
 Square = tuple[int, int, int]  # x, y, side
 
 
 class HandDetector:
-    """network: x [B, 3, s, s] (BGR, value / 256 - 0.5) -> heatmaps [B, 22, s/8, s/8], the last one of the background."""
+    """Hand keypoint detector.
+
+    Args:
+        network: maps x `[B, 3, s, s]` (BGR, value / 256 - 0.5) to heatmaps `[B, 22, s/8, s/8]`, the last one of the
+            background.
+        device: of the network.
+    """
 
     def __init__(self, network: nn.Module, device: torch.device | str = "cpu"):
         self.network = network.eval().requires_grad_(False).to(device)
@@ -41,10 +55,14 @@ class HandDetector:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu") -> "HandDetector":
-        """source: as for `OpenPose`: OpenPose's `hand_pose_model.pth` lies beside its `body_pose_model.pth`.
+        """Load OpenPose's `hand_pose_model.pth` from the same folder or repository as `body_pose_model.pth`.
+
+        Args:
+            source: as for `OpenPose.from_pretrained`.
+            device: of the network.
 
         Raises:
-            UserError: there is no such file, or it does not fit.
+            UserError: the file does not exist or does not match the network.
         """
         network = open_pose_module("model").handpose_model()
         return cls(
@@ -53,15 +71,18 @@ class HandDetector:
 
     @property
     def fingerprint(self) -> str:
-        from tcan.fingerprint import fingerprint
-
+        """16 hex digits that identify the weights."""
         return fingerprint(self.network)
 
     def detect(
         self, frames: NDArray[np.uint8], people: Sequence[NDArray[np.float32]]
     ) -> list[NDArray[np.float32]]:
-        """frames [F, H, W, 3] RGB and the people [P, 18, 3] of each -> their left and right hands' points
-        [P, 2, 21, 3] in pixels."""
+        """Left and right hand keypoints `[P, 2, 21, 3]` in pixels of each frame's people.
+
+        Args:
+            frames: `[F, H, W, 3]` RGB.
+            people: body keypoints `[P, 18, 3]` of each frame.
+        """
         found = [np.zeros((len(bodies), 2, HAND_POINTS, 3), np.float32) for bodies in people]
         squares = [
             ((f, p, 0 if is_left else 1), (x, y, side))
@@ -69,15 +90,15 @@ class HandDetector:
             for p, body in enumerate(bodies)
             for x, y, side, is_left in open_pose_module("util").handDetect(_body(body), frames[f])
         ]
-        for some in _chunks(squares):
-            crops = [_crop(frames[f], square) for (f, _, _), square in some]
-            for ((f, p, hand), (x, y, _)), points in zip(some, self._points(crops), strict=True):
-                found[f][p, hand] = _moved(points, x, y)
+        for batch in _batches(squares):
+            crops = [_crop(frames[f], square) for (f, _, _), square in batch]
+            for ((f, p, hand), (x, y, _)), points in zip(batch, self._points(crops), strict=True):
+                found[f][p, hand] = _to_frame(points, x, y)
         return found
 
     @torch.inference_mode()
     def _points(self, crops: list[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-        """BGR [s, s, 3] each -> [21, 3] each, in the crop's pixels."""
+        """Keypoints `[21, 3]` in crop pixels of each BGR crop `[s, s, 3]`."""
         util = open_pose_module("util")
         blurred = [cv2.GaussianBlur(crop, (0, 0), 0.8) for crop in crops]
         maps = np.zeros((len(crops), HAND_MAP, HAND_MAP, HAND_POINTS + 1))
@@ -94,8 +115,13 @@ class HandDetector:
 
 
 class FaceDetector:
-    """network: x [B, 3, 384, 384] (BGR, value / 256 - 0.5) -> heatmaps [B, 71, 48, 48] of each of its stages, the last
-    map of the background."""
+    """Face keypoint detector.
+
+    Args:
+        network: maps x `[B, 3, 384, 384]` (BGR, value / 256 - 0.5) to the heatmaps `[B, 71, 48, 48]` of each stage, the
+            last map of the background.
+        device: of the network.
+    """
 
     def __init__(self, network: nn.Module, device: torch.device | str = "cpu"):
         self.network = network.eval().requires_grad_(False).to(device)
@@ -103,10 +129,14 @@ class FaceDetector:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu") -> "FaceDetector":
-        """source: as for `OpenPose`: OpenPose's `facenet.pth` lies beside its `body_pose_model.pth`.
+        """Load OpenPose's `facenet.pth` from the same folder or repository as `body_pose_model.pth`.
+
+        Args:
+            source: as for `OpenPose.from_pretrained`.
+            device: of the network.
 
         Raises:
-            UserError: there is no such file, or it does not fit.
+            UserError: the file does not exist or does not match the network.
         """
         network = open_pose_module("face").FaceNet()
         return cls(
@@ -115,15 +145,19 @@ class FaceDetector:
 
     @property
     def fingerprint(self) -> str:
-        from tcan.fingerprint import fingerprint
-
+        """16 hex digits that identify the weights."""
         return fingerprint(self.network)
 
     @torch.inference_mode()
     def detect(
         self, frames: NDArray[np.uint8], people: Sequence[NDArray[np.float32]]
     ) -> list[NDArray[np.float32]]:
-        """frames [F, H, W, 3] RGB and the people [P, 18, 3] of each -> their faces' points [P, 70, 3] in pixels."""
+        """Face keypoints `[P, 70, 3]` in pixels of each frame's people.
+
+        Args:
+            frames: `[F, H, W, 3]` RGB.
+            people: body keypoints `[P, 18, 3]` of each frame.
+        """
         util = open_pose_module("util")
         found = [np.zeros((len(bodies), FACE_POINTS, 3), np.float32) for bodies in people]
         squares = [
@@ -132,15 +166,17 @@ class FaceDetector:
             for p, body in enumerate(bodies)
             if (square := util.faceDetect(_body(body), frames[f])) is not None
         ]
-        for some in _chunks(squares):
-            crops = [_crop(frames[f], square) for (f, _), square in some]
+        for batch in _batches(squares):
+            crops = [_crop(frames[f], square) for (f, _), square in batch]
             resized = [util.smart_resize(crop, (FACE_SIDE, FACE_SIDE)) for crop in crops]
             heatmaps = self.network(_inputs(resized, self.device))[-1]
-            for ((f, p), (x, y, _)), crop, heatmap in zip(some, crops, heatmaps, strict=True):
+            for ((f, p), (x, y, _)), crop, heatmap in zip(batch, crops, heatmaps, strict=True):
                 maps = F.interpolate(heatmap[None], crop.shape[:2], mode="bilinear", align_corners=True)[0]
-                score, place = maps[:FACE_POINTS].flatten(1).max(dim=1)
-                points = torch.stack([place % crop.shape[1], place // crop.shape[1], score], dim=1)
-                found[f][p] = _moved(torch.where(score[:, None] > THRESHOLD, points, 0).cpu().numpy(), x, y)
+                score, index = maps[:FACE_POINTS].flatten(1).max(dim=1)
+                points = torch.stack([index % crop.shape[1], index // crop.shape[1], score], dim=1)
+                found[f][p] = _to_frame(
+                    torch.where(score[:, None] > THRESHOLD, points, 0).cpu().numpy(), x, y
+                )
         return found
 
 
@@ -149,14 +185,14 @@ def _file(source: str | Path, name: str) -> Path:
     path = path / "pose" if (path / "pose").is_dir() else path
     if source == "mini" or (path / "config.json").is_file():
         raise UserError(
-            f"pose network {source}: finds bodies alone; hands and faces need OpenPose's own, with {name} beside it"
+            f"pose network {source}: detects only bodies; for hands and faces give OpenPose's networks, including {name}"
         )
     local = path.parent if path.is_file() else path
     return find_openpose_file(local if local.is_dir() else source, name)
 
 
 def _body(keypoints: NDArray[np.float32]) -> Any:
-    """[18, 3] as controlnet_aux has it."""
+    """Keypoints `[18, 3]` as controlnet_aux's BodyResult."""
     body = open_pose_module("body")
     joints = [
         body.Keypoint(float(x), float(y), float(score)) if score > 0 else None for x, y, score in keypoints
@@ -164,12 +200,12 @@ def _body(keypoints: NDArray[np.float32]) -> Any:
     return body.BodyResult(joints, 0.0, 0)
 
 
-def _chunks(squares: list[Any]) -> list[list[Any]]:
-    return [squares[i : i + SQUARES_AT_ONCE] for i in range(0, len(squares), SQUARES_AT_ONCE)]
+def _batches(squares: list[Any]) -> list[list[Any]]:
+    return [squares[i : i + CROPS_PER_BATCH] for i in range(0, len(squares), CROPS_PER_BATCH)]
 
 
 def _crop(frame: NDArray[np.uint8], square: Square) -> NDArray[np.uint8]:
-    """BGR [side, side, 3]; less where the square hangs over the frame."""
+    """BGR crop `[side, side, 3]`; smaller if the square extends past the frame."""
     x, y, side = square
     return np.ascontiguousarray(frame[y : y + side, x : x + side, ::-1])
 
@@ -180,16 +216,16 @@ def _inputs(images: list[NDArray[np.uint8]], device: torch.device) -> torch.Tens
 
 
 def _hand_point(heatmap: NDArray[np.float64], side: int) -> NDArray[np.float32]:
-    """(x, y, score): the peak of the patch that has the most of the heatmap, in a square of `side` pixels."""
-    patches, count = ndimage.label(ndimage.gaussian_filter(heatmap, HAND_SIGMA) > THRESHOLD, np.ones((3, 3)))
+    """(x, y, score) of the peak in the region with the largest heatmap sum, in pixels of a crop of `side` pixels."""
+    regions, count = ndimage.label(ndimage.gaussian_filter(heatmap, HAND_SIGMA) > THRESHOLD, np.ones((3, 3)))
     if not count:
         return np.zeros(3, np.float32)
-    largest = 1 + np.argmax(ndimage.sum_labels(heatmap, patches, np.arange(1, count + 1)))
-    inside = np.where(patches == largest, heatmap, 0)
+    largest = 1 + np.argmax(ndimage.sum_labels(heatmap, regions, np.arange(1, count + 1)))
+    inside = np.where(regions == largest, heatmap, 0)
     y, x = np.unravel_index(inside.argmax(), inside.shape)
     return np.array([int(x * side / HAND_MAP), int(y * side / HAND_MAP), min(1, inside[y, x])], np.float32)
 
 
-def _moved(points: NDArray[np.float32], x: int, y: int) -> NDArray[np.float32]:
-    """[N, 3] in a square's pixels -> in its frame's; what was not found stays 0."""
+def _to_frame(points: NDArray[np.float32], x: int, y: int) -> NDArray[np.float32]:
+    """Convert points `[N, 3]` from crop pixels to frame pixels; points that were not found stay 0."""
     return np.where(points[:, 2:] > 0, points + np.array([x, y, 0], np.float32), 0).astype(np.float32)

@@ -1,8 +1,8 @@
-"""A small body pose network of OpenPose's kind.
+"""A small body pose network with the architecture of OpenPose.
 
-Cao et al., "Realtime Multi-Person 2D Pose Estimation using Part Affinity Fields" (CVPR 2017): a stem shared by all
-stages, then stages of two branches, each stage seeing the stem's features and the stage before. The outputs have
-OpenPose's channels, so its decoding (`tcan.pose.openpose`) serves both this network and OpenPose's own.
+Cao et al., "Realtime Multi-Person 2D Pose Estimation using Part Affinity Fields" (CVPR 2017): a shared stem, then
+stages of two branches; each stage receives the stem's features and the previous stage's output. The output channels
+are OpenPose's, so `tcan.pose.openpose` decodes both this network and OpenPose's.
 """
 
 from itertools import pairwise
@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-STRIDE = 8  # image pixels to a cell of the maps, in each direction
+from tcan.pose.skeleton import STRIDE
 
 
 class ConvNorm(nn.Sequential):
@@ -42,7 +42,7 @@ class ConvNorm(nn.Sequential):
 
 
 class Stage(nn.Module):
-    """Two branches of the same shape: part affinity fields (38 channels) and heatmaps (18 joints, background)."""
+    """Two branches of equal shape: part affinity fields (38 channels) and heatmaps (18 joints, background)."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class Stage(nn.Module):
 
 
 class BodyPoseNetwork(ModelMixin, ConfigMixin):
-    """Part affinity fields and heatmaps of a image at 1/8 of its size.
+    """Predicts part affinity fields and heatmaps at 1/8 of the image size.
 
-    `input_height` and `blur_sigma` are not the network's own: they tell the decoder the height to which a image is
-    resized before the network, and the sigma, in pixels of the image, by which its heatmaps are blurred before
-    peaks are sought. They are kept here so that a folder of weights says all that its use needs.
+    `input_height` and `blur_sigma` configure the decoder, not the network: the height in pixels to which images are
+    resized, and the standard deviation, in image pixels, of the heatmaps' blur. They are stored in the network's
+    configuration so that a folder of weights contains all settings for inference.
     """
 
     @register_to_config
@@ -99,16 +99,16 @@ class BodyPoseNetwork(ModelMixin, ConfigMixin):
             ConvNorm(features, features, norm_groups),
             ConvNorm(features, features, norm_groups, dilation=2),
         )
-        # Dilated so that the last stage sees a whole body at 128 px: left and right are told apart by context.
+        # Dilation: at 128 px the last stage sees the full body, and left and right differ only by context.
         self.stage1 = Stage(features, stage_channels, (1, 2), norm_groups)
         self.stage2 = Stage(features + 57, stage_channels, (1, 2, 4), norm_groups)
 
     def stages(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(paf [B, 38, H/8, W/8], heatmap [B, 19, H/8, W/8]) of each stage, for intermediate supervision."""
+        """Return (paf `[B, 38, H/8, W/8]`, heatmap `[B, 19, H/8, W/8]`) of each stage, for intermediate supervision."""
         features = self.stem(x)
         first = self.stage1(features)
         return [first, self.stage2(torch.cat([features, *first], dim=1))]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, 3, H, W]: BGR, value / 256 - 0.5; H and W divisible by 8. Returns the last stage's (paf, heatmap)."""
+        """Return the last stage's (paf, heatmap) of x `[B, 3, H, W]`: BGR, value / 256 - 0.5; H, W divisible by 8."""
         return self.stages(x)[-1]

@@ -1,4 +1,4 @@
-"""The 18-point body of OpenPose: its joints, its limbs, and where a network's channels hold them."""
+"""OpenPose's 18-point skeleton: joints, limbs, and the layout of a pose network's maps."""
 
 JOINTS = (
     "nose",
@@ -22,8 +22,6 @@ JOINTS = (
 )
 NOSE, NECK = 0, 1
 
-# (from, to) of every limb a network predicts a part affinity field for, in the order in which a detector joins them.
-# The first 17 are drawn; the last two (shoulder to ear) only help to tell people apart.
 LIMBS = (
     (1, 2),
     (1, 5),
@@ -45,12 +43,15 @@ LIMBS = (
     (2, 16),
     (5, 17),
 )
+"""(start, end) joints of each limb with a part affinity field, in the order in which the detector joins them."""
 DRAWN_LIMBS = 17
+"""Number of limbs that are drawn. The last two of LIMBS (shoulder to ear) only help to separate people."""
 
-# The part affinity field's x channel of each of LIMBS; y is the next one.
 PAF_CHANNELS = (12, 20, 14, 16, 22, 24, 0, 2, 4, 6, 8, 10, 28, 30, 34, 32, 36, 18, 26)
+"""Channel of the part affinity field's x component for each of LIMBS; y is the next channel."""
+STRIDE = 8
+"""Image pixels per cell of the network's maps, in each direction."""
 
-# The joint that each hangs on, from the neck outwards; a parent comes before its children.
 PARENTS = {
     0: 1,
     2: 1,
@@ -70,6 +71,7 @@ PARENTS = {
     10: 9,
     13: 12,
 }
+"""Joint -> parent joint, from the neck outwards; parents come before their children."""
 
-# The same joint on the other side of the body.
 MIRROR = (0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16)
+"""Index of each joint's counterpart on the other side of the body."""

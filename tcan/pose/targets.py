@@ -1,36 +1,41 @@
-"""What a body pose network is trained towards: heatmaps and part affinity fields of true keypoints."""
+"""Training targets of a body pose network: heatmaps and part affinity fields of ground-truth keypoints."""
 
 import torch
 from torch import Tensor
 
-from tcan.pose.skeleton import LIMBS, PAF_CHANNELS
+from tcan.pose.skeleton import LIMBS, PAF_CHANNELS, STRIDE
 
 LIMB_WEIGHT = 4.0
+"""Loss weight of cells on a limb, which are few; other cells have weight 1."""
 
 
 def pose_targets(
     keypoints: Tensor,
     height: int,
     width: int,
-    stride: int = 8,
+    stride: int = STRIDE,
     sigma: float = 7.0,
     limb_width: float = 6.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps of one person a image (Cao et al. 2017, equations 6 to 9).
+    """Render the target maps of one person per image (Cao et al., CVPR 2017, equations 6 to 9).
 
-    keypoints: [B, 18, 3] (x, y, score) in pixels; a joint with score 0 leaves no trace.
-    sigma, limb_width: in pixels; a cell of the maps is `stride` pixels wide, so neither should be much smaller.
+    Args:
+        keypoints: `[B, 18, 3]`, (x, y, score) in pixels; a joint with score 0 is not rendered.
+        height, width: image size in pixels.
+        stride: image pixels per cell of the maps.
+        sigma, limb_width: in pixels; should not be much smaller than `stride`.
 
-    Returns paf [B, 38, h, w]: the limb's unit vector in cells within limb_width of it, else 0;
-    heatmap [B, 19, h, w]: exp(-distance^2 / (2 sigma^2)) for 18 joints, then the background, 1 - their largest; and
-    weight [B, 38, h, w] of paf's squared error: LIMB_WEIGHT on a limb, 1 elsewhere, for limbs are few of the cells.
-    All are float32 on the keypoints' device.
+    Returns:
+        float32 on the device of `keypoints`:
+        paf `[B, 38, h, w]`: the limb's unit vector in cells within `limb_width` of it, else 0;
+        heatmap `[B, 19, h, w]`: exp(-distance^2 / (2 sigma^2)) for 18 joints, then the background, 1 - their maximum;
+        weight `[B, 38, h, w]` of the squared error of paf: LIMB_WEIGHT on a limb, 1 elsewhere.
     """
     h, w = height // stride, width // stride
     points = keypoints[..., :2].float()
     found = (keypoints[..., 2] > 0).float()
 
-    # Centres of the cells, in the same coordinates as keypoints: pixel i covers [i - 0.5, i + 0.5).
+    # Cell centers in the coordinates of the keypoints, where pixel i covers [i - 0.5, i + 0.5).
     ys = (torch.arange(h, device=points.device) + 0.5) * stride - 0.5
     xs = (torch.arange(w, device=points.device) + 0.5) * stride - 0.5
     cells = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)  # [h, w, 2]
@@ -48,7 +53,7 @@ def pose_targets(
     across = (
         offset[..., 0] * direction[..., 1, None, None] - offset[..., 1] * direction[..., 0, None, None]
     ).abs()
-    beyond = torch.maximum(-along, along - length[..., None]).clamp(min=0)  # past either end
+    beyond = torch.maximum(-along, along - length[..., None]).clamp(min=0)  # distance past either end
     on_limb = (across <= limb_width) & (beyond <= limb_width)
     on_limb = on_limb & (found[:, start] * found[:, end] > 0)[..., None, None] & (length[..., None] > 0)
 

@@ -1,4 +1,4 @@
-"""From everyone in every frame to one body through time."""
+"""Tracking of the main person through a video, with gap filling, outlier removal and smoothing."""
 
 import logging
 import warnings
@@ -14,114 +14,120 @@ from tcan.errors import UserError
 from tcan.pose.skeleton import NECK
 
 MAX_JUMP = 0.15
-"""How far the followed person may move from frame to frame, as a share of the image's diagonal."""
+"""Maximum movement of the tracked person between consecutive frames, as a fraction of the image diagonal."""
 OUTLIER = 0.1
-"""How far a joint may lie from its median over 5 frames before it counts as mistaken, as a share of the body's size."""
+"""Minimum distance of an outlier from its joint's median over 5 frames, as a fraction of the body size."""
 SMOOTH_ORDER = 2
-"""Of the Savitzky-Golay filter's polynomial: a parabola keeps the turning points of a swing."""
+"""Polynomial order of the Savitzky-Golay filter; order 2 preserves the turning points of a swing."""
 
 logger = logging.getLogger(__name__)
 
 
-def one_body(
-    people: Sequence[NDArray[np.float32]], height: float, width: float, what: str, smooth: int = 0
+def main_person_poses(
+    people: Sequence[NDArray[np.float32]], height: float, width: float, source: str, smoothing_window: int = 0
 ) -> NDArray[np.float32]:
-    """Everyone in every frame, `[P, 18, 3]` each -> the main person's pose in each frame, `[F, 18, 3]`.
+    """Pose of the main person in every frame, `[F, 18, 3]`, from all people `[P, 18, 3]` of each frame.
 
-    The main person is followed, joints lost for a few frames are filled in, and where nobody was found (a body hangs on
-    its neck: without one it was none) the poses around are bridged, which is reported in one line of this module's
-    logger, naming `what`. smooth: with a number of frames (odd, 5 or more) mistaken joints are taken out first, and the
-    movement is smoothed over as many; 0: neither.
+    The main person is tracked, and joints that are missing for a few frames are interpolated. Frames without a person
+    (without a neck) are interpolated from the neighboring frames; one warning of this module's logger lists them.
+
+    Args:
+        people: keypoints `[P, 18, 3]` of each frame, in pixels.
+        height, width: frame size in pixels.
+        source: name of the input in messages.
+        smoothing_window: smoothing window in frames (odd, >= 5), after outlier removal. 0 disables both.
 
     Raises:
-        UserError: nobody in any frame, naming `what`.
+        UserError: no frame has a person.
     """
-    poses = follow_main_person(people, height, width)
-    if smooth:
-        poses = smoothed(fill_gaps(without_outliers(poses)), smooth)
+    poses = track_main_person(people, height, width)
+    if smoothing_window:
+        poses = smooth_poses(fill_gaps(remove_outliers(poses)), smoothing_window)
     else:
         poses = fill_gaps(poses)
     if not (poses[:, NECK, 2] > 0).any():
-        raise UserError(f"{what}: no person found; give one that shows a whole person")
-    poses, lost = bridged(poses)
-    if len(lost):
-        runs = np.split(lost, np.flatnonzero(np.diff(lost) > 1) + 1)
-        spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-        more = f" and {len(spans) - 8} more stretches" if len(spans) > 8 else ""
+        raise UserError(f"{source}: no person found; give an image or a video that shows the full body")
+    poses, missing = interpolate_missing_frames(poses)
+    if len(missing):
+        runs = np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1)
+        ranges = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+        more = f" and {len(ranges) - 8} more ranges" if len(ranges) > 8 else ""
         logger.warning(
-            "%s: nobody found in frames %s%s of 0-%d; bridged from the frames around",
-            *(what, ", ".join(spans[:8]), more, len(poses) - 1),
+            "%s: no person found in frames %s%s of 0-%d; interpolated from the neighboring frames",
+            *(source, ", ".join(ranges[:8]), more, len(poses) - 1),
         )
     return poses
 
 
-def follow_main_person(
+def track_main_person(
     people: Sequence[NDArray[np.float32]], height: float, width: float
 ) -> NDArray[np.float32]:
-    """people: for each frame everyone's keypoints [P, 18, 3] -> one person's [F, 18, 3], zeros where they aren't seen.
+    """Track one person, `[F, 18, 3]`, through all people `[P, 18, 3]` of each frame; all 0 where the person is missing.
 
-    The person is the largest one of the first frame that has any, and then the nearest to where they were last. Someone
-    further away than 0.15 of the image's diagonal for each frame since is somebody else: so a dancer missed
-    in one frame is not exchanged for a bystander, and one who has left is, after a while.
+    The person is the largest one in the first frame with people, then in each frame the nearest to the last detection.
+    The maximum distance is MAX_JUMP of the image diagonal per frame since that detection. Therefore, a bystander does
+    not replace a dancer who is missed in one frame, but does replace one who left the scene, after some frames.
     """
-    followed = np.zeros((len(people), 18, 3), np.float32)
-    reach = MAX_JUMP * float(np.hypot(height, width))
+    track = np.zeros((len(people), 18, 3), np.float32)
+    max_distance = MAX_JUMP * float(np.hypot(height, width))
     last: NDArray[np.float32] | None = None
-    unseen = 1
+    frames_since = 1
     for frame, bodies in enumerate(people):
         bodies = bodies[(bodies[..., 2] > 0).any(axis=1)]
         if len(bodies):
             distances = np.array([0.0 if last is None else _distance(body, last) for body in bodies])
-            # The larger of two as near; before anyone has been seen, the largest of all.
+            # Equal distances: the larger one. Before the first detection all distances are 0, so this is the largest.
             best = min(range(len(bodies)), key=lambda i: (distances[i], -_size(bodies[i])))
-            if distances[best] <= reach * unseen:
-                followed[frame] = last = bodies[best]
-                unseen = 1
+            if distances[best] <= max_distance * frames_since:
+                track[frame] = last = bodies[best]
+                frames_since = 1
                 continue
-        unseen += 1
-    return followed
+        frames_since += 1
+    return track
 
 
 def fill_gaps(keypoints: NDArray[np.float32], max_gap: int = 4) -> NDArray[np.float32]:
-    """keypoints [F, 18, 3] -> the same, with joints lost for at most `max_gap` frames in a row filled in.
+    """Interpolate joints of keypoints `[F, 18, 3]` that are missing for at most `max_gap` consecutive frames.
 
-    x, y and score go straight from the frame before the gap to the frame after it. Longer gaps, and those at either
-    end, stay: there is nothing to measure them by.
+    x, y and score are interpolated linearly between the frames next to the gap. Longer gaps, and gaps at either end of
+    the video, stay.
     """
     filled = keypoints.copy()
     for joint in range(keypoints.shape[1]):
         seen = np.flatnonzero(keypoints[:, joint, 2] > 0)
         for before, after in pairwise(seen):
             if 1 < after - before <= max_gap + 1:
-                share = np.linspace(0, 1, after - before + 1, dtype=np.float32)[1:-1, None]
+                weight = np.linspace(0, 1, after - before + 1, dtype=np.float32)[1:-1, None]
                 filled[before + 1 : after, joint] = (
-                    keypoints[before, joint] * (1 - share) + keypoints[after, joint] * share
+                    keypoints[before, joint] * (1 - weight) + keypoints[after, joint] * weight
                 )
     return filled
 
 
-def without_outliers(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
-    """keypoints [F, 18, 3] -> the same, without the joints that jump away for a frame or two.
+def remove_outliers(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Remove joints of keypoints `[F, 18, 3]` that jump away for one or two frames.
 
-    A joint further than a tenth of the body's size from the median of its places in 5 frames is taken for a mistake of
-    the detector: a median of 5 follows any movement, but neither of two strays.
+    A joint is removed if its distance from its median position over 5 frames exceeds OUTLIER times the body size. A
+    median of 5 follows continuous movement and is not affected by up to two outliers.
     """
     found = keypoints[..., 2] > 0
-    places = np.where(found[..., None], keypoints[..., :2], np.nan)
-    around = sliding_window_view(np.pad(places, ((2, 2), (0, 0), (0, 0)), constant_values=np.nan), 5, axis=0)
+    positions = np.where(found[..., None], keypoints[..., :2], np.nan)
+    windows = sliding_window_view(
+        np.pad(positions, ((2, 2), (0, 0), (0, 0)), constant_values=np.nan), 5, axis=0
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a joint found in none of the 5
-        medians = np.nanmedian(around, axis=-1)  # [F, 18, 2]
+        warnings.simplefilter("ignore", RuntimeWarning)  # all 5 are NaN if the joint is missing
+        medians = np.nanmedian(windows, axis=-1)  # [F, 18, 2]
     sizes = [_size(body) for body in keypoints if (body[:, 2] > 0).any()]
-    stray = np.linalg.norm(places - medians, axis=-1) > OUTLIER * np.median(sizes or [0.0])
-    return np.where((found & ~stray)[..., None], keypoints, 0).astype(np.float32)
+    outlier = np.linalg.norm(positions - medians, axis=-1) > OUTLIER * np.median(sizes or [0.0])
+    return np.where((found & ~outlier)[..., None], keypoints, 0).astype(np.float32)
 
 
-def smoothed(keypoints: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
-    """keypoints [F, 18, 3] -> the same with x and y of every joint smoothed over `frames` frames (Savitzky and Golay,
-    1964: each point is that of the parabola fitted to the points around it).
+def smooth_poses(keypoints: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
+    """Smooth x and y of each joint of keypoints `[F, 18, 3]` with a window of `frames` (Savitzky and Golay, 1964).
 
-    A joint is smoothed over stretches in which it is always found; one shorter than `frames` stays.
+    Each value becomes that of the parabola fitted to the window. Runs of consecutive frames with the joint are smoothed
+    separately; runs shorter than `frames` stay.
     """
     result = keypoints.copy()
     for joint in range(keypoints.shape[1]):
@@ -134,34 +140,39 @@ def smoothed(keypoints: NDArray[np.float32], frames: int) -> NDArray[np.float32]
     return result
 
 
-def bridged(keypoints: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """keypoints [F, 18, 3] -> the same with a body in every frame, and the numbers of the frames that had none.
+def interpolate_missing_frames(
+    keypoints: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Fill frames of keypoints `[F, 18, 3]` that have no neck; at least one frame must have one.
 
-    Between two frames with a body, a joint that both have goes straight from one to the other; any other is as in the
-    nearer one. Before the first and after the last, the pose stands still. At least one frame must have a neck.
+    Between two valid frames, a joint that both have is interpolated linearly; other joints are copied from the nearer
+    frame. Before the first and after the last valid frame, its pose is repeated.
+
+    Returns:
+        The keypoints, and the indices of the filled frames.
     """
-    here = keypoints[:, NECK, 2] > 0
-    seen, lost = np.flatnonzero(here), np.flatnonzero(~here)
-    place = np.searchsorted(seen, lost)
-    before, after = seen[(place - 1).clip(0)], seen[place.clip(max=len(seen) - 1)]
-    share = ((lost - before) / np.maximum(after - before, 1)).clip(0, 1).astype(np.float32)[:, None, None]
+    has_neck = keypoints[:, NECK, 2] > 0
+    seen, missing = np.flatnonzero(has_neck), np.flatnonzero(~has_neck)
+    position = np.searchsorted(seen, missing)
+    before, after = seen[(position - 1).clip(0)], seen[position.clip(max=len(seen) - 1)]
+    weight = (missing - before) / np.maximum(after - before, 1)
+    weight = weight.clip(0, 1).astype(np.float32)[:, None, None]
     first, last = keypoints[before], keypoints[after]
     both = (first[..., 2:] > 0) & (last[..., 2:] > 0)
+    nearer = np.where(weight <= 0.5, first, last)
     result = keypoints.copy()
-    result[lost] = np.where(
-        both, first * (1 - share) + last * share, np.where(share <= 0.5, first, last)
-    ).astype(np.float32)
-    return result, lost
+    result[missing] = np.where(both, first * (1 - weight) + last * weight, nearer).astype(np.float32)
+    return result, missing
 
 
 def _size(body: NDArray[np.float32]) -> float:
-    """Diagonal of the box around a body's joints: unlike its area, not small for arms at the sides."""
+    """Diagonal of the bounding box of a body's joints; unlike the area, it is not small for a narrow pose."""
     joints = body[body[:, 2] > 0, :2]
     return float(np.linalg.norm(np.ptp(joints, axis=0)))
 
 
 def _distance(body: NDArray[np.float32], last: NDArray[np.float32]) -> float:
-    """Mean distance in pixels of the joints that both have; of their means if they share none."""
+    """Mean distance in pixels over the joints that both have; without such joints, the distance of their centroids."""
     both = (body[:, 2] > 0) & (last[:, 2] > 0)
     if both.any():
         return float(np.linalg.norm(body[both, :2] - last[both, :2], axis=1).mean())

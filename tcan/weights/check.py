@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from tcan.errors import UserError
-from tcan.pose.openpose import OPENPOSE_FILE, OpenPose
+from tcan.pose import OpenPose
+from tcan.pose.openpose_loading import OPENPOSE_FILE
 from tcan.weights.model_folder import MODEL_FILE, check_base, read_model_info, read_parts, untrained_model
 from tcan.weights.original import LAYOUTS, build, convert, open_weights, parts_of
 from tcan.weights.pretrained import (

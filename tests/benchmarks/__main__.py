@@ -1,6 +1,6 @@
-"""`make bench`: ratios to named alternatives, measured side by side in one run; written to RESULTS.md beside this file.
+"""`make bench`: ratios to named baselines, measured side by side in one run, written to RESULTS.md in this folder.
 
-python -m tests.benchmarks [animation] [training] [sd15]    # all of them without a name
+python -m tests.benchmarks [animation] [training] [sd15]    # default: all
 """
 
 import os
@@ -14,11 +14,11 @@ from diffusers.utils import logging
 
 from tcan.weights import load_pretrained
 from tests.benchmarks import animation, sd15, training
-from tests.benchmarks.measure import Row
+from tests.benchmarks.timing import Row
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 PRETRAINED = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
-NO_GPU = [Row("everything at SD1.5 size on a GPU, in bfloat16", "has not been run", "no NVIDIA GPU at hand")]
+NO_GPU = [Row("everything at SD1.5 size on a GPU, in bfloat16", "not run", "no NVIDIA GPU available")]
 
 
 def main(names: list[str]) -> None:
@@ -28,14 +28,14 @@ def main(names: list[str]) -> None:
         "sd15": _sd15,
     }
     if unknown := set(names) - sections.keys():
-        raise SystemExit(f"no such part: {', '.join(unknown)}; there are {', '.join(sections)}")
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # moves between cores would count as noise
+        raise SystemExit(f"unknown section: {', '.join(unknown)}; use {', '.join(sections)}")
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # migration between cores would add noise
     torch.set_num_threads(1)
-    logging.set_verbosity_error()  # of casts that are meant
+    logging.set_verbosity_error()  # no warnings about intended casts
     text = ""
     for name in names or sections:
         rows = sections[name]()
-        text += "\n".join(["", f"## {name}", "", "| what | | |", "|---|---|---|"])
+        text += "\n".join(["", f"## {name}", "", "| metric | value | details |", "|---|---|---|"])
         text += "".join(f"\n| {row.what} | {row.value} | {row.note} |" for row in rows) + "\n"
         print(text.rpartition("\n## ")[2], flush=True)
     if not names:
@@ -51,20 +51,20 @@ def _training() -> list[Row]:
     pretrained = load_pretrained(**dict.fromkeys(PRETRAINED, "mini"))
     rows = []
     for stage, batch, frames in ((1, 16, 1), (2, 1, 16)):
-        rows += training.against_the_plain_way(pretrained, stage, batch, frames, rounds=5)
-        rows += training.predicted(pretrained, stage, batch, frames)
+        rows += training.against_baseline(pretrained, stage, batch, frames, rounds=5)
+        rows += training.estimated_memory(pretrained, stage, batch, frames)
     return rows
 
 
 def _sd15() -> list[Row]:
-    rows = sd15.arithmetic()
+    rows = sd15.operation_ratio()
     if not torch.cuda.is_available():
-        return rows + sd15.one_step() + NO_GPU
+        return rows + sd15.cpu_benchmarks() + NO_GPU
     pretrained = sd15.random_pretrained("cuda", torch.bfloat16)
-    rows += sd15.measured(pretrained, sd15.openpose())
+    rows += sd15.gpu_benchmarks(pretrained, sd15.openpose())
     rows += [*animation.temperature(pretrained, rounds=10), *animation.clip(pretrained, rounds=3)]
     for stage, batch, frames in ((1, 2, 1), (2, 1, 16)):
-        rows += training.against_the_plain_way(pretrained, stage, batch, frames, rounds=5)
+        rows += training.against_baseline(pretrained, stage, batch, frames, rounds=5)
     return rows
 
 
@@ -72,8 +72,8 @@ def _machine() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
         f"{platform.node()}: {platform.machine()}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}. `mini` on "
-        "one core, in float32, by the time that the process was at work; SD1.5 size with random weights, in bfloat16. "
-        "Medians of ratios taken side by side."
+        "one core, in float32, in CPU time of the process; SD1.5 size with random weights, in bfloat16. "
+        "Medians of ratios measured side by side."
     )
 
 

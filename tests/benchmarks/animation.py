@@ -1,4 +1,4 @@
-"""Animation at mini size: the temperature map's cost, and a whole clip against the plain way."""
+"""Animation at mini size: cost of the temperature map, and a complete clip against the baseline."""
 
 import copy
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from tcan.pipeline import TCANPipeline
 from tcan.temperature import temperature_map
 from tcan.weights import PretrainedModels
 from tests.benchmarks import baseline
-from tests.benchmarks.measure import Row, ratio, side_by_side
+from tests.benchmarks.timing import Row, ratio, side_by_side
 
 WINDOW, OVERLAP = 16, 4
 GUIDANCE = 2.5
-SAME = 1e-3  # of pixels in [0, 1], and of predicted noise
+TOLERANCE = 1e-3  # of pixels in [0, 1] and of predicted noise
 
 
 def trained_like(pretrained: PretrainedModels) -> TCAN:
-    """TCAN on these pretrained, nothing at the zero it starts from: else parts of it had no say in the result."""
+    """TCAN with random values in the layers that are initialized to zero, so that every part affects the result."""
     torch.manual_seed(0)
     tcan = TCAN(pretrained.unet, pretrained.controlnet, pretrained.motion_adapter, pretrained.empty_prompt)
     for name, parameter in tcan.named_parameters():
@@ -38,7 +38,7 @@ def pipeline(pretrained: PretrainedModels, tcan: TCAN) -> TCANPipeline:
     return pipe
 
 
-# Someone upright, in 64ths of the image.
+# A standing person; unit: 1/64 of the image side.
 BODY = [
     (32, 12), (32, 20), (26, 20), (22, 28), (20, 36), (38, 20), (42, 28), (44, 36), (28, 36), (28, 46), (28, 56),
     (36, 36), (36, 46), (36, 56), (31, 10), (33, 10), (29, 11), (35, 11),
@@ -46,7 +46,7 @@ BODY = [
 
 
 def walk(frames: int, size: int) -> np.ndarray:
-    """Keypoints `[F, 18, 3]`: a body that glides through a fourth of the image to the right."""
+    """Keypoints `[F, 18, 3]` of a body that moves to the right by 25 % of the image width."""
     body = np.array([(x / 64 - 0.125, y / 64) for x, y in BODY]) * size
     poses = np.ones((frames, len(BODY), 3), np.float32)
     poses[..., :2] = body
@@ -55,19 +55,21 @@ def walk(frames: int, size: int) -> np.ndarray:
 
 
 def image(size: int) -> np.ndarray:
-    """uint8 `[size, size, 3]`: soft colours."""
+    """Smooth color gradients, uint8 `[size, size, 3]`."""
     y, x = np.mgrid[:size, :size] / size
     return (np.stack([x, y, 1 - x * y], axis=-1) * 255).astype(np.uint8)
 
 
-def check_same(difference: float, tcan: TCAN) -> None:
-    """Two ways to the same result; in half precision their rounding is all that can differ, and no bound is known."""
-    assert difference < SAME or tcan.dtype != torch.float32, f"the two ways differ by {difference}"
+def check_equal(difference: float, tcan: TCAN) -> None:
+    """Check that two implementations agree. In half precision only rounding differs, but no bound is known."""
+    assert difference < TOLERANCE or tcan.dtype != torch.float32, (
+        f"the implementations differ by {difference}"
+    )
 
 
 @torch.no_grad()
 def temperature(pretrained: PretrainedModels, rounds: int) -> list[Row]:
-    """One window's guided step with the map, without it, and with the softmax written out."""
+    """One guided step of a window: with the temperature map, without it, and with an explicit softmax."""
     tcan = trained_like(pretrained)
     pipes = {
         "fused": pipeline(pretrained, tcan),
@@ -87,7 +89,7 @@ def temperature(pretrained: PretrainedModels, rounds: int) -> list[Row]:
         return pipes[pipe].predict_noise(noisy, timestep, embedded, features, GUIDANCE, tau)
 
     difference = (step("fused", tau) - step("explicit", tau)).abs().max().item()
-    check_same(difference, tcan)
+    check_equal(difference, tcan)
     times = side_by_side(
         {
             "off": lambda: step("fused", None),
@@ -99,18 +101,21 @@ def temperature(pretrained: PretrainedModels, rounds: int) -> list[Row]:
     )
     on, explicit = ratio(times, "on", "off"), ratio(times, "explicit", "off")
     return [
-        Row("a window's guided step with the temperature map: time to that without", f"{on.median:.3f}", on.spread),
-        Row("the same by the explicit softmax", f"{explicit.median:.3f}", f"{explicit.spread}; difference {difference:.0e}"),
+        Row("guided step of a window with the temperature map: time relative to without", f"{on.median:.3f}", on.spread),
+        Row("the same with explicit softmax", f"{explicit.median:.3f}", f"{explicit.spread}; difference {difference:.0e}"),
     ]  # fmt: skip
 
 
 class Clip:
-    """A clip of several windows from a image and poses, our way and the plain one; that gets the poses drawn."""
+    """A clip of several windows from an image and poses, by this implementation and by the baseline.
+
+    The baseline gets the drawn pose images.
+    """
 
     def __init__(self, pretrained: PretrainedModels, frames: int, steps: int):
         size = 8 * pretrained.unet.config.sample_size
         tcan = trained_like(pretrained)
-        self.ours, self.plain = (
+        self.ours, self.baseline = (
             pipeline(pretrained, tcan),
             pipeline(pretrained, baseline.with_explicit_softmax(tcan)),
         )
@@ -120,54 +125,52 @@ class Clip:
 
     def denoise(self) -> torch.Tensor:
         return self.ours.denoise(
-            self.image, self.poses, num_inference_steps=self.steps, guidance_scale=GUIDANCE, window=WINDOW,
+            self.image, self.poses, steps=self.steps, guidance_scale=GUIDANCE, window=WINDOW,
             overlap=OVERLAP, generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
 
-    def denoise_plainly(self) -> torch.Tensor:
+    def denoise_baseline(self) -> torch.Tensor:
         return baseline.denoise(
-            self.plain, self.image, self.drawn, steps=self.steps, guidance_scale=GUIDANCE, window=WINDOW,
+            self.baseline, self.image, self.drawn, steps=self.steps, guidance_scale=GUIDANCE, window=WINDOW,
             overlap=OVERLAP, seed=0,
         )  # fmt: skip
 
     def animate(self) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(list(self.ours.decode(self.denoise()))))
 
-    def animate_plainly(self) -> torch.Tensor:
-        return torch.from_numpy(baseline.decode(self.plain, self.denoise_plainly()))
+    def animate_baseline(self) -> torch.Tensor:
+        return torch.from_numpy(baseline.decode(self.baseline, self.denoise_baseline()))
 
 
 @torch.no_grad()
 def clip(pretrained: PretrainedModels, rounds: int, frames: int = 28, steps: int = 4) -> list[Row]:
-    """A whole clip, to its frames."""
+    """A complete clip, from the image to the frames."""
     both = Clip(pretrained, frames, steps)
-    return [
-        _against_the_plain_way(both, f"a clip of {both.what}", both.animate, both.animate_plainly, rounds)
-    ]
+    return [_against_baseline(both, f"a clip of {both.what}", both.animate, both.animate_baseline, rounds)]
 
 
 @torch.no_grad()
 def denoising(pretrained: PretrainedModels, rounds: int, frames: int = 28, steps: int = 1) -> list[Row]:
-    """A clip's latents alone: in a clip of usual length decoding counts little beside its steps."""
+    """Latents of a clip only: with the usual number of steps, decoding is a small part of the time."""
     both = Clip(pretrained, frames, steps)
     what = f"denoising {both.what}"
-    return [_against_the_plain_way(both, what, both.denoise, both.denoise_plainly, rounds)]
+    return [_against_baseline(both, what, both.denoise, both.denoise_baseline, rounds)]
 
 
-def _against_the_plain_way(
+def _against_baseline(
     both: Clip,
     what: str,
     run_ours: Callable[[], torch.Tensor],
-    run_plain: Callable[[], torch.Tensor],
+    run_baseline: Callable[[], torch.Tensor],
     rounds: int,
 ) -> Row:
     made: dict[str, torch.Tensor] = {}
     sides = {
-        "plain": lambda: made.update(plain=run_plain()),
+        "baseline": lambda: made.update(baseline=run_baseline()),
         "ours": lambda: made.update(ours=run_ours()),
     }
     times = side_by_side(sides, rounds, both.ours.device.type)
-    difference = (made["ours"] - made["plain"]).abs().max().item()
-    check_same(difference, both.ours.tcan)
-    faster = ratio(times, "plain", "ours")
-    return Row(f"{what}: times as fast as the plain way", str(faster), f"{faster.spread}; largest difference {difference:.0e}")  # fmt: skip
+    difference = (made["ours"] - made["baseline"]).abs().max().item()
+    check_equal(difference, both.ours.tcan)
+    speedup = ratio(times, "baseline", "ours")
+    return Row(f"{what}: speedup over the baseline", str(speedup), f"{speedup.spread}; largest difference {difference:.0e}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The plain way: what implementations of this kind of model do, written without what makes ours faster or smaller."""
+"""The baseline: the common way to implement such a model, without this project's savings of time and memory."""
 
 import copy
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from tcan.temporal import temporal_layers
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d) / tau) V of `[B, heads, N, d]`, tau `[B]`, the whole matrix of weights in memory."""
+    """softmax(Q K^T / sqrt(d) / tau) V for `[B, heads, N, d]` and tau `[B]`, with the full attention matrix in memory."""
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if tau is not None:
         logits = logits / tau[:, None, None, None].to(logits.dtype)
@@ -29,7 +29,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, tau: Tensor | None = Non
 
 
 class ExplicitTemporalAttention:
-    """`tcan.attention.TemperatureAttention` with the explicit softmax."""
+    """`tcan.attention.TemperatureAttention` with an explicit softmax."""
 
     def __call__(
         self,
@@ -47,7 +47,7 @@ class ExplicitTemporalAttention:
 
 
 def with_explicit_softmax(tcan: TCAN) -> TCAN:
-    """A copy, the weights shared, whose temporal attentions compute the explicit softmax."""
+    """A copy with shared weights whose temporal attention computes an explicit softmax."""
     tcan = copy.deepcopy(tcan, {id(weight): weight for weight in tcan.parameters()})
     for network in (tcan.denoiser, tcan.controlnet):
         for layer in temporal_layers(network).values():
@@ -59,7 +59,7 @@ def with_explicit_softmax(tcan: TCAN) -> TCAN:
 
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """No attention is fused, the networks of diffusers included."""
+    """Replace fused attention by explicit attention everywhere, also in the networks of diffusers."""
     fused = F.scaled_dot_product_attention
 
     def explicit(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, **defaults: object) -> Tensor:
@@ -85,10 +85,13 @@ def denoise(
     overlap: int,
     seed: int,
 ) -> Tensor:
-    """Latents `[F, C, h, w]` of pose images uint8 `[F, H, W, 3]`.
+    """Latents `[F, C, h, w]` for pose images, uint8 `[F, H, W, 3]`.
 
-    Each window at each step by itself: two full passes, each with the ControlNet and the pose images in full; the
-    appearance UNet for each window. pipe: its `tcan` is `with_explicit_softmax`.
+    For each window and step: two complete passes, each with the ControlNet and its pose encoder, and one pass of the
+    appearance UNet.
+
+    Args:
+        pipe: a pipeline whose `tcan` comes from `with_explicit_softmax`.
     """
     tcan, device = pipe.tcan, pipe.device
     reference = pipe.encode(image)
@@ -122,14 +125,14 @@ def denoise(
 
 
 def decode(pipe: TCANPipeline, latents: Tensor) -> np.ndarray:
-    """Frames `[F, H, W, 3]` in [0, 1], one by one."""
+    """Frames `[F, H, W, 3]` in [0, 1], decoded one at a time."""
     frames = [pipe.decode(latent[None]) for latent in latents]
     return np.concatenate([image for decoded in frames for image in decoded])
 
 
-def with_whole_appearance_unet(tcan: TCAN, unet: UNet2DConditionModel) -> TCAN:
-    """In place: the appearance UNet is the whole UNet, its part after the last feature included, and all networks keep
-    for the backward pass what torch's own modules do."""
+def with_full_appearance_unet(tcan: TCAN, unet: UNet2DConditionModel) -> TCAN:
+    """Replace the appearance UNet by the complete UNet, including the layers after the last feature, and the
+    memory-efficient modules by torch's and diffusers' own. In place."""
     tcan.appearance_unet = copy.deepcopy(unet)
     install_appearance(tcan.appearance_unet)
     for module in tcan.modules():

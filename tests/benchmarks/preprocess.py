@@ -1,16 +1,16 @@
-"""Preprocessing against its named alternatives, side by side; written to PREPROCESS.md beside this file.
+"""Preprocessing against named baselines, measured side by side; written to PREPROCESS.md in this folder.
 
 python -m tests.benchmarks.preprocess [VIDEOS]
 
-- OpenPose after its network, against controlnet_aux's own code on the same maps;
-- the whole job's frames/s over those of its models alone, fed from memory by as many processes as it has actors;
-- the same of a Ray Data pool of these models that reads no video and writes nothing: what Ray itself takes;
-- the whole job against the script a person would write: decord, controlnet_aux per frame, VAE per frame;
-- a second run on the finished dataset over the first run's time;
-- the whole job's peak of memory with a tenth of the videos, with all, and with an hour of 4K among the tenth.
+- OpenPose decoding (without the network), against the code of controlnet_aux on the same maps;
+- frames/s of the job, relative to its models only, fed from memory by as many processes as the job has actors;
+- the same for a Ray Data pool of these models without input and output: the overhead of Ray;
+- the job, against a simple script: decord, controlnet_aux per frame, VAE per frame;
+- a second run on the finished dataset, relative to the time of the first run;
+- peak memory of the job with 10 % of the videos, with all videos, and with one hour of 4K video among the 10 %.
 
-VIDEOS: how many, of 64 frames each; 500 unless given. Each is drawn in memory: a disc on a plain ground, which nobody's
-pose is found in, so that limbs and people are measured by the first figure alone.
+VIDEOS: number of videos of 64 frames each; default 500. Each shows a disc on a uniform background, in which no pose is
+detected, so only the first figure includes the assembly of limbs and people.
 """
 
 import importlib
@@ -36,9 +36,11 @@ import pyarrow as pa
 import ray
 import torch
 
-from pipelines.config import PretrainedConfig, load_config
-from pipelines.preprocess.job import ALLOCATOR, preprocess
+from pipelines.config import PretrainedConfig
+from pipelines.config_parser import load_config
+from pipelines.preprocess.job import preprocess
 from pipelines.preprocess.models import PoseAndLatents, load_models
+from pipelines.preprocess.ray_pipeline import ALLOCATOR
 from pipelines.preprocess.schemas import DECODED_SCHEMA
 from pipelines.preprocess.sources import list_sources
 from tcan.pose import OpenPose
@@ -48,8 +50,8 @@ from tests.tcan.pose.test_openpose import Maps, maps_of
 
 ROUNDS = 5
 SIZE, FRAMES, CLIP = 128, 64, 64
-MODEL_CLIPS = 100  # that the models alone are timed on
-HOUR_FPS = 1  # of the hour of 4K: 3,600 frames
+MODEL_CLIPS = 100  # for the timing of the models only
+HOUR_FPS = 1  # of the 4K video of one hour: 3,600 frames
 Row = tuple[str, float, str]
 
 
@@ -60,31 +62,31 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def peak_memory(work: Callable[[], Any]) -> int:
-    """Bytes of the machine's main memory that are in use at most while work runs, above what is before; looked at twice a
-    second. To ask every process for its own share would take time from what is timed."""
+    """Peak host memory of the machine while `work` runs, relative to before, in bytes; sampled twice per second. Querying
+    each process would slow down the job."""
 
     def used() -> int:
         memory = psutil.virtual_memory()
         return memory.total - memory.available
 
-    ended, before, held = threading.Event(), used(), []
+    ended, before, samples = threading.Event(), used(), []
 
-    def look() -> None:
+    def sample() -> None:
         while not ended.wait(0.5):
-            held.append(used())
+            samples.append(used())
 
-    looker = threading.Thread(target=look)
-    looker.start()
+    thread = threading.Thread(target=sample)
+    thread.start()
     try:
         work()
     finally:
         ended.set()
-        looker.join()
-    return max(held) - before
+        thread.join()
+    return max(samples) - before
 
 
 def controlnet_aux_body(network: torch.nn.Module) -> Any:
-    """controlnet_aux's `Body` around a network; without its package's own import, which takes 10 s."""
+    """`Body` of controlnet_aux around a network, without importing the package, which takes 10 s."""
     sys.modules.setdefault("controlnet_aux", module_from_spec(find_spec("controlnet_aux")))  # type: ignore[arg-type]
     module = importlib.import_module("controlnet_aux.open_pose.body")
     detector = module.Body.__new__(module.Body)
@@ -94,7 +96,7 @@ def controlnet_aux_body(network: torch.nn.Module) -> Any:
 
 @torch.inference_mode()
 def openpose(people: int, batch: int = 16, side: int = 512) -> Row:
-    """Median over rounds of controlnet_aux's time for a frame / ours for a frame of a batch."""
+    """Median over rounds of the time per frame of controlnet_aux / ours in a batch."""
     bodies = [body(side * (i + 1) / (people + 1), 0.25 * side, 0.5 * side) for i in range(people)]
     maps = maps_of(bodies, side, side)
     network = Maps(*(m.expand(batch, -1, -1, -1).contiguous() for m in maps))
@@ -106,12 +108,12 @@ def openpose(people: int, batch: int = 16, side: int = 512) -> Row:
         ratios.append(
             alternative * batch / seconds(lambda: ours.decode(*network.maps, (184, 184), (side, side)))
         )
-    what = f"OpenPose after its network, {people} people at {side} px, against controlnet_aux's"
-    return what, statistics.median(ratios[1:]), "times as fast"
+    what = f"OpenPose decoding, {people} people at {side} px: speedup over controlnet_aux"
+    return what, statistics.median(ratios[1:]), "without the network"
 
 
 class FedModels:
-    """The job's models; whatever they are given, they take the same clip from memory."""
+    """The models of the job, applied to one clip in memory whatever the input."""
 
     def __init__(self, pretrained: PretrainedConfig) -> None:
         self.models = PoseAndLatents(pretrained, 16, "cpu")
@@ -133,14 +135,14 @@ class FedModels:
 
 
 def models_alone(pretrained: PretrainedConfig, clips: int) -> float:
-    """Frames a second."""
+    """Frames/s of the models in one process."""
     models = FedModels(pretrained)
-    models()  # warms up
+    models()  # warm-up
     return clips * CLIP / seconds(lambda: [models() for _ in range(clips)])
 
 
 def models_in_ray_data(pretrained: PretrainedConfig, clips: int, actors: int) -> float:
-    """Frames a second, with the start, as the job's are."""
+    """Frames/s of a Ray Data pool, startup included, as for the job."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     pool = ray.data.from_items(list(range(clips)), override_num_blocks=clips).map_batches(
@@ -157,7 +159,7 @@ def models_in_ray_data(pretrained: PretrainedConfig, clips: int, actors: int) ->
 
 @torch.inference_mode()
 def script(videos: list[str], pretrained: PretrainedConfig) -> None:
-    """What a person would write."""
+    """The simple script: one frame at a time."""
     detector, vae = load_models(pretrained, "cpu")
     pose = controlnet_aux_body(detector.network)  # type: ignore[attr-defined]
     for path in videos:
@@ -184,9 +186,9 @@ def job(num_videos: int) -> list[Row]:
         times, peaks, alone = {}, {}, []
         cluster = {"num_cpus": cpus, "num_gpus": 0, "include_dashboard": False, "log_to_driver": False}
 
-        def models() -> None:  # before and after the job, since a machine has faster and slower minutes
+        def models() -> None:  # before and after the job, because the speed of a machine varies
             with (
-                patch.dict(os.environ, ALLOCATOR),  # as the job's
+                patch.dict(os.environ, ALLOCATOR),  # as in the job
                 ProcessPoolExecutor(cpus, get_context("spawn")) as pool,
             ):
                 alone.append(sum(pool.map(models_alone, [config.pretrained] * cpus, [MODEL_CLIPS] * cpus)))
@@ -211,30 +213,30 @@ def job(num_videos: int) -> list[Row]:
         by_hand = len(some) * FRAMES / seconds(lambda: script(some, config.pretrained))
     return [
         (
-            "the job's frames/s over those of its models alone",
+            "job: frames/s relative to its models only",
             rate / max(alone),
-            f"{num_videos} videos, {cpus} CPUs; the models' faster run of two, the slower being {min(alone) / max(alone):.2f} of it",
+            f"{num_videos} videos, {cpus} CPUs; the faster of two runs of the models; slower / faster = {min(alone) / max(alone):.2f}",
         ),
         (
-            "a Ray Data pool of the models that reads and writes nothing over the models alone",
+            "Ray Data actor pool without input and output: frames/s relative to its models only",
             in_ray_data / max(alone),
-            f"{num_videos} clips; of its frames/s the job has {rate / in_ray_data:.2f}",
+            f"{num_videos} clips; the job reaches {rate / in_ray_data:.2f} of its frames/s",
         ),
         (
-            "the job against a loop of decord, controlnet_aux and VAE per frame",
+            "job: speedup over a loop of decord, controlnet_aux and VAE per frame",
             rate / by_hand,
-            "times as fast",
+            "",
         ),
-        ("a second run on the finished dataset over the first", again / times[videos], "time / time"),
+        ("second run on the finished dataset: time relative to the first", again / times[videos], ""),
         (
-            f"peak memory with {num_videos} videos over that with {num_videos // 10}",
+            f"peak memory with {num_videos} videos relative to {num_videos // 10}",
             peaks[videos] / peaks[few],
             f"{peaks[few] / 2**30:.2f} GiB with {num_videos // 10}",
         ),
         (
-            f"peak memory with an hour of 4K among {num_videos // 10} videos over that without",
+            f"peak memory with one hour of 4K video among {num_videos // 10} videos relative to without",
             peaks[hour] / peaks[few],
-            f"{3600 * HOUR_FPS} frames",
+            f"video of {3600 * HOUR_FPS} frames",
         ),
     ]
 
@@ -246,8 +248,8 @@ def main() -> None:
     text = "\n".join(
         [
             f"# Preprocessing\n\n{platform.node()}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-            "no GPU used. `mini`.\n",
-            "| what | | |",
+            "no GPU. `mini`.\n",
+            "| metric | value | details |",
             "|---|---|---|",
             *(f"| {what} | {value:.3g} | {unit} |" for what, value, unit in rows),
         ]

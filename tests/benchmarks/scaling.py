@@ -1,9 +1,10 @@
-"""How training would scale at SD1.5 size, simulated from counted and measured parts; no GPU is needed, nor was one timed.
+"""Estimate how training scales at SD1.5 size, by a simulation with counted and measured costs. Needs no GPU; none was measured.
 
 python -m tests.benchmarks.scaling    writes the tables of infra/SCALING.md, below its last heading
 
-Counted, of the real modules without their memory, as `tcan memory` does: operations, weights and gradients of a step.
-Measured here: bytes of a clip in a shard, seconds of a core to read one and to make a sample. Assumed: `Cluster`, `Data`.
+Counted on modules of the real size without storage, like `tcan memory`: operations, weights and gradients of a step.
+Measured on this machine: bytes of a clip in a shard, seconds of one core to read a clip and to create a sample. Assumed:
+`Cluster`, `Data`.
 """
 
 import tempfile
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.config import Config, load_config
+from pipelines.config import Config
+from pipelines.config_parser import load_config
 from pipelines.dataset import NUM_JOINTS, clip_files
 from pipelines.memory import networks
 from pipelines.preprocess.shards import ShardWriter
@@ -27,93 +29,94 @@ from tcan.memory import TrainingMemory, fake_tcan, training_memory
 
 PAGE = Path(__file__).parents[2] / "infra" / "SCALING.md"
 GPUS = (8, 64, 256)
-STEPS = 300  # simulated of each, with the caches as full as they get
-READERS = 8  # workers whose caches are simulated; larger clusters draw from theirs
+STEPS = 300  # simulated steps per case, with full caches
+READERS = 8  # workers with simulated caches; larger clusters sample from them
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is assumed of the machines."""
+    """Assumed properties of the machines."""
 
     name: str
     node_network: float
-    """Bytes a second into and out of a node."""
+    """Network bandwidth of a node, in each direction, in bytes/s."""
     storage: float
-    """Bytes a second of the storage, all readers together."""
+    """Storage bandwidth for all readers together, in bytes/s."""
     gpu_peak_flops: float = 0.4 * 312e12
-    """FLOP/s that a GPU reaches on this model: two fifths of an A100's in bf16."""
+    """FLOP/s that a GPU reaches on this model: 40 % of the bf16 peak of an A100."""
     gpus_per_node: int = 8
     inside_node: float = 200e9
-    """Bytes a second from GPU to GPU of a node."""
+    """Bandwidth between the GPUs of a node, in bytes/s."""
     one_reader: float = 200e6
-    """Bytes a second that one thread gets from the storage, its waiting included."""
+    """Storage bandwidth of one thread, latency included, in bytes/s."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is assumed of the dataset."""
+    """Assumed properties of the dataset."""
 
     videos: int = 10_000
     clips: int = 4
-    """Of a video."""
+    """Clips per video."""
     clip_frames: int = 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to train a stage."""
+    """A stage with its batch size and dataset."""
 
     name: str
     stage: int
     samples: int
-    """Of a GPU at a step: `micro_batch`."""
+    """Samples per GPU and step: `micro_batch`."""
     data: Data
 
 
 PLANS = (
-    Plan("stage 1 as the preset is", 1, 2, Data()),
+    Plan("stage 1, preset", 1, 2, Data()),
     Plan("stage 1 with micro_batch 8, clips of 16 frames", 1, 8, Data(clips=16, clip_frames=16)),
-    Plan("stage 2 as the preset is", 2, 1, Data()),
+    Plan("stage 2, preset", 2, 1, Data()),
 )
 CLUSTERS = (
-    Cluster("100 Gb/s a node, storage 5 GB/s", 12.5e9, 5e9),
-    Cluster("400 Gb/s a node, storage 20 GB/s", 50e9, 20e9),
+    Cluster("100 Gb/s per node, storage 5 GB/s", 12.5e9, 5e9),
+    Cluster("400 Gb/s per node, storage 20 GB/s", 50e9, 20e9),
 )
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one GPU's share of an optimizer step takes."""
+class StepLoad:
+    """Cost of one optimizer step on one GPU."""
 
     samples: int
     flops: float
-    exchanged: int
-    """Bytes that DeepSpeed's ZeRO 2 sends through each GPU: the gradients all-reduced, which is twice their bytes (its
-    default, `use_multi_rank_bucket_allreduce`), then the new weights gathered. Nothing overlaps with it by default."""
+    communicated: int
+    """Bytes that DeepSpeed ZeRO 2 sends through each GPU: an all-reduce of the gradients, which is twice their bytes (its
+    default, `use_multi_rank_bucket_allreduce`), then an all-gather of the updated weights. By default nothing overlaps
+    with it."""
     clip_bytes: int
     read_seconds: float
-    """Of one core, to read and decode a clip."""
+    """CPU seconds to read and decode a clip."""
     sample_seconds: float
-    """Of one core, to make all samples from clips in memory."""
+    """CPU seconds to create all samples of a step from cached clips."""
     reads: np.ndarray
-    """Clips that a worker reads from the storage at a step, `[READERS, STEPS]`."""
+    """Clips that a worker reads from the storage in each step, `[READERS, STEPS]`."""
 
     @property
     def bytes_read(self) -> float:
-        """A step, on average."""
+        """Mean bytes read per step."""
         return float(self.reads.mean()) * self.clip_bytes
 
     @property
     def core_seconds(self) -> float:
-        """A step, on average."""
+        """Mean CPU seconds per step."""
         return self.sample_seconds + float(self.reads.mean()) * self.read_seconds
 
 
-def counted(config: Config, number: int) -> tuple[TrainingMemory, int]:
-    """Memory, and operations of forward and backward, of one sample."""
+def count_costs(config: Config, number: int) -> tuple[TrainingMemory, int]:
+    """Memory and operations (forward and backward) of one sample."""
     tcan = fake_tcan(lambda: networks(config.pretrained, config.train.lora_rank), torch.bfloat16)
     with FlopCounterMode(display=False) as operations:
-        memory = training_memory(tcan, number, 1, config.train.frames, config.size, config.size)
+        memory = training_memory(tcan, number, 1, config.train.clip_frames, config.size, config.size)
     return memory, operations.get_total_flops()
 
 
@@ -121,7 +124,7 @@ def counted(config: Config, number: int) -> tuple[TrainingMemory, int]:
 
 
 def write_clips(folder: Path, size: int, data: Data, videos: int = 2) -> int:
-    """A dataset of random latents and poses, as `tcan preprocess` writes it; returns the bytes a clip takes."""
+    """Write a dataset of random latents and poses like `tcan preprocess`; return the mean bytes of a clip in a shard."""
     rng = np.random.default_rng(0)
     side = size // 8
     (folder / "clips").mkdir()
@@ -149,51 +152,51 @@ def write_clips(folder: Path, size: int, data: Data, videos: int = 2) -> int:
 
 
 def core_seconds(run: Callable[[int], object], times: int = 20) -> float:
-    """Of one run on this machine's core, the median."""
+    """Median CPU seconds of one run."""
     seconds = []
-    for turn in range(times):
+    for repeat in range(times):
         began = time.process_time()
-        run(turn)
+        run(repeat)
         seconds.append(time.process_time() - began)
     return float(np.median(seconds))
 
 
-def measured(config: Config, stage: int, data: Data) -> tuple[int, float, float]:
-    """Bytes of a clip in a shard; seconds to read and decode one; seconds to make a sample of clips in memory."""
+def measure_costs(config: Config, stage: int, data: Data) -> tuple[int, float, float]:
+    """Bytes of a clip in a shard; CPU seconds to read and decode a clip; CPU seconds to create a sample from cached clips."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clip_bytes = write_clips(folder, config.size, data)
         with open_parquet(clip_files(folder)[0]) as file:
-            clips = file.metadata.row_group(0).num_rows  # that a read brings
+            clips = file.metadata.row_group(0).num_rows  # loaded by one read
         stores = [ClipStore(folder) for _ in range(20)]
-        read_seconds = core_seconds(lambda turn: stores[turn].frames(stores[turn].videos[0], [0])) / clips
+        read_seconds = core_seconds(lambda i: stores[i].frames(stores[i].videos[0], [0])) / clips
         sampler = Sampler(
             stores[0], stage, seed=0, batch_size=1, size=config.size, vae_scaling_factor=0.18215,
-            stick_width=config.train.stick_width, frames=config.train.frames, drop_reference=0.1,
+            stick_width=config.train.stick_width, frames=config.train.clip_frames, drop_reference=0.1,
         )  # fmt: skip
-        for step in range(50):  # until all clips are in memory
+        for step in range(50):  # until all clips are cached
             sampler.sample(step, 0)
-        return clip_bytes, read_seconds, core_seconds(lambda turn: sampler.sample(turn, 0))
+        return clip_bytes, read_seconds, core_seconds(lambda step: sampler.sample(step, 0))
 
 
 # --- simulated ---------------------------------------------------------------------------------------------------------
 
 
 def clips_of_sample(number: int, data: Data, frames: int, rng: np.random.Generator) -> set[int]:
-    """Numbers of the video's clips that a sample touches."""
+    """Indices of the clips that a sample reads."""
     length = data.clips * data.clip_frames
     if number == 1:
-        at = stage1_pair(length, rng)
+        positions: tuple[int, ...] = stage1_pair(length, rng)
     else:
         first = int(rng.integers(length - frames + 1))
-        at = (0, first, first + frames - 1)  # the first frame is the reference
-    return {position // data.clip_frames for position in at}
+        positions = (0, first, first + frames - 1)  # frame 0 is the reference
+    return {position // data.clip_frames for position in positions}
 
 
 def clip_reads(
     number: int, samples: int, data: Data, cached_clips: int, frames: int = 16, seed: int = 0
 ) -> Iterator[int]:
-    """Step after step, how many clips a worker must read that are not among the latest it used."""
+    """Yield, for each step, the number of clips that a worker reads because its LRU cache does not contain them."""
     rng = np.random.default_rng(seed)
     cache: OrderedDict[tuple[int, int], None] = OrderedDict()
     while True:
@@ -209,8 +212,8 @@ def clip_reads(
         yield reads
 
 
-def settled_reads(number: int, samples: int, data: Data, cached_clips: int) -> np.ndarray:
-    """`clip_reads` of some workers, [READERS, STEPS], after their caches have filled."""
+def steady_state_reads(number: int, samples: int, data: Data, cached_clips: int) -> np.ndarray:
+    """`clip_reads` of `READERS` workers after their caches are full, `[READERS, STEPS]`."""
     found = np.empty((READERS, STEPS), np.int64)
     for reader in range(READERS):
         reads = clip_reads(number, samples, data, cached_clips, seed=reader)
@@ -222,121 +225,134 @@ def settled_reads(number: int, samples: int, data: Data, cached_clips: int) -> n
 
 @dataclass(frozen=True)
 class Scaled:
-    """One stage on so many GPUs."""
+    """Result of the simulation of one stage on a number of GPUs."""
 
     samples_per_second: float
     ideal: float
-    """The same if the GPUs never waited."""
+    """Samples/s if the GPUs never waited."""
     step_seconds: float
-    exchange_seconds: float
-    """Of a step, gradients and weights: nothing else goes on meanwhile."""
+    communication_seconds: float
+    """Seconds per step to exchange gradients and weights; nothing overlaps with it."""
     loading_seconds: float
-    """Of a step's data, on the slowest worker; beside the step before."""
+    """Seconds to load the data of a step on the slowest worker; overlaps with the previous step."""
     read_rate: float
-    """Bytes a second from the storage."""
+    """Bytes/s read from the storage."""
 
 
-def exchange_seconds(exchanged: int, cluster: Cluster, gpus: int) -> float:
-    """A ring through all GPUs is as fast as its slowest link, a node's network where there is more than one node."""
+def communication_seconds(communicated: int, cluster: Cluster, gpus: int) -> float:
+    """Seconds of a ring all-reduce: its slowest link is the network of a node if there is more than one node."""
     link = cluster.inside_node if gpus <= cluster.gpus_per_node else cluster.node_network
-    return exchanged * (gpus - 1) / gpus / link
+    return communicated * (gpus - 1) / gpus / link
 
 
-def simulate(share: Share, cluster: Cluster, gpus: int) -> Scaled:
-    """All workers load the next step's data while they take this step, and wait for the slowest."""
+def simulate(load: StepLoad, cluster: Cluster, gpus: int) -> Scaled:
+    """Simulate `STEPS` steps. Every worker loads the data of the next step during a step; all wait for the slowest."""
     rng = np.random.default_rng(0)
     rate = min(cluster.one_reader, cluster.storage / gpus)
-    compute, exchange = share.flops / cluster.gpu_peak_flops, exchange_seconds(share.exchanged, cluster, gpus)
+    compute, communication = (
+        load.flops / cluster.gpu_peak_flops,
+        communication_seconds(load.communicated, cluster, gpus),
+    )
     total = loading = read = 0.0
     for _ in range(STEPS):
-        reads = rng.choice(share.reads.ravel(), gpus)
-        slowest = reads.max() * (share.clip_bytes / rate + share.read_seconds) + share.sample_seconds
-        total += max(compute + exchange, slowest)
+        reads = rng.choice(load.reads.ravel(), gpus)
+        slowest = reads.max() * (load.clip_bytes / rate + load.read_seconds) + load.sample_seconds
+        total += max(compute + communication, slowest)
         loading += slowest
-        read += reads.sum() * share.clip_bytes
-    samples = gpus * share.samples
+        read += reads.sum() * load.clip_bytes
+    samples = gpus * load.samples
     return Scaled(
-        samples * STEPS / total, samples / compute, total / STEPS, exchange, loading / STEPS, read / total
+        samples * STEPS / total,
+        samples / compute,
+        total / STEPS,
+        communication,
+        loading / STEPS,
+        read / total,
     )
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------
 
 
-def parts(shares: dict[str, Share], memory: dict[str, TrainingMemory]) -> list[str]:
+def load_table(loads: dict[str, StepLoad], memory: dict[str, TrainingMemory]) -> list[str]:
     return [
-        "\n| a GPU's share of a step | samples | TFLOP | exchanged | read from storage | time of a core | checkpoint |\n"
+        "\n| per GPU and step | samples | TFLOP | communicated | read from storage | CPU time | checkpoint |\n"
         "|---|---|---|---|---|---|---|",
         *(
-            f"| {name} | {it.samples} | {it.flops / 1e12:.1f} | {it.exchanged / 1e9:.2f} GB | {it.bytes_read / 1e6:.1f} MB "
+            f"| {name} | {it.samples} | {it.flops / 1e12:.1f} | {it.communicated / 1e9:.2f} GB | {it.bytes_read / 1e6:.1f} MB "
             f"| {1e3 * it.core_seconds:.0f} ms | {12 * memory[name].trained_parameters / 1e9:.1f} GB |"
-            for name, it in shares.items()
+            for name, it in loads.items()
         ),
     ]
 
 
-def table(name: str, share: Share, cluster: Cluster) -> list[str]:
+def simulation_table(name: str, load: StepLoad, cluster: Cluster) -> list[str]:
     lines = [
-        f"\n**{name.capitalize()}; {cluster.name}**\n\n| GPUs | samples a step | samples/s | of GPUs that never wait | step "
-        "| exchange | loading | from storage | slowed most by |\n|---|---|---|---|---|---|---|---|---|"
+        f"\n**{name.capitalize()}; {cluster.name}**\n\n| GPUs | samples per step | samples/s | of ideal | step "
+        "| communication | loading | from storage | bottleneck |\n|---|---|---|---|---|---|---|---|---|"
     ]
     for gpus in GPUS:
-        it = simulate(share, cluster, gpus)
+        it = simulate(load, cluster, gpus)
         reached = it.samples_per_second / it.ideal
         waits = (
             "loading"
-            if it.loading_seconds > share.flops / cluster.gpu_peak_flops + it.exchange_seconds
-            else "exchange"
+            if it.loading_seconds > load.flops / cluster.gpu_peak_flops + it.communication_seconds
+            else "communication"
         )
         lines.append(
-            f"| {gpus} | {gpus * share.samples} | {it.samples_per_second:.0f} | {reached:.0%} | {it.step_seconds * 1e3:.0f} ms "
-            f"| {it.exchange_seconds * 1e3:.0f} ms | {it.loading_seconds * 1e3:.0f} ms | {it.read_rate / 1e9:.2f} GB/s "
+            f"| {gpus} | {gpus * load.samples} | {it.samples_per_second:.0f} | {reached:.0%} | {it.step_seconds * 1e3:.0f} ms "
+            f"| {it.communication_seconds * 1e3:.0f} ms | {it.loading_seconds * 1e3:.0f} ms | {it.read_rate / 1e9:.2f} GB/s "
             f"| {waits if reached < 0.95 else '-'} |"
         )
     return lines
 
 
-def needed(shares: dict[str, Share], gpu_peak_flops: float) -> list[str]:
-    """What keeps the GPUs busy: exchange in a tenth of the arithmetic's time, data in time on average."""
+def bandwidth_table(loads: dict[str, StepLoad], gpu_peak_flops: float) -> list[str]:
+    """Bandwidths at which communication costs 10 % of the compute time and data loading keeps pace on average."""
     lines = [
-        "\n**Needed for the exchange to cost a tenth of the arithmetic's time, and for data to come as fast as it is used**\n",
-        f"| | network of a node | {' | '.join(f'storage for {gpus} GPUs' for gpus in GPUS)} |",
+        "\n**Bandwidth at which communication costs 10 % of the compute time and data loading keeps pace**\n",
+        f"| | network per node | {' | '.join(f'storage for {gpus} GPUs' for gpus in GPUS)} |",
         f"|---|---|{'---|' * len(GPUS)}",
     ]
-    for name, it in shares.items():
+    for name, it in loads.items():
         compute = it.flops / gpu_peak_flops
         storage = "".join(f" {gpus * it.bytes_read / compute / 1e9:.1f} GB/s |" for gpus in GPUS)
-        lines.append(f"| {name} | {it.exchanged / (0.1 * compute) * 8 / 1e9:.0f} Gb/s |{storage}")
+        lines.append(f"| {name} | {it.communicated / (0.1 * compute) * 8 / 1e9:.0f} Gb/s |{storage}")
     return lines
 
 
 def main() -> None:
     torch.set_num_threads(1)
     config = load_config("--config", "sd15")
-    of_stage = {number: counted(config, number) for number in (1, 2)}
-    shares, memory = {}, {}
+    of_stage = {number: count_costs(config, number) for number in (1, 2)}
+    loads, memory = {}, {}
     for plan in PLANS:
         memory[plan.name], flops = of_stage[plan.stage]
-        clip_bytes, read_seconds, sample_seconds = measured(config, plan.stage, plan.data)
-        cached = (config.train.cache_mb << 20) // clip_bytes
-        shares[plan.name] = Share(
+        clip_bytes, read_seconds, sample_seconds = measure_costs(config, plan.stage, plan.data)
+        cached = (config.train.clip_cache_mb << 20) // clip_bytes
+        loads[plan.name] = StepLoad(
             plan.samples,
             plan.samples * flops,
             3 * memory[plan.name].trained,
             clip_bytes,
             read_seconds,
             plan.samples * sample_seconds,
-            settled_reads(plan.stage, plan.samples, plan.data, cached),
+            steady_state_reads(plan.stage, plan.samples, plan.data, cached),
         )
-    clip = shares[PLANS[0].name]
+    clip = loads[PLANS[0].name]
     dataset = PLANS[0].data.videos * PLANS[0].data.clips * clip.clip_bytes
     lines = [
-        *parts(shares, memory),
-        f"\nA clip of {PLANS[0].data.clip_frames} frames takes {clip.clip_bytes / 1e6:.2f} MB of a shard and "
-        f"{clip.read_seconds * 1e3:.0f} ms of a core to read; the dataset {dataset / 1e9:.0f} GB, of which a worker's memory "
-        f"holds {config.train.cache_mb / 1024:.0f} GiB.",
-        *(line for name, it in shares.items() for cluster in CLUSTERS for line in table(name, it, cluster)),
-        *needed(shares, CLUSTERS[0].gpu_peak_flops),
+        *load_table(loads, memory),
+        f"\nA clip of {PLANS[0].data.clip_frames} frames is {clip.clip_bytes / 1e6:.2f} MB in a shard; reading it needs "
+        f"{clip.read_seconds * 1e3:.0f} ms of CPU time. The dataset is {dataset / 1e9:.0f} GB; a worker caches up to "
+        f"{config.train.clip_cache_mb / 1024:.0f} GiB.",
+        *(
+            line
+            for name, it in loads.items()
+            for cluster in CLUSTERS
+            for line in simulation_table(name, it, cluster)
+        ),
+        *bandwidth_table(loads, CLUSTERS[0].gpu_peak_flops),
     ]
     heading = "## Tables\n"
     page = PAGE.read_text()

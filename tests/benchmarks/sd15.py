@@ -1,4 +1,4 @@
-"""SD1.5's size with random weights: arithmetic counted, a step of each kind timed on a CPU, everything on an NVIDIA GPU."""
+"""SD1.5 size with random weights: counted operations, one step of each kind on a CPU, and all benchmarks on an NVIDIA GPU."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tcan.model import TCAN
 from tcan.pose import OpenPose
 from tcan.weights import PretrainedModels
 from tests.benchmarks import animation, training
-from tests.benchmarks.measure import Row, peak_bytes, seconds, tensor_bytes
+from tests.benchmarks.timing import Row, peak_bytes, seconds, tensor_bytes
 from tests.benchmarks.training import Batch, Trainer
 
 STEPS, FRAMES, WINDOWS = 25, 28, 2  # 28 frames are two windows of 16
@@ -23,7 +23,7 @@ CPU_SIZE = 192
 
 
 def random_pretrained(device: str, dtype: torch.dtype, size: int = 512) -> PretrainedModels:
-    """For images of `size` x `size`: the networks' weights are the same for all."""
+    """Randomly initialized models for images of `size` x `size`; the size changes only the default sample size."""
     with torch.device(device):
         networks: dict[str, Any] = {
             "vae": AutoencoderKL(
@@ -46,7 +46,7 @@ def random_pretrained(device: str, dtype: torch.dtype, size: int = 512) -> Pretr
 
 
 def openpose() -> nn.Module:
-    """controlnet_aux's network of OpenPose."""
+    """OpenPose's body network from controlnet_aux, with random weights."""
     from controlnet_aux.open_pose.model import bodypose_model
 
     return bodypose_model()
@@ -59,9 +59,9 @@ def flops(run: Callable[[], Any]) -> int:
 
 
 @torch.no_grad()
-def arithmetic() -> list[Row]:
-    """Of a clip the plain way's operations to ours, counted on the meta device: multiplications and additions of
-    matrix products, convolutions and attentions."""
+def operation_ratio() -> list[Row]:
+    """Operations of the baseline relative to this implementation for one clip, counted on the meta device:
+    multiplications and additions of matrix products, convolutions and attention."""
     pretrained = random_pretrained("meta", torch.bfloat16)
     with torch.device("meta"):
         tcan = TCAN(
@@ -76,48 +76,49 @@ def arithmetic() -> list[Row]:
     without = flops(lambda: tcan.denoise(noisy, timestep, residuals, None))
     with_reference = flops(lambda: tcan.denoise(noisy, timestep, residuals, features))
     both = flops(lambda: tcan.denoise(noisy, timestep, residuals, features, [False, True]))
-    plain = STEPS * WINDOWS * (2 * controlnet + appearance + without + with_reference)
+    baseline = STEPS * WINDOWS * (2 * controlnet + appearance + without + with_reference)
     ours = STEPS * (WINDOWS * (controlnet - pose_encoder + both) + appearance) + pose_encoder * FRAMES / 16
     return [
         Row(
-            f"SD1.5 size, {FRAMES} frames of 512 x 512 in {STEPS} steps: operations of the plain way to ours",
-            f"{plain / ours:.2f}",
-            f"counted, not timed; {ours / 1e12 / FRAMES:.0f} against {plain / 1e12 / FRAMES:.0f} TFLOP a frame",
+            f"SD1.5 size, {FRAMES} frames of 512 x 512 in {STEPS} steps: operations of the baseline relative to ours",
+            f"{baseline / ours:.2f}",
+            f"counted, not timed; {ours / 1e12 / FRAMES:.0f} against {baseline / 1e12 / FRAMES:.0f} TFLOP per frame",
         )
     ]
 
 
-def one_step() -> list[Row]:
-    """What a CPU can be asked for: a step of each kind at SD1.5's size, on small images, once."""
+def cpu_benchmarks() -> list[Row]:
+    """One step of each kind at SD1.5 size on a CPU, on small images, one round."""
     pretrained = random_pretrained("cpu", torch.bfloat16, CPU_SIZE)
     rows = [*animation.temperature(pretrained, rounds=1), *animation.denoising(pretrained, rounds=1)]
     for stage, frames in ((1, 1), (2, 16)):
-        rows += training.one_pass(pretrained, stage, 1, frames)
+        rows += training.sequential(pretrained, stage, 1, frames)
     where = f"SD1.5 size on a CPU, {CPU_SIZE} x {CPU_SIZE}: "
     return [dataclasses.replace(row, what=where + row.what) for row in rows]
 
 
-def measured(
+def gpu_benchmarks(
     pretrained: PretrainedModels,
     pose_network: nn.Module,
     steps: int = STEPS,
     sizes: tuple[tuple[int, int], ...] = ((2, 1), (1, 16)),
 ) -> list[Row]:
-    """Seconds, frames a second and peak memory of everything on the pretrained' device.
+    """Step time, frames/s and peak memory of all jobs on the device of the pretrained models.
 
-    sizes: clips and frames of a training step of stage 1 and 2.
+    Args:
+        sizes: clips and frames of a training step, for stage 1 and stage 2.
     """
     device, size = pretrained.unet.device, 8 * pretrained.unet.config.sample_size
-    rate = peak_matmul_flops(device, pretrained.unet.dtype)
-    rows = [Row("products of large matrices", f"{rate / 1e12:.0f} TFLOP/s", "what the shares below are of")]
+    peak_flops = peak_matmul_flops(device, pretrained.unet.dtype)
+    rows = [Row("peak matmul", f"{peak_flops / 1e12:.0f} TFLOP/s", "measured; reference of MFU")]
     for stage, (batch, frames) in enumerate(sizes, 1):
         for checkpointing in (False, True):
             trainer, data = (
                 Trainer(pretrained, stage, checkpointing=checkpointing),
                 Batch(pretrained, batch, frames),
             )
-            rows.append(_training(trainer, data, rate, f"stage {stage}, {batch} x {frames} frames" + ", gradient checkpointing" * checkpointing))  # fmt: skip
-    rows += _animation(pretrained, size, steps, rate)
+            rows.append(_training(trainer, data, peak_flops, f"stage {stage}, {batch} x {frames} frames" + ", gradient checkpointing" * checkpointing))  # fmt: skip
+    rows += _animation(pretrained, size, steps, peak_flops)
 
     images = np.random.default_rng(0).integers(0, 256, (16, size, size, 3), np.uint8)
     detector = OpenPose(pose_network, device=device)
@@ -137,39 +138,39 @@ def measured(
 
 
 def peak_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two square matrices: what the machine can be had to do."""
+    """Measured FLOP/s of the product of two square matrices."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b
     return 2 * n**3 / min(seconds(lambda: a @ b, device.type) for _ in range(10))
 
 
-def _training(trainer: Trainer, data: Batch, rate: float, what: str) -> Row:
+def _training(trainer: Trainer, data: Batch, peak_flops: float, what: str) -> Row:
     def step() -> None:
         trainer.step(*data.latents())
 
-    operations = flops(step)  # a first step too: the optimizer's state is there from now on
+    operations = flops(step)  # also creates the optimizer states
     time = min(seconds(step, trainer.device) for _ in range(3))
     total = tensor_bytes(trainer.tcan, trainer.optimizer) + peak_bytes(step, trainer.device)
-    note = f"{operations / time / rate:.0%} of the matrix rate; AdamW's state in the weights' precision"
-    return Row(what, f"{time:.2f} s a step, {total / 2**30:.1f} GiB", note)
+    note = f"MFU {operations / time / peak_flops:.0%}; AdamW states in the precision of the weights"
+    return Row(what, f"{time:.2f} s per step, {total / 2**30:.1f} GiB", note)
 
 
 @torch.no_grad()
-def _animation(pretrained: PretrainedModels, size: int, steps: int, rate: float) -> list[Row]:
+def _animation(pretrained: PretrainedModels, size: int, steps: int, peak_flops: float) -> list[Row]:
     pipe = animation.pipeline(pretrained, animation.trained_like(pretrained))
     image, poses = animation.image(size), animation.walk(FRAMES, size)
 
     def animate(steps: int) -> None:
-        list(pipe.decode(pipe.denoise(image, poses, num_inference_steps=steps)))
+        list(pipe.decode(pipe.denoise(image, poses, steps=steps)))
 
-    operations = flops(lambda: animate(1)) * steps  # reckons the few operations outside the steps too often
+    operations = flops(lambda: animate(1)) * steps  # overcounts the few operations outside the steps
     time = seconds(lambda: animate(steps), pipe.device.type)
     peak = tensor_bytes(pipe.tcan, pipe.vae) + peak_bytes(lambda: animate(1), pipe.device.type)
     return [
         Row(
             f"animation, {steps} steps, guidance, {size} x {size}",
-            f"{time / FRAMES:.2f} s a frame, {peak / 2**30:.1f} GiB",
-            f"{operations / time / rate:.0%} of the matrix rate",
+            f"{time / FRAMES:.2f} s per frame, {peak / 2**30:.1f} GiB",
+            f"MFU {operations / time / peak_flops:.0%}",
         )
     ]

@@ -1,9 +1,9 @@
-"""Training's speed beside named alternatives, measured in one run; written to TRAINER.md beside this file.
+"""Training speed against named baselines, measured in one run; written to TRAINER.md in this folder.
 
 python -m tests.benchmarks.trainer [DATASET] [KEYS OF tcan train ...]
 
-DATASET: of `tcan preprocess`, at the size of the keys (mini unless they say otherwise); of rendered puppets without it. Wants two cores with nothing else
-on them, and takes some minutes.
+DATASET: output of `tcan preprocess` at the size of the keys (default: mini); without it, a dataset of rendered puppets.
+Needs two otherwise idle cores and some minutes.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from pipelines.config import load_config
+from pipelines.config_parser import load_config
 from pipelines.dataset import read_info
 from pipelines.demo import render
-from pipelines.train import trainer
 from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.model import batch_loss
+from pipelines.train.task import pretrained_sources
 from tcan.model import TCAN
 from tcan.weights import load_pretrained
 from tests.runs import Stage1, workers_of
@@ -32,12 +33,12 @@ STEPS, WARM_UP, CHECKPOINT_EVERY, ROUNDS = 24, 8, 12, 3
 
 
 def bare(dataset: Path, keys: list[str]) -> float:
-    """Seconds a step of stage 1: module, optimizer and data of the trainer in a plain loop, the data a step ahead too."""
+    """Seconds per step of stage 1 in a bare PyTorch loop with the module, the optimizer and the prefetched data of the trainer."""
     config = load_config(*keys)
     train, stage = config.train, config.train.stage1
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    pretrained = load_pretrained(**trainer.pretrained_sources(config))
+    pretrained = load_pretrained(**pretrained_sources(config))
     model = TCAN(
         pretrained.unet,
         pretrained.controlnet,
@@ -52,7 +53,7 @@ def bare(dataset: Path, keys: list[str]) -> float:
     optimizer = torch.optim.AdamW(trained, stage.lr, weight_decay=train.weight_decay, fused=True)
     sampler = Sampler(
         ClipStore(dataset), 1, seed=config.seed, batch_size=stage.batch_size, size=config.size,
-        vae_scaling_factor=read_info(dataset)["vae_scaling_factor"], stick_width=train.stick_width, frames=train.frames,
+        vae_scaling_factor=read_info(dataset)["vae_scaling_factor"], stick_width=train.stick_width, frames=train.clip_frames,
         drop_reference=train.drop_reference,
     )  # fmt: skip
     device, seconds = torch.device("cpu"), []
@@ -63,8 +64,8 @@ def bare(dataset: Path, keys: list[str]) -> float:
             batches = upcoming.result()
             upcoming = ahead.submit(sampler.worker_batches, step + 1, 0, 1, stage.micro_batch)
             for batch in batches:
-                (trainer._loss(model, pretrained, batch, device) / len(batches)).backward()
-            torch.nn.utils.clip_grad_norm_(trained, train.clip_norm)
+                (batch_loss(model, pretrained, batch, device) / len(batches)).backward()
+            torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - began)
@@ -73,10 +74,10 @@ def bare(dataset: Path, keys: list[str]) -> float:
 
 @torch.no_grad()
 def encoding(keys: list[str]) -> float:
-    """Seconds to encode a step's images, reference and target of each sample, as a loop without latents has to."""
+    """Seconds to encode the images of a step (reference and target of each sample), as a loop without latents has to."""
     config = load_config(*keys)
     torch.set_num_threads(1)
-    vae = load_pretrained(**trainer.pretrained_sources(config)).vae
+    vae = load_pretrained(**pretrained_sources(config)).vae
     images = torch.rand(2 * config.train.stage1.micro_batch, 3, config.size, config.size) * 2 - 1
     seconds = []
     for _ in range(ROUNDS + 1):
@@ -89,13 +90,17 @@ def encoding(keys: list[str]) -> float:
 def run_trainer(
     dataset: Path, keys: list[str], workers: int, kill: bool = False, cores: list[int] | None = None
 ) -> dict[str, float]:
-    """Medians of what a run of stage 1 recorded; kill: a worker is killed after the first checkpoint; cores: those that
-    the run, with Ray's own processes, is held to."""
+    """Medians of the recorded metrics of a run of stage 1.
+
+    Args:
+        kill: kill a worker after the first checkpoint.
+        cores: CPU affinity of the run, including Ray's own processes; None: all cores.
+    """
     with tempfile.TemporaryDirectory() as folder:
         training = Stage1(dataset, Path(folder), keys)
         driver = training.start(workers)
         if cores:
-            driver.cpu_affinity(cores)  # and all that it will start
+            driver.cpu_affinity(cores)  # inherited by all processes that it starts
         while kill and driver.poll() is None:
             if (training.stage / "checkpoint_manager_snapshot.json").exists():
                 killed = time.time()
@@ -117,7 +122,7 @@ def run_trainer(
 
 
 def puppets(folder: Path) -> Path:
-    """A dataset of a few dances, made in a process of its own: this one shall not hold a Ray while others are timed."""
+    """A dataset of a few dances. Created in a separate process, so that no Ray of this process runs during the timing."""
     render(folder / "videos", "dance", 0, 12, 32, load_config().size)
     command = [
         sys.executable,
@@ -146,17 +151,17 @@ def main() -> None:
         "--train.stage1.sample_every=0", "--train.stage1.validate_every=0",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        measure(given.dataset or puppets(Path(folder)), keys)
+        compare(given.dataset or puppets(Path(folder)), keys)
 
 
-def measure(dataset: Path, keys: list[str]) -> None:
-    # Each in a process of its own, in turn, so that the machine's noise meets all.
-    plain, one, one_core, two = [], [], [], []
+def compare(dataset: Path, keys: list[str]) -> None:
+    # Each in a separate process, in turn, so that noise affects all of them.
+    baseline, one, one_core, two = [], [], [], []
     for _ in range(ROUNDS):
         command = [sys.executable, "-m", "tests.benchmarks.trainer", str(dataset), "--bare"]
         command += [*keys, "--train.workers=1"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        plain.append(float(said.split()[-1]))
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        baseline.append(float(output.split()[-1]))
         one.append(run_trainer(dataset, keys, 1))
         one_core.append(run_trainer(dataset, keys, 1, cores=[0]))
         two.append(run_trainer(dataset, keys, 2))
@@ -167,34 +172,38 @@ def measure(dataset: Path, keys: list[str]) -> None:
 
     step = median(one, "step_seconds")
     rows = [
-        ("samples/s with one worker, over a bare PyTorch loop", statistics.median(plain) / step, ""),
         (
-            "samples/s of a run with two workers on two cores, over one with one worker on one core",
-            median(one_core, "step_seconds") / median(two, "step_seconds"),
-            "Ray's own processes are on these cores too",
+            "samples/s with one worker, relative to a bare PyTorch loop",
+            statistics.median(baseline) / step,
+            "",
         ),
         (
-            "the same, over one with one worker that has the second core for Ray's own processes",
+            "samples/s with two workers on two cores, relative to one worker on one core",
+            median(one_core, "step_seconds") / median(two, "step_seconds"),
+            "including Ray's own processes",
+        ),
+        (
+            "the same, relative to one worker with the second core for Ray's own processes",
             step / median(two, "step_seconds"),
             "",
         ),
-        ("waiting for data, share of step time, two workers", median(two, "data_wait"), ""),
+        ("data wait, fraction of the step time, two workers", median(two, "data_wait"), ""),
         (
-            "samples/s from latents, over encoding in the loop",
+            "samples/s from latents, relative to encoding in the loop",
             1 + encoding(keys) / step,
-            "from both parts' times",
+            "from separate timings",
         ),
         (
-            "training stalls for a checkpoint, in steps, two workers",
+            "training pause per checkpoint, in steps, two workers",
             median(two, "checkpoint_seconds") / median(two, "step_seconds"),
             f"{median(two, 'checkpoint_seconds'):.2f} s",
         ),
-        ("seconds from a worker's kill to the next new step", killed["kill_seconds"], ""),
+        ("seconds from the kill of a worker to the next new step", killed["kill_seconds"], ""),
     ]
     lines = [
-        f"# Training\n\n{platform.node()}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, no GPU used. "
-        f"Stage 1, `{' '.join(keys)}`; median of {ROUNDS} runs of each, in turn.\n",
-        "| what | | |",
+        f"# Training\n\n{platform.node()}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, no GPU. "
+        f"Stage 1, `{' '.join(keys)}`; median of {ROUNDS} runs each, in turn.\n",
+        "| metric | value | details |",
         "|---|---|---|",
         *(f"| {what} | {value:.3g} | {note} |" for what, value, note in rows),
     ]

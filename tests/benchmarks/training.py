@@ -1,4 +1,4 @@
-"""Training steps against the plain way: samples a second, peak memory, and the price of checkpointing."""
+"""Training steps against the baseline: samples/s, peak memory, and the cost of gradient checkpointing."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,11 @@ from tcan.memory import training_memory
 from tcan.model import TCAN, diffusion_loss
 from tcan.weights import PretrainedModels
 from tests.benchmarks import baseline
-from tests.benchmarks.measure import Row, peak_bytes, ratio, seconds, side_by_side, tensor_bytes
+from tests.benchmarks.timing import Row, peak_bytes, ratio, seconds, side_by_side, tensor_bytes
 
 
 class Trainer:
-    """A worker's step: batch -> loss -> gradients -> AdamW."""
+    """Training step of one worker: batch -> loss -> gradients -> AdamW."""
 
     def __init__(
         self,
@@ -21,15 +21,15 @@ class Trainer:
         stage: int,
         *,
         checkpointing: bool = False,
-        whole_unet: bool = False,
+        full_unet: bool = False,
     ):
         torch.manual_seed(0)
         self.pretrained = pretrained
         self.tcan = TCAN(
             pretrained.unet, pretrained.controlnet, pretrained.motion_adapter, pretrained.empty_prompt
         )
-        if whole_unet:
-            baseline.with_whole_appearance_unet(self.tcan, pretrained.unet)
+        if full_unet:
+            baseline.with_full_appearance_unet(self.tcan, pretrained.unet)
         if checkpointing:
             self.tcan.enable_gradient_checkpointing()
         self.tcan.to(pretrained.empty_prompt).set_stage(stage)  # device and dtype
@@ -52,7 +52,7 @@ class Trainer:
 
 
 class Batch:
-    """Random images, and random latents in their place: what a dataset of latents holds is mean and deviation."""
+    """Random images, and random latents (mean and standard deviation, as in a clip dataset) of the same shape."""
 
     def __init__(self, pretrained: PretrainedModels, batch: int, frames: int):
         size, device = 8 * pretrained.unet.config.sample_size, pretrained.unet.device
@@ -67,12 +67,12 @@ class Batch:
         self.deviation = torch.rand_like(self.mean)
 
     def latents(self) -> tuple[Tensor, Tensor, Tensor]:
-        """latents, reference, pose: as `Trainer.step` takes them."""
+        """Arguments of `Trainer.step`: latents, reference, pose."""
         return self.mean + self.deviation * torch.randn_like(self.mean), self.mean[:, 0], self.pose
 
     @torch.no_grad()
     def encoded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from the images: the VAE in the loop."""
+        """The same, encoded from the images: the VAE runs in the training loop."""
         latents = self.vae.encode(self.pixels.flatten(0, 1)).latent_dist.sample().unflatten(0, self.clips)
         reference = self.vae.encode(self.pixels[:, 0]).latent_dist.mean
         return latents.float(), reference.float(), self.pose
@@ -81,7 +81,7 @@ class Batch:
 def steps(
     pretrained: PretrainedModels, stage: int, batch: int, frames: int
 ) -> dict[str, tuple[Trainer, Callable[[], None]]]:
-    """By name the trainer and one step of it."""
+    """Trainer and step function by name."""
     data = Batch(pretrained, batch, frames)
 
     def from_pixels(trainer: Trainer) -> None:
@@ -92,52 +92,52 @@ def steps(
         trainer.step(*data.latents())
 
     trainers = {
-        "plain": Trainer(pretrained, stage, whole_unet=True),
+        "baseline": Trainer(pretrained, stage, full_unet=True),
         "ours": Trainer(pretrained, stage),
         "checkpointing": Trainer(pretrained, stage, checkpointing=True),
     }
     return {
-        name: (t, (lambda t=t: from_pixels(t)) if name == "plain" else (lambda t=t: from_latents(t)))
+        name: (t, (lambda t=t: from_pixels(t)) if name == "baseline" else (lambda t=t: from_latents(t)))
         for name, t in trainers.items()
     }
 
 
-def against_the_plain_way(
+def against_baseline(
     pretrained: PretrainedModels, stage: int, batch: int, frames: int, rounds: int
 ) -> list[Row]:
-    """A step of `batch` clips of `frames` frames."""
+    """Speed and peak memory of a step with `batch` clips of `frames` frames."""
     sides = steps(pretrained, stage, batch, frames)
     device = sides["ours"][0].device
     times = side_by_side({name: run for name, (_, run) in sides.items()}, rounds, device)
-    held, peak = {}, {}
+    static, peak = {}, {}
     for name, (trainer, run) in sides.items():
         peak[name] = peak_bytes(run, device)
-        held[name] = tensor_bytes(trainer.tcan, trainer.optimizer) + (name == "plain") * tensor_bytes(
+        static[name] = tensor_bytes(trainer.tcan, trainer.optimizer) + (name == "baseline") * tensor_bytes(
             pretrained.vae
         )
-    total = {name: held[name] + peak[name] for name in sides}
+    total = {name: static[name] + peak[name] for name in sides}
     what = f"stage {stage}, {batch} x {frames} frames"
-    faster, price = ratio(times, "plain", "ours"), ratio(times, "checkpointing", "ours")
+    speedup, cost = ratio(times, "baseline", "ours"), ratio(times, "checkpointing", "ours")
 
     def mebibytes(name: str) -> str:
         return f"{total[name] / 2**20:.0f} MiB, {peak[name] / 2**20:.0f} of them during the step"
 
     return [
-        Row(f"{what}: samples a second to the plain way's", str(faster), faster.spread),
-        Row(f"{what}: peak memory to the plain way's", f"{total['ours'] / total['plain']:.2f}",
-            f"{mebibytes('ours')}; plain {mebibytes('plain')}"),
-        Row(f"{what}, gradient checkpointing: time to that without", str(price), price.spread),
-        Row(f"{what}, gradient checkpointing: peak memory to that without",
+        Row(f"{what}: samples/s relative to the baseline", str(speedup), speedup.spread),
+        Row(f"{what}: peak memory relative to the baseline", f"{total['ours'] / total['baseline']:.2f}",
+            f"{mebibytes('ours')}; baseline {mebibytes('baseline')}"),
+        Row(f"{what}, gradient checkpointing: time relative to without", str(cost), cost.spread),
+        Row(f"{what}, gradient checkpointing: peak memory relative to without",
             f"{total['checkpointing'] / total['ours']:.2f}", mebibytes("checkpointing")),
     ]  # fmt: skip
 
 
-def one_pass(pretrained: PretrainedModels, stage: int, batch: int, frames: int) -> list[Row]:
-    """Loss and gradients of one step, each way after the other has gone: where both don't fit beside each other. The
-    optimizer, whose step is the same, is left out."""
+def sequential(pretrained: PretrainedModels, stage: int, batch: int, frames: int) -> list[Row]:
+    """Loss and gradients of one step, one alternative after the other, for models that do not fit into memory together.
+    The optimizer step, which is the same for both, is excluded."""
     data, time, total = Batch(pretrained, batch, frames), {}, {}
-    for name in ("plain", "ours"):
-        trainer = Trainer(pretrained, stage, whole_unet=name == "plain")
+    for name in ("baseline", "ours"):
+        trainer = Trainer(pretrained, stage, full_unet=name == "baseline")
 
         def run(trainer: Trainer = trainer, name: str = name) -> None:
             if name == "ours":
@@ -150,22 +150,24 @@ def one_pass(pretrained: PretrainedModels, stage: int, batch: int, frames: int) 
         for parameter in trainer.tcan.parameters():
             parameter.grad = None
         time[name] = seconds(run, trainer.device)
-        total[name] += tensor_bytes(trainer.tcan) + (name == "plain") * tensor_bytes(pretrained.vae)
+        total[name] += tensor_bytes(trainer.tcan) + (name == "baseline") * tensor_bytes(pretrained.vae)
     what = f"stage {stage}, {batch} x {frames} frames, without the optimizer"
-    gibibytes = f"{total['ours'] / 2**30:.1f} GiB, gradients included; plain {total['plain'] / 2**30:.1f} GiB"
+    gibibytes = (
+        f"{total['ours'] / 2**30:.1f} GiB, gradients included; baseline {total['baseline'] / 2**30:.1f} GiB"
+    )
     return [
-        Row(f"{what}: samples a second to the plain way's", f"{time['plain'] / time['ours']:.2f}", "one round"),
-        Row(f"{what}: peak memory to the plain way's", f"{total['ours'] / total['plain']:.2f}", gibibytes),
+        Row(f"{what}: samples/s relative to the baseline", f"{time['baseline'] / time['ours']:.2f}", "one round"),
+        Row(f"{what}: peak memory relative to the baseline", f"{total['ours'] / total['baseline']:.2f}", gibibytes),
     ]  # fmt: skip
 
 
-def predicted(pretrained: PretrainedModels, stage: int, batch: int, frames: int) -> list[Row]:
-    """The activations that `tcan memory` reckons with against what the allocator saw."""
+def estimated_memory(pretrained: PretrainedModels, stage: int, batch: int, frames: int) -> list[Row]:
+    """Activation memory estimated by `tcan memory`, relative to the measured peak."""
     trainer, data = Trainer(pretrained, stage), Batch(pretrained, batch, frames)
     size = 8 * pretrained.unet.config.sample_size
-    reckoned = training_memory(trainer.tcan, stage, batch, frames, size, size).activations
+    estimate = training_memory(trainer.tcan, stage, batch, frames, size, size).activations
     for parameter in trainer.tcan.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    seen = peak_bytes(lambda: trainer.gradients(*data.latents()), trainer.device)
-    what = f"stage {stage}: activations as `tcan memory` reckons them to those measured"
-    return [Row(what, f"{reckoned / seen:.3f}", f"measured {seen / 2**20:.1f} MiB")]
+    measured = peak_bytes(lambda: trainer.gradients(*data.latents()), trainer.device)
+    what = f"stage {stage}: activations estimated by `tcan memory` relative to measured"
+    return [Row(what, f"{estimate / measured:.3f}", f"measured {measured / 2**20:.1f} MiB")]

@@ -168,8 +168,8 @@ def write_corpus(folder: Path) -> dict[str, tuple[str, str]]:
     stub.write_bytes(stub.read_bytes()[:40])
     write_sound(bad("only sound.mp4", "decode"))
     Image.fromarray(disc_frames(1)[0]).save(bad("image.mp4", "decode", "too short"), format="png")
-    bad("nowhere.mp4", "list", "link to nowhere").symlink_to(folder / "gone.mp4")
-    latin = bad("caf\\xe9.mp4", "list", "its name is not UTF-8").with_name(os.fsdecode(b"caf\xe9.mp4"))
+    bad("nowhere.mp4", "list", "broken symbolic link").symlink_to(folder / "gone.mp4")
+    latin = bad("caf\\xe9.mp4", "list", "file name is not UTF-8").with_name(os.fsdecode(b"caf\xe9.mp4"))
     write_video(folder / "café.mp4", 20, seed=54).rename(latin)
     os.mkfifo(bad("pipe.mp4", "list", "not a regular file"))
     (folder / "notes.json").write_text("{}")  # no source

@@ -1,4 +1,4 @@
-"""`tcan animate --pairs`: real workers of Ray, a real store of MLflow."""
+"""`tcan animate --pairs` on a local Ray cluster, with a local MLflow store."""
 
 import csv
 import os
@@ -10,9 +10,10 @@ import pyarrow.parquet
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import pairs, tracking
+from pipelines import animate_pairs as module
+from pipelines import tracking
 from pipelines.animate_pairs import Animator, animate_pairs, read_pairs
-from pipelines.config import load_config
+from pipelines.config_parser import load_config
 from pipelines.puppets.world import sample_clip, write_clip
 from tcan.errors import UserError
 from tcan.video import read_image, read_video, write_image, write_video
@@ -30,20 +31,20 @@ def report_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_pairs_are_made_and_what_is_missing_is_made_later(
+def test_rerun_completes_missing_and_failed_pairs(
     ray_cluster: None, model_folder: Path, tmp_path: Path
 ) -> None:
     write_image(sample_clip("dance", 1, 1).frames[0], tmp_path / "hero.png")
     write_clip(sample_clip("dance", 2, 4), tmp_path / "dance")
     gap = sample_clip("dance", 3, 20).frames
-    gap[6:14] = 0  # nobody, for longer than joints are filled in
+    gap[6:14] = 0  # no person, for longer than the gap filling of joints
     write_video(gap, tmp_path / "gap.mp4", 24)
     write_table(
         tmp_path / "pairs.csv",
-        ("hero.png", "dance.mp4", "made/first.mp4"),
-        ("hero.png", "later.mp4", "made/second.gif"),
-        ("hero.png", "", "made/third.mp4"),
-        ("hero.png", "gap.mp4", str(tmp_path / "made" / "fourth")),
+        ("hero.png", "dance.mp4", "out/first.mp4"),
+        ("hero.png", "later.mp4", "out/second.gif"),
+        ("hero.png", "", "out/third.mp4"),
+        ("hero.png", "gap.mp4", str(tmp_path / "out" / "fourth")),
     )
     settings = {
         "animate.steps": 1,
@@ -58,10 +59,10 @@ def test_pairs_are_made_and_what_is_missing_is_made_later(
     rows = report_of(tmp_path / "pairs.report.csv")
     assert [row["status"] for row in rows] == ["done", "failed", "failed", "done"]
     assert [row["frames"] for row in rows] == ["4", "0", "0", "20"]
-    assert rows[2]["note"] == "no driving in this row"
-    assert "gap.mp4: nobody found in frames 6-13 of 0-19" in rows[3]["note"]
-    assert read_video(tmp_path / "made" / "first.mp4")[0].shape == (4, 64, 64, 3)
-    assert read_image(tmp_path / "made" / "fourth" / "000019.png").shape == (64, 64, 3)
+    assert rows[2]["note"] == "empty driving in this row"
+    assert "gap.mp4: no person found in frames 6-13 of 0-19" in rows[3]["note"]
+    assert read_video(tmp_path / "out" / "first.mp4")[0].shape == (4, 64, 64, 3)
+    assert read_image(tmp_path / "out" / "fourth" / "000019.png").shape == (64, 64, 3)
 
     client = MlflowClient(tracking.resolve_uri(config.tracking))
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
@@ -71,50 +72,50 @@ def test_pairs_are_made_and_what_is_missing_is_made_later(
     artifacts = [item.path for item in client.list_artifacts(run.info.run_id)]
     assert "pairs.report.csv" in artifacts and "videos" in artifacts
 
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "made").rglob("*") if path.is_file()}
+    modified = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     os.replace(tmp_path / "dance.mp4", tmp_path / "later.mp4")
     with pytest.raises(UserError, match="1 of 4 pairs failed"):
         animate_pairs(tmp_path / "pairs.csv", model_folder, config)
     statuses = [row["status"] for row in report_of(tmp_path / "pairs.report.csv")]
-    assert statuses == ["done before", "done", "failed", "done before"]
-    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
-    assert len(read_video(tmp_path / "made" / "second.gif")[0]) == 4
+    assert statuses == ["skipped", "done", "failed", "skipped"]
+    assert all(path.stat().st_mtime_ns == time for path, time in modified.items())
+    assert len(read_video(tmp_path / "out" / "second.gif")[0]) == 4
 
 
-class Mortal(Animator):
-    """A worker without a model, ended by some pairs as the kernel ends one that wants too much memory."""
+class KillableAnimator(Animator):
+    """A worker without a model; some pairs end its process, as the kernel's out-of-memory killer does."""
 
     def load(self) -> None:
         pass
 
-    def animate(self, pair: pairs.Outcome) -> dict[str, Any]:
+    def animate(self, pair: module.Outcome) -> dict[str, Any]:
         if "deadly" in pair.image:
             os._exit(1)
         return {"status": "done", "frames": 1}
 
 
-def test_a_worker_that_dies_takes_only_its_pair_along(
+def test_worker_death_fails_only_its_pair(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairs, "Animator", Mortal)
+    monkeypatch.setattr(module, "Animator", KillableAnimator)
     names = ["a", "deadly", "b", "c"]
-    pending = [pairs.Outcome(name, "dance.mp4", f"{name}.mp4") for name in names]
+    pending = [module.Outcome(name, "dance.mp4", f"{name}.mp4") for name in names]
     config = load_config("--animate.workers", "1")
-    finished = list(pairs._on_workers(pending, tmp_path, config, {}))
+    finished = list(module._on_workers(pending, tmp_path, config, {}))
     assert sorted(outcome.image for outcome in finished) == sorted(names)
     assert [outcome.status for outcome in pending] == ["done", "failed", "done", "done"]
-    assert pending[1].note == "deadly.mp4: its worker died 2 times, perhaps for want of memory"
+    assert pending[1].note == "deadly.mp4: the worker died 2 times, possibly out of memory"
 
 
-def test_tables_of_both_kinds(tmp_path: Path) -> None:
+def test_csv_and_parquet_tables_give_the_same_pairs(tmp_path: Path) -> None:
     columns = {
         "out": ["a.mp4", "b"],
         "image": ["a.png", None],
         "driving": ["d.mp4", "/d.mp4"],
-        "more": [1, 2],
+        "extra": [1, 2],
     }
     pyarrow.parquet.write_table(pa.table(columns), tmp_path / "pairs.parquet")
-    (tmp_path / "pairs.csv").write_text("\ufeffmore,driving,image,out\n1,d.mp4,a.png,a.mp4\n2,/d.mp4, ,b\n")
+    (tmp_path / "pairs.csv").write_text("\ufeffextra,driving,image,out\n1,d.mp4,a.png,a.mp4\n2,/d.mp4, ,b\n")
     for name in ("pairs.parquet", "pairs.csv"):
         first, second = read_pairs(tmp_path / name)
         assert (first.image, first.driving) == (str(tmp_path / "a.png"), str(tmp_path / "d.mp4"))
@@ -122,16 +123,22 @@ def test_tables_of_both_kinds(tmp_path: Path) -> None:
         assert (second.image, second.driving, second.out) == ("", "/d.mp4", str(tmp_path / "b"))
 
 
-def test_bad_tables(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_tables_are_user_errors(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     head = "image,driving,out\n"
     for name, text, reason in (
         ("missing.csv", None, "cannot be read (No such file or directory)"),
-        ("pairs.xlsx", "text", "give a table of pairs as .csv or .parquet"),
+        ("pairs.xlsx", "text", "pass a table of pairs as .csv or .parquet"),
         ("pairs.parquet", "text", "cannot be read as a table"),
         ("bytes.csv", b"\xff\xfe\x00", "cannot be read as a table"),
-        ("columns.csv", "image,video,out\n", "no column driving; the table needs image, driving and out"),
-        ("empty.csv", head, "holds no pairs"),
-        ("same.csv", f"{head}a,b,c.mp4\nd,e,c.mp4\n", "two pairs have the same result"),
+        (
+            "columns.csv",
+            "image,video,out\n",
+            "no column driving (columns: image, video, out); the table needs image, driving",
+        ),
+        ("empty.csv", head, "no pairs; add one row per animation"),
+        ("same.csv", f"{head}a,b,c.mp4\nd,e,c.mp4\n", "two pairs have the same output"),
     ):
         if text is not None:
             (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines import cli
-from pipelines.config import load_config
+from pipelines.config_parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, file_name, read_info
 from pipelines.preprocess.dataset_commands import preview
 from pipelines.preprocess.shards import (
@@ -229,7 +229,7 @@ def test_a_preview_shows_latents_and_poses(tmp_path: Path, pretrained_folder: Pa
     assert np.ptp(main, axis=-1).max() > 60  # in colour
     assert np.abs(other - np.median(first, axis=(0, 1))).mean() > 10  # there, but grey
 
-    with pytest.raises(UserError, match="of another VAE"):
+    with pytest.raises(UserError, match="another VAE"):
         preview(str(write_dataset(tmp_path / "other", "feed")), str(out), load_config())
 
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.config import load_config
+from pipelines.config_parser import load_config
 from pipelines.evaluate import (
     Evaluated,
     _write_csv,
+    compute_metrics,
     contact_sheet,
     evaluate,
     means,
-    measure,
     table,
-    write_beside,
+    write_comparison,
 )
 from pipelines.puppets.world import sample_clip
 from tcan.errors import UserError
@@ -36,7 +36,7 @@ def perfect(seed: int, num_frames: int = 6) -> Evaluated:
 @pytest.fixture(scope="module")
 def videos() -> list[Evaluated]:
     videos = [perfect(seed) for seed in (1, 2, 3)]
-    measure(videos)
+    compute_metrics(videos)
     return videos
 
 
@@ -58,7 +58,7 @@ def test_a_result_that_stands_still() -> None:
     for video in videos:
         video.result = np.repeat(video.truth[:1], len(video.truth), axis=0)
         video.found = np.repeat(video.poses[:1], len(video.poses), axis=0)
-    measure(videos)
+    compute_metrics(videos)
     for video in videos:
         assert video.metrics["flicker"] == 0 or np.isnan(video.metrics["flicker"])
         assert video.metrics["pose_5"] < 0.7
@@ -66,7 +66,7 @@ def test_a_result_that_stands_still() -> None:
 
 def test_one_video_has_no_control_by_another() -> None:
     video = perfect(1)
-    measure([video])
+    compute_metrics([video])
     assert np.isnan(video.metrics["pose_5_other"]) and np.isnan(video.metrics["colour_distance_other"])
     assert "another" not in table(means([video.metrics]))
 
@@ -81,7 +81,7 @@ def test_what_is_written(videos: list[Evaluated], tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [float(row["pose_5"]) for row in rows] == [1, 1, 1]
     assert contact_sheet(videos).shape == (3 * 128, 13 * 128, 3)
-    write_beside(videos[0], tmp_path / "one.mp4")
+    write_comparison(videos[0], tmp_path / "one.mp4")
     assert read_video(tmp_path / "one.mp4")[0].shape == (6, 128, 4 * 128, 3)
 
 

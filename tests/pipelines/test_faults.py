@@ -44,7 +44,7 @@ def assert_same(out: Path, calm: Path, videos: Path) -> None:
     assert Counter(row["source"] for row in rejected) + Counter({row["source"] for row in rows}) == Counter(
         list_sources(str(videos))
     )
-    assert sorted(row["stage"] for row in rejected) == ["decode", "duplicate"]
+    assert sorted(row["step"] for row in rejected) == ["decode", "duplicate"]
     assert len(rows) == sum(CLIPS.values())
 
 
@@ -117,7 +117,7 @@ def test_a_job_whose_disk_is_full_ends_and_goes_on_when_there_is_room(
     assert cli.main(job) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"tcan: error: .*/clips.*: cannot be written: no space left on device; make room .*\n", error
+        r"tcan: error: .*/clips.*: cannot be written: no space left on device; free disk space .*\n", error
     )
     for _ in range(300):
         if not workers():

@@ -28,22 +28,24 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from pipelines import cli
-from pipelines.config import Config, load_config
+from pipelines.config import Config
+from pipelines.config_parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, read_info
-from pipelines.preprocess import decoder
-from pipelines.preprocess.crop import Square, square_around
+from pipelines.preprocess import decoder_process
+from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.decode import DECODER, DecodeError, decode, decode_clips
 from pipelines.preprocess.job import plan, preprocess
 from pipelines.preprocess.models import PoseAndLatents
+from pipelines.preprocess.person_crop import Square, square_around
 from pipelines.preprocess.pose import pack_people, unpack_people
 from pipelines.preprocess.schemas import DECODED_SCHEMA, ENCODED_SCHEMA
-from pipelines.preprocess.shards import Contents, ShardWriter, VideoAssembler, read_contents, writing
+from pipelines.preprocess.shards import Contents, ShardWriter, read_contents, writing
 from pipelines.preprocess.sources import Source, identify, list_sources
 from pipelines.puppets.world import Clip, sample_clip, write_clip
 from tcan.errors import UserError
 from tcan.pose.hands import FaceDetector
-from tcan.pose.openpose import open_pose_module
-from tcan.video import fit_image
+from tcan.pose.openpose_loading import open_pose_module
+from tcan.crop import fit_image
 from tcan.video import write_video as write_frames
 from tcan.weights import load_part
 from tests.pipelines.faults import KEPT, SIZE, disc_frames, rotate, trim, write_corpus, write_video
@@ -147,7 +149,7 @@ def test_an_unreadable_file_is_a_source_with_a_problem(tmp_path: Path) -> None:
 
 def test_what_is_done_depends_on_path_and_content() -> None:
     done = Contents(
-        kept={"1": "/a"},
+        videos={"1": "/a"},
         rejected={
             ("/bad", "2"): ("decode", ""),
             ("/gone", None): ("list", ""),
@@ -221,7 +223,7 @@ def test_whole_images_keep_their_shape_up_to_a_limit(tmp_path: Path) -> None:
         ("square", 96, 96, (64, 64, [0, 0, 96, 96])),
     ):
         path = write_video(tmp_path / f"{name}.mp4", 16, height=height, width=width)
-        clip, _ = decode_clips(str(path), **DECODE | {"whole": True})
+        clip, _ = decode_clips(str(path), **DECODE | {"full_frame": True})
         assert (clip["height"], clip["width"], np.round(clip["crop"], 3).tolist()) == sent
         x0, y0, x1, y1 = sent[2]
         frame = Image.fromarray(decord.VideoReader(str(path))[0].asnumpy()[y0:y1, x0:x1])
@@ -282,9 +284,9 @@ def test_a_variable_frame_rate_is_resampled_by_the_clock(tmp_path: Path) -> None
 def test_of_a_long_video_what_was_trimmed_off_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "AHEAD_BYTES", 40 * SIZE * SIZE * 3 - 1)  # so this one is long
+    monkeypatch.setattr(decoder_process, "AHEAD_BYTES", 40 * SIZE * SIZE * 3 - 1)  # so this one is long
     path = trim(write_video(tmp_path / "a.mp4", 40), 0.4)
-    *clips, _ = decoder.decode(str(path), **DECODE)
+    *clips, _ = decoder_process.decode(str(path), **DECODE)
     frames = np.concatenate([frames for _, frames in clips])
     truth = np.stack(disc_frames(40)).astype(int)
     closest = [int(np.abs(truth - frame).mean(axis=(1, 2, 3)).argmin()) for frame in frames]
@@ -302,7 +304,7 @@ def test_clips_end_where_the_scene_is_cut(tmp_path: Path) -> None:
     )
     assert [(clip["start"], clip["num_frames"]) for clip in clips] == [(0, 16), (16, 4), (20, 5), (25, 13)]
     assert end == {"num_clips": 4}
-    with pytest.raises(DecodeError, match="too short: no 21 frames without a cut"):
+    with pytest.raises(DecodeError, match="too short: no 21 consecutive frames without a cut"):
         list(
             decode_clips(
                 str(tmp_path / "a.mp4"),
@@ -387,7 +389,7 @@ def test_a_long_video_is_not_decoded_ahead_of_its_reader(tmp_path: Path) -> None
 def ending(video: str, num_clips: int | None = None, stage: str | None = None) -> dict:
     """The row that a video ends with."""
     row = dict.fromkeys(ENCODED_SCHEMA.names)
-    return row | {"video_id": video, "num_clips": num_clips, "stage": stage, "reason": stage and "broken"}
+    return row | {"video_id": video, "num_clips": num_clips, "step": stage, "reason": stage and "broken"}
 
 
 def encoded_row(video: str, start: int, people: list[np.ndarray]) -> dict:
@@ -396,7 +398,7 @@ def encoded_row(video: str, start: int, people: list[np.ndarray]) -> dict:
     return {
         "video_id": video, "source": f"/{video}", "num_clips": None, "start": start, "num_frames": len(people),
         "fps": 25.0, "height": 64, "width": 64, "crop": [0, 0, 64, 64], "people_per_frame": counts, "people": packed,
-        "latent_mean": latent, "latent_logvar": latent, "stage": None, "reason": None,
+        "latent_mean": latent, "latent_logvar": latent, "step": None, "reason": None,
     }  # fmt: skip
 
 
@@ -455,7 +457,7 @@ def test_hands_that_the_pose_network_cannot_find_are_one_line(
 ) -> None:
     write_video(tmp_path / "a.mp4", 4)
     assert cli.main(["preprocess", str(tmp_path), str(tmp_path / "out"), "--preprocess.hands", "true"]) == 2
-    assert "pose network mini: finds bodies alone" in capsys.readouterr().err
+    assert "pose network mini: detects only bodies" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -503,8 +505,8 @@ def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Pat
     }  # fmt: skip
     assert sorted(contents.rejected.values()) == [
         ("decode", "broken"),
-        ("pose", "no person: in 33% of the frames only, fewer than 50%"),
-        ("pose", "person too small: 31% of the canvas's height, less than 40%"),
+        ("pose", "no person: visible in 33% of the frames, minimum 50%"),
+        ("pose", "person too small: 31% of the canvas height, minimum 40%"),
     ]
     assert contents.known == {(f"/{video}", "1-1"): video for video in ids}
     first, second = read_clips(tmp_path)
@@ -585,7 +587,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path)
         writer.add_video([{name: row.get(name) for name in CLIP_SCHEMA.names}])
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         try:
-            with pytest.raises(UserError, match="cannot be written: file too large; make room") as error:
+            with pytest.raises(UserError, match="cannot be written: file too large; free disk space") as error:
                 writer.commit()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -621,7 +623,7 @@ def test_every_source_is_kept_or_rejected_with_a_reason(made: Made) -> None:
         row["source"] for row in rejected
     )
     found = {row["source"]: ("kept", "") for row in clips}
-    found |= {row["source"]: (row["stage"], row["reason"]) for row in rejected}
+    found |= {row["source"]: (row["step"], row["reason"]) for row in rejected}
     for source, (stage, reason) in found.items():
         expected, words = made.expected[os.path.relpath(source, made.videos)]
         assert stage == expected and reason.startswith(words) and "\n" not in reason, (source, stage, reason)
@@ -683,7 +685,7 @@ def test_a_second_run_adds_nothing_and_one_more_video_only_itself(
 
     write_video(new, 20, seed=10)
     changed = preprocess(str(new), str(out), made.config)
-    assert f"{out}: 1 of them changed since then; their former clips stay too" in capsys.readouterr().out
+    assert f"{out}: 1 changed sources; clips of their earlier versions remain in the dataset" in capsys.readouterr().out
     assert (changed["new_videos"], changed["videos"]) == (1, again["videos"] + 2)
 
 
@@ -804,7 +806,7 @@ def test_who_is_at_the_side_is_whole_in_the_canvas(
     ):
         assert cli.main(["dataset", *command]) == 0
     assert Image.open(tmp_path / "a.png").size == (8 * 160, 2 * 160)
-    with pytest.raises(UserError, match="made with crop person, not centre"):
+    with pytest.raises(UserError, match="created with crop person, not centre"):
         preprocess(str(tmp_path / "videos"), str(out), load_config(*options, "--preprocess.crop=centre"))
     capsys.readouterr()
     assert cli.main(["train", str(out), f"--out={tmp_path}/model", "--size=192"]) == 2
@@ -821,7 +823,7 @@ def driver(tmp_path: Path, pretrained_folder: Path) -> Iterator[subprocess.Popen
     shutil.copyfile(tmp_path / "videos" / "9.mp4", tmp_path / "videos" / "9 again.mp4")
     script = tmp_path / "driver.py"
     script.write_text(
-        "import sys\nfrom pipelines.config import load_config\nfrom pipelines.preprocess.job import preprocess\n"
+        "import sys\nfrom pipelines.config_parser import load_config\nfrom pipelines.preprocess.job import preprocess\n"
         "preprocess(sys.argv[1], sys.argv[2], load_config(*sys.argv[3:]))\n"
     )
     options = [

@@ -43,8 +43,8 @@ def test_a_clip_that_is_always_deadly_is_given_up(ray_cluster: None) -> None:
     assert {("good", 0), ("good", 16), ("good", 32)} <= done
     assert ("bad", 16) not in done
     lost = [row for row in rows if row["reason"] is not None]
-    assert {(row["video_id"], row["source"], row["stage"]) for row in lost} == {("bad", "bad.mp4", "models")}
-    assert f"their process died {DEATHS} times at the clip from frame 16" in {row["reason"] for row in lost}
+    assert {(row["video_id"], row["source"], row["step"]) for row in lost} == {("bad", "bad.mp4", "models")}
+    assert f"the model process died {DEATHS} times at the clip from frame 16" in {row["reason"] for row in lost}
     assert sorted(row["video_id"] for row in rows if row["num_clips"] == 3) == ["bad", "good"]
 
 

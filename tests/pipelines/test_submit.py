@@ -1,4 +1,4 @@
-"""`--submit`, on a real cluster with its dashboard: the log is followed, the exit status passed on, Ctrl-C asks."""
+"""`--submit` on a real cluster with dashboard: log, exit status, packages and Ctrl-C."""
 
 import hashlib
 import os
@@ -21,12 +21,10 @@ from pipelines.submit import absolute_paths
 from tests.pipelines.test_preprocess import write_video
 
 ROOT = Path(__file__).parents[2]
-UV = list(Path(sys.prefix).glob("uv/lib/python*/site-packages"))  # where the Makefile keeps it
+UV = list(Path(sys.prefix).glob("uv/lib/python*/site-packages"))  # installed there by the Makefile
 
 
-def test_relative_paths_become_absolute_and_nothing_else(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_absolute_paths_changes_only_relative_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     argv = [
         "animate",
@@ -48,33 +46,33 @@ def test_relative_paths_become_absolute_and_nothing_else(
     ]  # fmt: skip
 
 
-def test_no_cluster_is_one_line(tmp_path: Path) -> None:
+def test_unreachable_cluster_is_a_user_error() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pipelines.cli", "preprocess", "a", "b", "--submit", address],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"tcan: error: --submit {address}: no Ray cluster answers there")
-    assert done.stderr.count("\n") == 1
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"tcan: error: --submit {address}: no Ray cluster responds")
+    assert process.stderr.count("\n") == 1
 
 
-def test_an_environment_that_cannot_travel_is_one_line(
+def test_unusable_environment_option_is_a_user_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = f"{tmp_path}/requirements.lock"
     assert main(["preprocess", "a", "b", "--submit=http://head:8265", "--environment", missing]) == 2
-    assert capsys.readouterr().err.startswith(f"tcan: error: --environment {missing}: is no file;")
+    assert capsys.readouterr().err.startswith(f"tcan: error: --environment {missing}: no such file;")
     assert main(["preprocess", "a", "b", "--environment", missing]) == 2
-    assert "--environment goes with --submit" in capsys.readouterr().err
+    assert "--environment: only valid with --submit" in capsys.readouterr().err
 
 
 HEAD = """
 import socket, sys
 from ray.cluster_utils import Cluster
-with socket.socket() as free:  # another Ray may run on this machine, and has the default
+with socket.socket() as free:  # another Ray on this machine may use the default port
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
 options = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": port}
@@ -87,36 +85,37 @@ cluster.shutdown()
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard's address of a Ray of its own, whose workers do not know where this checkout is.
+    """Dashboard address of a new Ray cluster, whose workers cannot import from this checkout.
 
-    Its python is a small virtual environment that sees this one's packages: Ray copies it for a job with an environment.
+    Its Python is a small virtual environment with access to the packages of the current one, because Ray copies the
+    environment for a job with `--environment`.
     """
     folder = tmp_path_factory.mktemp("head")
     venv.create(folder / "python", symlinks=True)
-    ours = [path for path in sys.path if path.endswith("site-packages")] + [str(path) for path in UV]
-    (here,) = (folder / "python").glob("lib/python*/site-packages")
-    (here / "ours.pth").write_text("\n".join(ours))
+    packages = [path for path in sys.path if path.endswith("site-packages")] + [str(path) for path in UV]
+    (site_packages,) = (folder / "python").glob("lib/python*/site-packages")
+    (site_packages / "packages.pth").write_text("\n".join(packages))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["RAY_AUTH_MODE"] = "disabled"
-    environment["PATH"] = f"{folder}/python/bin:{environment['PATH']}"  # the job's `python`
+    environment["PATH"] = f"{folder}/python/bin:{environment['PATH']}"  # `python` of the job
     process = subprocess.Popen(
         [folder / "python" / "bin" / "python", "-c", HEAD], cwd=folder, env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
     address = process.stdout.readline().strip()
-    assert address, "the cluster did not come up"
+    assert address, "the cluster did not start"
     yield f"http://{address}"
-    process.communicate("", timeout=60)  # its input ends, and so does it
+    process.communicate("", timeout=60)  # end of input stops the cluster
 
 
 @pytest.mark.slow
-def test_a_job_is_followed_and_its_exit_status_passed_on(
+def test_submit_prints_the_log_and_returns_the_exit_status(
     cluster: str, tmp_path: Path, pretrained_folder: Path
 ) -> None:
     write_video(tmp_path / "videos" / "a b.mp4", 20)
     (tmp_path / "mine.yaml").write_text(
-        f"size: 64\nbases: {{vae: {pretrained_folder}, pose: {pretrained_folder / 'pose'}}}\npreprocess: {{min_person_fraction: 0}}\n"
+        f"size: 64\npretrained: {{vae: {pretrained_folder}, pose: {pretrained_folder / 'pose'}}}\npreprocess: {{min_person_fraction: 0}}\n"
     )
 
     def tcan(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -124,24 +123,24 @@ def test_a_job_is_followed_and_its_exit_status_passed_on(
         environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 
-    bad = tcan("nowhere", "out")
-    assert bad.returncode == 2
-    assert f"tcan: error: {tmp_path}/nowhere: no such file or folder" in bad.stdout
-    good = tcan("videos", "out", "--config", "mine.yaml")
-    assert good.returncode == 0, good.stdout + good.stderr
-    assert "1 videos in 1 clips (20 frames)" in good.stdout
+    failed = tcan("nowhere", "out")
+    assert failed.returncode == 2
+    assert f"tcan: error: {tmp_path}/nowhere: no such file or folder" in failed.stdout
+    succeeded = tcan("videos", "out", "--config", "mine.yaml")
+    assert succeeded.returncode == 0, succeeded.stdout + succeeded.stderr
+    assert "1 videos in 1 clips (20 frames)" in succeeded.stdout
     assert read_info(tmp_path / "out")["counts"]["videos"] == 1
     assert (tmp_path / "tcan-mlflow").is_dir()
 
 
 def make_wheel(folder: Path) -> str:
-    """Writes a wheel of a package that nobody has; returns its digest. Every Python that has it says so when it starts."""
-    says = (
+    """Write a wheel of the package tiny-canary; return its digest. A Python with the package reports it at startup."""
+    report = (
         "import sys, tiny_canary; print('canary', tiny_canary.VERSION, 'in', sys.prefix, file=sys.stderr)\n"
     )
     files = {
         "tiny_canary.py": "VERSION = '1.2.3'\n",
-        "tiny_canary.pth": says,
+        "tiny_canary.pth": report,
         "tiny_canary-1.2.3.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny-canary\nVersion: 1.2.3\n",
         "tiny_canary-1.2.3.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -155,9 +154,9 @@ def make_wheel(folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not UV, reason="no uv beside this python: Ray would fetch it from the package index")
-def test_the_environment_travels(cluster: str, tmp_path: Path) -> None:
-    """A lock that is as long as a real one: what it names is there for the job, and its digests are checked."""
+@pytest.mark.skipif(not UV, reason="uv is not installed; Ray would download it")
+def test_environment_is_installed_with_hash_checks(cluster: str, tmp_path: Path) -> None:
+    """The job has the packages of a lock file of realistic length, and a wrong digest fails."""
     digest = make_wheel(tmp_path)
 
     def tcan(digest: str) -> subprocess.CompletedProcess[str]:
@@ -172,21 +171,21 @@ def test_the_environment_travels(cluster: str, tmp_path: Path) -> None:
             capture_output=True, text=True, cwd=tmp_path, env=environment,
         )  # fmt: skip
 
-    good = tcan(digest)
-    assert "canary 1.2.3 in /" in good.stdout, good.stdout + good.stderr
-    assert f"tcan: error: {tmp_path}/nowhere: no such file or folder" in good.stdout
-    assert good.returncode == 2
-    bad = tcan("f" * 64)
-    assert bad.returncode == 1
-    assert digest in bad.stderr.partition("Computed:")[2], bad.stderr  # uv names both
+    succeeded = tcan(digest)
+    assert "canary 1.2.3 in /" in succeeded.stdout, succeeded.stdout + succeeded.stderr
+    assert f"tcan: error: {tmp_path}/nowhere: no such file or folder" in succeeded.stdout
+    assert succeeded.returncode == 2
+    failed = tcan("f" * 64)
+    assert failed.returncode == 1
+    assert digest in failed.stderr.partition("Computed:")[2], failed.stderr  # uv prints both digests
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("answer", "status", "after"), [("s", 130, "STOPPED"), ("l", 0, "RUNNING")])
-def test_ctrl_c_stops_the_job_or_leaves_it(
+def test_ctrl_c_offers_to_stop_the_job_or_leave_it_running(
     cluster: str, tmp_path: Path, answer: str, status: int, after: str
 ) -> None:
-    """On a terminal, and with a source that the job waits for without end: a list that is a pipe."""
+    """Runs on a pseudo-terminal; the job blocks on its source, a video list that is a named pipe."""
     from ray.job_submission import JobSubmissionClient
 
     os.mkfifo(tmp_path / "list.txt")
@@ -195,7 +194,7 @@ def test_ctrl_c_stops_the_job_or_leaves_it(
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdin=terminal, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # pytest in the background ignores SIGINT
     )  # fmt: skip
     assert process.stdout is not None
     job = process.stdout.readline().split()[1]

@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 
 import pipelines
 from pipelines import tracking
-from pipelines.config import Config, load_config
+from pipelines.config import Config
+from pipelines.config_parser import load_config
 from pipelines.ui import ui
 from tcan.errors import UserError
 
@@ -41,7 +42,7 @@ def test_a_registered_model_is_found(config: Config, tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "tcan.json").write_text(str(number))
         with tracking.run("stage2", "stage 2", config.tracking, {}) as run:
-            run.model(folder, "tcan", f"out.{number}", {})
+            run.model(folder, "tcan", f"out.{number}", config.animate)
         contents |= {f"models:/tcan@out-{number}": number, f"models:/tcan/{number}": number, run.id: number}
     contents["models:/tcan@latest"] = 2
     for reference, number in contents.items():
@@ -49,12 +50,12 @@ def test_a_registered_model_is_found(config: Config, tmp_path: Path) -> None:
         assert (found / "tcan.json").read_text() == str(number), reference
     assert tracking.local_model("some/folder", config.tracking) == Path("some/folder")
     for unknown in ("models:/tcan@other", "models:/nothing@latest", "0" * 32):
-        with pytest.raises(UserError, match=f"{unknown}: not in .*--tracking.folder"):
+        with pytest.raises(UserError, match=f"{unknown}: not found in .*--tracking.folder"):
             tracking.local_model(unknown, config.tracking)
-    with pytest.raises(UserError, match="models:/tcan: names no version"):
+    with pytest.raises(UserError, match="models:/tcan: no version"):
         tracking.local_model("models:/tcan", config.tracking)
     nowhere = dataclasses.replace(config.tracking, folder=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"models:/tcan@latest: there is no MLflow store in .*nowhere"):
+    with pytest.raises(UserError, match=r"models:/tcan@latest: no MLflow store in .*nowhere"):
         tracking.local_model("models:/tcan@latest", nowhere)
     assert not (tmp_path / "nowhere").exists()
 
@@ -222,11 +223,11 @@ def test_place_of_the_store(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_cannot_be_reached(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     with tracking.run("train", "stage 1", config.tracking, {}):
         pass
-    with pytest.raises(UserError, match=f"run {'0' * 32} is not in sqlite:///"):
+    with pytest.raises(UserError, match=f"run {'0' * 32}: not found in sqlite:///"):
         tracking.attach(config.tracking, "0" * 32)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with (
-        pytest.raises(UserError, match="no MLflow server answers at http"),
+        pytest.raises(UserError, match="no MLflow server responds"),
         tracking.run("train", "stage 1", config.tracking, {}),
     ):
         pass
@@ -250,7 +251,7 @@ def test_page_on_a_port_in_use(config: Config) -> None:
 
 
 def test_page_without_runs(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"no runs are recorded in {tmp_path}"):
+    with pytest.raises(UserError, match=f"{tmp_path}: no recorded runs"):
         ui(load_config("--tracking.folder", str(tmp_path)), free_port())
 
 

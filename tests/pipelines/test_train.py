@@ -31,16 +31,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from pipelines import tracking
-from pipelines.config import Config, load_config
+from pipelines.config import Config
+from pipelines.config_parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
 from pipelines.storage import read_bytes
-from pipelines.train.checkpoint import FrozenFingerprint, sweep
+from pipelines.train.checkpoint import FrozenFingerprint, remove_incomplete
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
-from pipelines.train.heartbeat import Watch
+from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.loss_guard import LossGuard, out_of_memory
 from pipelines.train.progress import progress
-from pipelines.train.throughput import Speed
+from pipelines.train.throughput import FlopsMeter
 from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
 from tcan.memory_efficient import make_memory_efficient
@@ -336,14 +337,14 @@ def test_latents_are_drawn_from_the_posterior(tmp_path):
 
 def test_a_spike_is_told_from_the_mean_before_it_also_after_a_restart():
     guard = LossGuard(10.0, {})
-    assert guard.fault(1e9) is None and guard.fault(float("nan")) == "the loss is nan"
+    assert guard.check(1e9) is None and guard.check(float("nan")) == "the loss is nan"
     guard = LossGuard(10.0, {})
-    assert [guard.fault(0.1) for _ in range(25)] == [None] * 25
+    assert [guard.check(0.1) for _ in range(25)] == [None] * 25
     again = LossGuard(10.0, json.loads(json.dumps(guard.state)))
     for one in (guard, again):
-        assert "20 times" in one.fault(2.0) and "inf" in one.fault(float("inf"))
-        assert one.fault(0.9) is None  # below ten times; the spike itself didn't count
-    assert LossGuard(0.0, guard.state).fault(1e9) is None
+        assert "20 times" in one.check(2.0) and "inf" in one.check(float("inf"))
+        assert one.check(0.9) is None  # below ten times; the spike itself didn't count
+    assert LossGuard(0.0, guard.state).check(1e9) is None
 
 
 def test_a_deepspeed_json_adds_and_contradictions_are_named(tmp_path):
@@ -394,7 +395,7 @@ def test_operations_of_frozen_and_trained_layers_are_counted_once():
     linear = batch * network[3].weight.numel()
     expected = 6 * 2 * (2 * frozen + 3 * linear)
 
-    speed = Speed(micro_batches=6, workers=2, rate=1e9)
+    speed = FlopsMeter(micro_batches=6, workers=2, peak_flops=1e9)
     for _ in range(2):
         with speed.counted():
             network(x).sum().backward()
@@ -412,7 +413,7 @@ def test_a_bar_on_a_terminal_leaves_lines_whole():
         patch.setattr(sys, "stderr", terminal)
         with progress("stage 1", 12) as show:
             show(4, "loss 0.5000")
-            print("stage 1, step 5: the loss is nan: step left out", flush=True)
+            print("stage 1, step 5: the loss is nan: step skipped", flush=True)
             time.sleep(0.2)
             show(8, "loss 0.2500")
             show(6, "loss 0.3000")  # from an older checkpoint
@@ -425,30 +426,30 @@ def test_a_bar_on_a_terminal_leaves_lines_whole():
             shown += os.read(ours, 1 << 16).decode(errors="ignore")
     os.close(ours)
     lines = [line.rstrip().split("\r")[-1].rstrip() for line in shown.split("\n")]
-    assert lines[:2] == ["stage 1, step 5: the loss is nan: step left out", "a worker's words"]
-    assert re.fullmatch(r"stage 1: 100%\|█+\| 12/12, 00:00 left, loss 0.1250", lines[2])
+    assert lines[:2] == ["stage 1, step 5: the loss is nan: step skipped", "a worker's words"]
+    assert re.fullmatch(r"stage 1: 100%\|█+\| 12/12, 00:00 remaining, loss 0.1250", lines[2])
     assert lines[3:] == ["stage 1: finished", ""]
-    assert re.search(r"\r *stage 1:  33%\|█+.? +\| 4/12, .* left, loss 0.5000", shown)
+    assert re.search(r"\r *stage 1:  33%\|█+.? +\| 4/12, .* remaining, loss 0.5000", shown)
 
 
 def test_who_hangs_is_named(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    watch = Watch()
+    monitor = RunMonitor()
     for rank in range(3):
-        assert watch.begin(rank, 3) is None
-    assert watch.late(10) is None
+        assert monitor.register(rank, 3) is None
+    assert monitor.hung_workers(10) is None
     for rank, step in ((0, 5), (1, 5), (2, 5), (0, 6), (2, 6)):
-        assert not watch.beat(rank, step, f"machine {rank}")
+        assert not monitor.heartbeat(rank, step, f"machine {rank}")
     now = 9.0
-    assert watch.late(10) is None
+    assert monitor.hung_workers(10) is None
     now = 10.0
-    assert watch.late(10) == "no step for 10 s; worker 1 (machine 1) hung after step 5"
-    assert watch.late(10) is None
-    watch.stop()
-    watch.give_up("first")
-    watch.give_up("second")
-    assert watch.beat(0, 7, "") and watch.verdict() == watch.begin(0, 3) == "first"
+    assert monitor.hung_workers(10) == "no step for 10 s; worker 1 (machine 1) hung after step 5"
+    assert monitor.hung_workers(10) is None
+    monitor.stop()
+    monitor.abort("first")
+    monitor.abort("second")
+    assert monitor.heartbeat(0, 7, "") and monitor.abort_reason() == monitor.register(0, 3) == "first"
 
 
 def test_out_of_memory_says_what_to_change():
@@ -490,7 +491,7 @@ def test_what_never_became_a_checkpoint_is_swept_away(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
-    sweep(str(tmp_path))
+    remove_incomplete(str(tmp_path))
     assert {path.name for path in tmp_path.glob("*/")} == {*names, *others}
 
 
@@ -512,7 +513,7 @@ def test_a_list_of_checkpoints_that_a_full_disk_cut_off_is_made_anew(tmp_path, l
     share("step_000009_cc", 1, cut=200)
     if left is not None:
         (tmp_path / "checkpoint_manager_snapshot.json").write_text(left)
-    sweep(str(tmp_path))
+    remove_incomplete(str(tmp_path))
     assert {path.name for path in tmp_path.glob("*/")} == {"step_000003_aa", "step_000006_bb"}
     known = ray.train.Result.from_path(str(tmp_path))
     assert known.checkpoint.path.endswith("step_000006_bb") and len(known.best_checkpoints) == 2
@@ -521,14 +522,14 @@ def test_a_list_of_checkpoints_that_a_full_disk_cut_off_is_made_anew(tmp_path, l
 def test_the_average_is_that_of_the_weights():
     weight = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = AdamW([weight], 0.9, lr=0.1)
-    optimizer.start([weight])
+    optimizer.init_state([weight])
     expected = 1.0
     for step in range(1, 30):
         weight.grad = torch.tensor([1.0])
-        optimizer.leave_out = step % 5 == 0
+        optimizer.skip = step % 5 == 0
         before = weight.item()
         optimizer.step()
-        if optimizer.leave_out:
+        if optimizer.skip:
             assert weight.item() == before
             continue
         taken = step - step // 5
@@ -611,7 +612,7 @@ STEPS = {1: 12, 2: 4}
 
 def arguments(pretrained: Path, folder: Path, *more: str) -> list[str]:
     keys = {
-        "size": SIZE, "tracking.folder": folder / "mlflow", "train.log_every": 3, "train.workers": 2, "train.frames": 8,
+        "size": SIZE, "tracking.folder": folder / "mlflow", "train.log_every": 3, "train.workers": 2, "train.clip_frames": 8,
         **{f"pretrained.{part}": pretrained for part in ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")},
         "train.stage1.steps": STEPS[1], "train.stage1.checkpoint_every": 3, "train.stage1.sample_every": 0,
         "train.stage2.steps": STEPS[2], "train.stage2.checkpoint_every": 2, "train.stage2.sample_every": 4,
@@ -652,7 +653,7 @@ def calm(tmp_path_factory, pretrained, clips, ray_cluster) -> tuple[Config, Path
     from pipelines.train.job import train
 
     folder = tmp_path_factory.mktemp("calm")
-    config = configured(pretrained, folder, "--train.profile=2")
+    config = configured(pretrained, folder, "--train.profile_steps=2")
     assert train(clips, folder / "out", config) == folder / "out" / "model"
     return config, folder / "out"
 
@@ -737,7 +738,7 @@ def test_both_stages_train_their_own_parts(calm):
     assert {name.split("/")[0] for name in final} == of_stage1 | {"motion_adapter", "temporal_controlnet"}
     assert all(final[name] == first[name] for name in first)  # stage 2 left them alone
     assert json.loads((out / "model" / "tcan.json").read_text())["stage"] == 2
-    assert len([*(out / "stage1").glob("step_*")]) == config.train.keep_checkpoints
+    assert len([*(out / "stage1").glob("step_*")]) == config.train.num_checkpoints
 
 
 @pytest.mark.slow
@@ -758,7 +759,7 @@ def test_operations_a_second_are_recorded(calm, pretrained):
     parts = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
     known = load_pretrained(**dict.fromkeys(parts, str(pretrained)))
     model = TCAN(known.unet, known.controlnet, known.motion_adapter, known.empty_prompt)
-    for stage, frames in ((1, 1), (2, config.train.frames)):
+    for stage, frames in ((1, 1), (2, config.train.clip_frames)):
         model.set_stage(stage)
         latents, pose = torch.randn(1, frames, 4, 8, 8), torch.zeros(1, frames, 3, SIZE, SIZE)
         with FlopCounterMode(display=False) as counter:
@@ -817,12 +818,12 @@ def test_a_loss_that_is_no_number_stops_and_names_the_videos(tmp_path, pretraine
                 row["latent_mean"] = np.full((16, 4, 8, 8), np.nan, "<f2").tobytes()
         pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
     keys = ("--train.workers=1", "--train.stage1.batch_size=2", "--train.stage1.checkpoint_every=1")
-    with pytest.raises(UserError, match=r"the loss is nan; videos .*c.*; .*train.bad_loss") as stopped:
+    with pytest.raises(UserError, match=r"the loss is nan; videos .*c.*; .*train.on_bad_loss") as stopped:
         train(bad, tmp_path / "out", configured(pretrained, tmp_path, *keys), stage="1")
     step = int(re.search(r"step (\d+)", str(stopped.value))[1])
     assert ("no checkpoint yet" if step == 1 else f"checkpoint is of step {step - 1}") in str(stopped.value)
     # Each video comes once in three steps of two: a third of the steps are left out.
-    keys += ("--train.bad_loss=skip", "--train.stage1.validate_every=0", "--train.stage1.steps=6")
+    keys += ("--train.on_bad_loss=skip", "--train.stage1.validate_every=0", "--train.stage1.steps=6")
     config = configured(pretrained, tmp_path, *keys)
     train(bad, tmp_path / "out", config, stage="1")
     curve = losses(config, tmp_path / "out", 1)
@@ -837,10 +838,10 @@ def test_again_leaves_what_is_finished_alone(calm, clips, capsys):
     config, out = calm
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     train(clips, out, config)
-    assert capsys.readouterr().out.count("left alone") == 2
+    assert capsys.readouterr().out.count("skipped") == 2
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     config.seed = 1
-    with pytest.raises(UserError, match="begun with seed = 0, not 1"):
+    with pytest.raises(UserError, match="started with seed = 0, not 1"):
         train(clips, out, config)
 
 
@@ -851,7 +852,7 @@ def test_a_worker_killed_and_one_that_hangs_change_nothing(
     from pipelines.train.job import train
 
     # Images of every step take the time in which Ray Train comes to know of a checkpoint: else the end comes first.
-    slower = "--train.hang_seconds=30", "--train.stage1.sample_every=1"
+    slower = "--train.hang_timeout=30", "--train.stage1.sample_every=1"
     config, over = configured(pretrained, tmp_path, *slower), threading.Event()
     blows = [signal.SIGKILL, signal.SIGSTOP]
     watcher = threading.Thread(target=strike, args=(tmp_path / "out" / "stage1", blows, over))
@@ -894,7 +895,7 @@ def test_a_driver_ended_in_every_way_goes_on(calm, tmp_path, pretrained, clips, 
         wait_for(driver, lambda driver=driver: workers_of(driver))
         driver.send_signal(number)
         assert driver.wait() == status, training.said()
-        assert training.said().count("stopped; the same command goes on") == count
+        assert training.said().count("stopped; rerun the command to resume") == count
         before, at = at, max(checkpoints(f"{bucket}/run"))
         assert before < at < STEPS[1]  # its own: no other was due
     driver = training.start(2)
@@ -943,7 +944,7 @@ def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, pretrai
     config = configured(pretrained, tmp_path, *keys)
     train(clips, tmp_path / "out", config)
     checkpoints = [*(tmp_path / "storage" / "stage1").glob("step_*")]
-    assert len(checkpoints) == config.train.keep_checkpoints
+    assert len(checkpoints) == config.train.num_checkpoints
     for folder in checkpoints:
         assert [file.name for file in folder.glob("trained-*")] == ["trained-00000-of-00001.safetensors"]
     for stage in (1, 2):
@@ -964,11 +965,11 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, pretrained, 
     other = write_dataset(tmp_path / "other", {"a": [(0, 16)]}, SIZE, SIZE, vae="0123456789abcdef")
     with pytest.raises(UserError, match="another VAE"):
         train(other, tmp_path / "out", config)
-    with pytest.raises(UserError, match="no dataset here"):
+    with pytest.raises(UserError, match="no dataset"):
         train(tmp_path / "nothing", tmp_path / "out", config)
-    with pytest.raises(UserError, match="below the training size"):
+    with pytest.raises(UserError, match="smaller than the training size"):
         train(clips, tmp_path / "out", configured(pretrained, tmp_path, "--size=128"))
-    with pytest.raises(UserError, match="run stage 1 first"):
+    with pytest.raises(UserError, match="train stage 1 first"):
         train(clips, tmp_path / "out", config, stage="2")
     for text, words in ((None, "cannot be read"), ("{", "cannot be read"), ("[1]", "must hold")):
         file = tmp_path / "deepspeed.json"

@@ -1,4 +1,4 @@
-"""Random pretrained of the mini size, in float64, and a TCAN on them in which nothing is zero."""
+"""Random pretrained models of mini size in float64, and TCAN models built from them."""
 
 import os
 
@@ -16,7 +16,7 @@ from tcan.model import TCAN
 
 @pytest.fixture(scope="session")
 def pretrained() -> dict:
-    """unet, controlnet, motion_adapter, empty_prompt: what TCAN's constructor takes."""
+    """Arguments of `TCAN`: unet, controlnet, motion_adapter, empty_prompt."""
     torch.manual_seed(0)
     channels = (48, 96, 128, 128)
     unet = UNet2DConditionModel(
@@ -29,7 +29,7 @@ def pretrained() -> dict:
     ).double()
     controlnet = ControlNetModel.from_unet(unet).double()
     for parameter in controlnet.parameters():
-        if not parameter.any():  # its output convolutions are zero before any training
+        if not parameter.any():  # the output convolutions are initialized with zeros
             nn.init.normal_(parameter, std=0.05)
     adapter = MotionAdapter(
         block_out_channels=channels,
@@ -44,14 +44,14 @@ def pretrained() -> dict:
 
 @pytest.fixture
 def fresh(pretrained: dict) -> TCAN:
-    """TCAN as it's built, before any training."""
+    """A newly built, untrained TCAN."""
     torch.manual_seed(1)
     return TCAN(**pretrained)
 
 
 @pytest.fixture
 def model(fresh: TCAN) -> TCAN:
-    """TCAN as if trained: nothing is at its zero initialisation."""
+    """A TCAN without zero-initialized weights, as after training."""
     for name, parameter in fresh.named_parameters():
         if "lora_B" in name or ("motion_modules" in name and "proj_out" in name):
             nn.init.normal_(parameter, std=0.05)
@@ -60,7 +60,7 @@ def model(fresh: TCAN) -> TCAN:
 
 @pytest.fixture
 def batch() -> Callable[..., dict[str, torch.Tensor]]:
-    """`batch(B, F)`: the inputs of TCAN.forward, random, float64, latents of 8 x 16."""
+    """`batch(B, F)`: random float64 inputs of `TCAN.forward` with latents of 8 x 16."""
 
     def make(clips: int, frames: int) -> dict[str, torch.Tensor]:
         g = torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""APPA: on exactly the named projections, nothing at first, an ordinary LoRA file."""
+"""APPA: target projections, zero initialization, and the LoRA file."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def expected_targets(attentions: dict[str, int]) -> set[str]:
     }
 
 
-def test_exactly_the_named_projections_have_lora(fresh: TCAN) -> None:
+def test_lora_is_on_exactly_the_documented_projections(fresh: TCAN) -> None:
     blocks = (
         {f"down_blocks.{i}": 1 for i in range(3)}
         | {"mid_block": 1}
@@ -37,11 +37,11 @@ def test_exactly_the_named_projections_have_lora(fresh: TCAN) -> None:
         assert value.any() == ("lora_A" in name)
 
 
-def test_saved_file_is_an_ordinary_diffusers_lora(pretrained: dict, model: TCAN, tmp_path: Path) -> None:
+def test_saved_file_loads_as_a_diffusers_lora(pretrained: dict, model: TCAN, tmp_path: Path) -> None:
     save_appa(model.denoiser, tmp_path)
     saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     assert {name.removeprefix("unet.") for name in saved} == appa_state_dict(model.denoiser).keys()
-    # diffusers' own loader puts it on a plain UNet
+    # Load with diffusers' LoRA loader into a UNet without APPA.
     unet = UNet2DConditionModel.from_config(pretrained["unet"].config).double()
     unet.load_state_dict(pretrained["unet"].state_dict())
     state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
@@ -49,26 +49,26 @@ def test_saved_file_is_an_ordinary_diffusers_lora(pretrained: dict, model: TCAN,
     )
     StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, unet, metadata=metadata)
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
-    mine = model.denoiser.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    appa_layer = model.denoiser.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
     x = torch.randn(3, 64, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), mine(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(x), appa_layer(x), rtol=0, atol=1e-12)
 
 
-def test_loading_is_strict_and_exact(pretrained: dict, model: TCAN) -> None:
+def test_loading_is_exact_and_rejects_other_names(pretrained: dict, model: TCAN) -> None:
     other = TCAN(**pretrained).denoiser
     state = appa_state_dict(model.denoiser)
     load_appa_state_dict(other, state)
     assert all(torch.equal(value, state[key]) for key, value in appa_state_dict(other).items())
     name = next(iter(state))
-    for wrong in (
+    for invalid in (
         {k: v for k, v in state.items() if k != name},
-        {**state, "more.lora_A.weight": state[name]},
+        {**state, "unexpected.lora_A.weight": state[name]},
     ):
         with pytest.raises(KeyError):
-            load_appa_state_dict(other, wrong)
+            load_appa_state_dict(other, invalid)
 
 
-def test_rank_and_alpha_scale_the_change(pretrained: dict) -> None:
+def test_lora_delta_is_scaled_by_alpha_over_rank(pretrained: dict) -> None:
     torch.manual_seed(0)
     unet = TCAN(**pretrained, lora_rank=4, lora_alpha=8).denoiser
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q

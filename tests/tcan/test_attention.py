@@ -1,4 +1,4 @@
-"""The attention processors against the formulas, written out."""
+"""Attention processors compared with explicit formulas."""
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -23,7 +23,7 @@ def attention_layer(lora: bool) -> Attention:
 
 
 def projection(layer: torch.nn.Module) -> Tensor:
-    """W, or with LoRA W + (alpha / r) B A."""
+    """Return W, or W + (alpha / r) B A with LoRA."""
     if not hasattr(layer, "base_layer"):
         return layer.weight
     delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -31,7 +31,7 @@ def projection(layer: torch.nn.Module) -> Tensor:
 
 
 def softmax_attention(attn: Attention, z: Tensor, context: Tensor, tau: float | Tensor = 1.0) -> Tensor:
-    """z [N, C], context [M, C]: head by head, softmax(Q K^T / sqrt(d) / tau) V."""
+    """softmax(Q K^T / sqrt(d) / tau) V per head, for z `[N, C]` and context `[M, C]`."""
     q, k, v = (x @ projection(w).T for x, w in ((z, attn.to_q), (context, attn.to_k), (context, attn.to_v)))
     heads = []
     for q_h, k_h, v_h in zip(q.chunk(HEADS, -1), k.chunk(HEADS, -1), v.chunk(HEADS, -1), strict=True):
@@ -41,52 +41,59 @@ def softmax_attention(attn: Attention, z: Tensor, context: Tensor, tau: float | 
     return torch.cat(heads, -1) @ attn.to_out[0].weight.T + attn.to_out[0].bias
 
 
-def joined_reference(attn: Attention, z: Tensor, features: Tensor, keep: list[bool], frames: int) -> Tensor:
+def expected_reference_attention(
+    attn: Attention, z: Tensor, features: Tensor, reference_mask: list[bool], frames: int
+) -> Tensor:
     rows = []
     for i, z_i in enumerate(z):
         clip = i // frames
         h_a = features[min(clip, len(features) - 1)]
-        rows.append(softmax_attention(attn, z_i, torch.cat([z_i, h_a]) if keep[clip] else z_i))
+        rows.append(softmax_attention(attn, z_i, torch.cat([z_i, h_a]) if reference_mask[clip] else z_i))
     return torch.stack(rows)
 
 
-def test_joined_attention_follows_the_formula() -> None:
+def test_reference_attention_follows_the_formula() -> None:
     for lora in (False, True):
         attn = attention_layer(lora)
         z = torch.randn(3 * 2, 5, WIDTH, dtype=torch.float64)
         for shared in (False, True):
             features = torch.randn(1 if shared else 3, 7, WIDTH, dtype=torch.float64)
-            for keep in (None, [True] * 3, [True, False, True], [False, True, False], [False] * 3):
-                mask = None if keep is None else torch.tensor(keep)
+            for reference_mask in (None, [True] * 3, [True, False, True], [False, True, False], [False] * 3):
+                mask = None if reference_mask is None else torch.tensor(reference_mask)
                 appearance = Appearance([torch.empty(0), features], mask, num_frames=2)
                 out = AppearanceAttention(1)(attn, z, appearance=appearance)
-                torch.testing.assert_close(
-                    out, joined_reference(attn, z, features, keep or [True] * 3, frames=2), **CLOSE
+                expected = expected_reference_attention(
+                    attn, z, features, reference_mask or [True] * 3, frames=2
                 )
+                torch.testing.assert_close(out, expected, **CLOSE)
 
 
-def test_without_index_or_appearance_it_is_plain_attention() -> None:
+def test_without_index_or_appearance_it_is_standard_attention() -> None:
     attn = attention_layer(lora=True)
     z, prompt = torch.randn(2, 5, WIDTH, dtype=torch.float64), torch.randn(2, 3, WIDTH, dtype=torch.float64)
     appearance = Appearance([torch.randn(2, 7, WIDTH, dtype=torch.float64)])
-    plain = torch.stack([softmax_attention(attn, z_i, z_i) for z_i in z])
-    cross = torch.stack([softmax_attention(attn, z_i, p_i) for z_i, p_i in zip(z, prompt, strict=True)])
-    torch.testing.assert_close(AppearanceAttention(0)(attn, z), plain, **CLOSE)
-    torch.testing.assert_close(AppearanceAttention(None)(attn, z, appearance=appearance), plain, **CLOSE)
+    self_attention = torch.stack([softmax_attention(attn, z_i, z_i) for z_i in z])
+    cross_attention = torch.stack(
+        [softmax_attention(attn, z_i, p_i) for z_i, p_i in zip(z, prompt, strict=True)]
+    )
+    torch.testing.assert_close(AppearanceAttention(0)(attn, z), self_attention, **CLOSE)
     torch.testing.assert_close(
-        AppearanceAttention(None)(attn, z, prompt, appearance=appearance), cross, **CLOSE
+        AppearanceAttention(None)(attn, z, appearance=appearance), self_attention, **CLOSE
+    )
+    torch.testing.assert_close(
+        AppearanceAttention(None)(attn, z, prompt, appearance=appearance), cross_attention, **CLOSE
     )
 
 
 def test_temperature_divides_the_logits() -> None:
     attn = attention_layer(lora=False)
-    places = torch.randn(4, 6, WIDTH, dtype=torch.float64)
+    positions = torch.randn(4, 6, WIDTH, dtype=torch.float64)
     tau = torch.tensor([1.0, 1.5, 2.0, 4.0], dtype=torch.float64)
-    out = TemperatureAttention()(attn, places, temperature=tau)
-    expected = torch.stack([softmax_attention(attn, x, x, t) for x, t in zip(places, tau, strict=True)])
+    out = TemperatureAttention()(attn, positions, temperature=tau)
+    expected = torch.stack([softmax_attention(attn, x, x, t) for x, t in zip(positions, tau, strict=True)])
     torch.testing.assert_close(out, expected, **CLOSE)
     torch.testing.assert_close(
-        TemperatureAttention()(attn, places, temperature=torch.ones(4)),
-        TemperatureAttention()(attn, places),
+        TemperatureAttention()(attn, positions, temperature=torch.ones(4)),
+        TemperatureAttention()(attn, positions),
         **CLOSE,
     )

@@ -1,4 +1,4 @@
-"""The memory of training as it is reckoned against what torch's allocator and optimizer really held."""
+"""Estimated training memory compared with the measurements of torch's allocator and optimizer."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SIZE = 64
 
 
 def build(pretrained: dict) -> dict:
-    """The pretrained' architecture anew."""
+    """Return new arguments of `TCAN` with the architecture of `pretrained`."""
     return {
         "unet": UNet2DConditionModel.from_config(pretrained["unet"].config),
         "controlnet": ControlNetModel.from_config(pretrained["controlnet"].config),
@@ -21,8 +21,7 @@ def build(pretrained: dict) -> dict:
 
 
 def measured(tcan: TCAN, stage: int, batch: int, frames: int) -> tuple[int, int, int]:
-    """Bytes that a step of training really took: activations by the profiler's record of the allocator, gradients,
-    AdamW's state."""
+    """Measure the bytes of a training step: peak activations (profiled allocations), gradients, and AdamW's state."""
     tcan.set_stage(stage)
     trained = [parameter for parameter in tcan.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -52,31 +51,32 @@ def measured(tcan: TCAN, stage: int, batch: int, frames: int) -> tuple[int, int,
 
 
 @pytest.mark.parametrize("stage,batch,frames", [(1, 2, 1), (2, 1, 3)])
-def test_reckoned_is_what_a_step_takes(pretrained: dict, stage: int, batch: int, frames: int) -> None:
+def test_estimate_matches_the_measured_training_step(
+    pretrained: dict, stage: int, batch: int, frames: int
+) -> None:
     real = TCAN(**build(pretrained))
     peak, gradients, state = measured(real, stage, batch, frames)
-    reckoned = training_memory(
+    estimate = training_memory(
         fake_tcan(lambda: build(pretrained), torch.float32), stage, batch, frames, SIZE, SIZE
     )
-    assert abs(reckoned.activations / peak - 1) < 0.05
-    parts = reckoned.per_device(zero_stage=0, devices=1)
+    assert abs(estimate.activations / peak - 1) < 0.05
+    parts = estimate.per_device(zero_stage=0, devices=1)
     assert parts["weights"] == sum(t.nbytes for t in [*real.parameters(), *real.buffers()])
     assert parts["gradients"] == gradients
-    assert (
-        abs(parts["optimizer"] / state - 1) < 1e-3
-    )  # single numbers, such as AdamW's count of steps, not reckoned
+    # The estimate excludes scalars, such as AdamW's step counter.
+    assert abs(parts["optimizer"] / state - 1) < 1e-3
 
 
-def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(pretrained: dict) -> None:
+def test_activations_scale_with_the_batch_and_shrink_with_checkpointing(pretrained: dict) -> None:
     tcan = TCAN(**build(pretrained))
-    one, three = (training_memory(tcan, 2, batch, 2, SIZE, SIZE).activations for batch in (1, 3))
-    assert abs(three / (3 * one) - 1) < 0.02
+    batch_1, batch_3 = (training_memory(tcan, 2, batch, 2, SIZE, SIZE).activations for batch in (1, 3))
+    assert abs(batch_3 / (3 * batch_1) - 1) < 0.02
     tcan.enable_gradient_checkpointing()
-    assert training_memory(tcan, 2, 3, 2, SIZE, SIZE).activations < 0.8 * three
+    assert training_memory(tcan, 2, 3, 2, SIZE, SIZE).activations < 0.8 * batch_3
 
 
-def test_zero_shares_out_what_it_should() -> None:
-    """10 weights in bf16, 4 of them trained: 20 bytes; 8 of gradients; 12 for each trained one."""
+def test_zero_stages_partition_optimizer_then_gradients_then_weights() -> None:
+    """10 bf16 weights (20 bytes), 4 of them trainable: 8 bytes of gradients, 12 bytes of optimizer state per trainable weight."""
     memory = TrainingMemory(weights=20, trained=8, trained_parameters=4, mixed=True, activations=100)
     assert [memory.per_device(zero, 2)["sum"] for zero in range(4)] == [
         20 + 8 + 48 + 100,

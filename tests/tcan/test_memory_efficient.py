@@ -1,4 +1,4 @@
-"""The modules that keep less: the same results and gradients as torch's own, and what they keep."""
+"""Memory-efficient modules: results and gradients equal to torch's modules, and the bytes saved for backward."""
 
 import copy
 from collections.abc import Callable
@@ -12,38 +12,38 @@ from tcan.memory_efficient import make_memory_efficient
 
 
 def run(module: nn.Module, x: Tensor) -> tuple[list[Tensor], int]:
-    """Result and all gradients of a pass, and the bytes that it kept beside parameters and the input itself."""
+    """Return output and gradients, and the bytes saved for backward excluding parameters and the input."""
     module.zero_grad()
     x = x.clone().requires_grad_()
-    kept: dict[int, int] = {}
-    given = {x.data_ptr(), *(parameter.data_ptr() for parameter in module.parameters())}
+    saved: dict[int, int] = {}
+    excluded = {x.data_ptr(), *(parameter.data_ptr() for parameter in module.parameters())}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in given:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if tensor.untyped_storage().data_ptr() not in excluded:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = module(x)
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
     gradients = [x.grad, *(parameter.grad for parameter in module.parameters() if parameter.requires_grad)]
-    return [out, *gradients], sum(kept.values())
+    return [out, *gradients], sum(saved.values())
 
 
-def both(make: Callable[[], nn.Module], x: Tensor, trained: bool) -> tuple[int, int]:
-    """Bytes kept by torch's own and by ours, after checking that all else is the same."""
+def saved_bytes(make: Callable[[], nn.Module], x: Tensor, trained: bool) -> tuple[int, int]:
+    """Return the bytes saved by torch's module and by ours. Asserts that output and gradients are equal."""
     torch.manual_seed(0)
-    plain = make().double().requires_grad_(trained)
-    ours = copy.deepcopy(plain)
+    baseline = make().double().requires_grad_(trained)
+    ours = copy.deepcopy(baseline)
     make_memory_efficient(ours)
-    (expected, before), (result, after) = run(plain, x), run(ours, x)
+    (expected, before), (result, after) = run(baseline, x), run(ours, x)
     assert len(expected) == len(result)
     for a, b in zip(expected, result, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
     return before, after
 
 
-def test_frozen_convolutions_keep_no_input() -> None:
+def test_frozen_convolutions_do_not_save_their_input() -> None:
     def make() -> nn.Module:
         return nn.Sequential(
             nn.SiLU(), nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(4, 8, 1, groups=2)
@@ -51,20 +51,20 @@ def test_frozen_convolutions_keep_no_input() -> None:
 
     x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
     first_input, second_input = x.nbytes, 8 * 2 * 4 * 5 * 4
-    before, after = both(make, x, trained=False)
+    before, after = saved_bytes(make, x, trained=False)
     assert before - after == first_input + second_input
-    before, after = both(make, x, trained=True)
+    before, after = saved_bytes(make, x, trained=True)
     assert before == after
 
 
-def test_gated_feed_forwards_keep_the_projection_alone() -> None:
+def test_geglu_saves_only_the_projection() -> None:
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     for trained in (False, True):
-        before, after = both(lambda: GEGLU(6, 24), x, trained)
+        before, after = saved_bytes(lambda: GEGLU(6, 24), x, trained)
         assert after == 8 * 2 * 5 * 48 and before - after == 8 * 2 * 5 * 24
 
 
-def test_residual_blocks_keep_no_normed_input() -> None:
+def test_residual_blocks_do_not_save_normalized_inputs() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -76,6 +76,6 @@ def test_residual_blocks_keep_no_normed_input() -> None:
 
     x = torch.randn(2, 8, 5, 4, dtype=torch.float64)
     for trained in (False, True):
-        before, after = both(Block, x, trained)
-        between = 8 * 2 * 5 * 4 * (8 + 12)  # of norm and SiLU, twice
-        assert before - after >= between
+        before, after = saved_bytes(Block, x, trained)
+        normalized = 8 * 2 * 5 * 4 * (8 + 12)  # outputs of norm1 and norm2
+        assert before - after >= normalized

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.pose import OpenPose
-from tcan.pose.openpose import open_pose_module
+from tcan.pose.openpose_loading import open_pose_module
 from tcan.weights import load_part, load_pretrained
 from tcan.weights.check import describe
 from tests.tcan import original_files as files

@@ -1,22 +1,24 @@
-"""The pipeline on random weights against the plain way, and what a caller may rely on."""
+"""TCANPipeline on random weights: equality with a baseline implementation, and its documented behavior."""
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pose import draw_poses
+from tcan.sampling import SamplingConfig
 from tcan.schedule import sampler
 from tcan.temperature import temperature_map
-from tcan.video import fit_image
 
-PARTS = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
 SIZE = 64
 
 
@@ -26,18 +28,18 @@ def pipe(model_folder: Path) -> TCANPipeline:
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(1)
     for parameter in pipe.tcan.controlnet.parameters():
-        if not parameter.any():  # its output convolutions are zero before any training
+        if not parameter.any():  # zero-initialized output convolutions
             torch.nn.init.normal_(parameter, std=0.05)
     return pipe
 
 
 def dance(num_frames: int) -> np.ndarray:
-    """Keypoints `[F, 18, 3]` of someone upright in a image of 64 x 64 whose arms move."""
-    places = [
+    """Keypoints `[F, 18, 3]` of an upright person with moving arms in an image of 64 x 64."""
+    joints = [
         (32, 12), (32, 20), (26, 20), (22, 28), (20, 36), (38, 20), (42, 28), (44, 36), (28, 36), (28, 46), (28, 56),
         (36, 36), (36, 46), (36, 56), (31, 10), (33, 10), (29, 11), (35, 11),
     ]  # fmt: skip
-    poses = np.repeat(np.array([[(x, y, 1) for x, y in places]], dtype=np.float32), num_frames, axis=0)
+    poses = np.repeat(np.array([[(x, y, 1) for x, y in joints]], dtype=np.float32), num_frames, axis=0)
     poses[:, [3, 4, 6, 7], 1] -= np.arange(num_frames)[:, None]
     return poses
 
@@ -46,7 +48,7 @@ def random_image(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 
 
-def plain_way(
+def baseline_latents(
     pipe: TCANPipeline,
     image: np.ndarray,
     poses: np.ndarray,
@@ -57,13 +59,13 @@ def plain_way(
     seed: int,
     start_from_reference: bool = False,
 ) -> Tensor:
-    """Every window by two separate full passes, appearance and ControlNet included; averaging and DDIM by hand."""
+    """Two separate full passes per window, with appearance and ControlNet each; explicit averaging and DDIM."""
     height, width = image.shape[:2]
     drawn = torch.from_numpy(draw_poses(poses, height, width, 2)).permute(0, 3, 1, 2)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
     reference = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
     noise = torch.randn(length, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
-    length = 1 if len(poses) == 1 else length  # a image
+    length = 1 if len(poses) == 1 else length  # an image
     starts = [0]
     while starts[-1] + length < len(poses):
         starts.append(starts[-1] + length - overlap)
@@ -97,10 +99,8 @@ def plain_way(
                 collected[i].append(eps)
         eps = torch.stack([sum(e) / len(e) for e in collected])
         before = t - 1000 // steps
-        now, then = (
-            alphas[t].float(),
-            alphas[max(before, 0)].float(),
-        )  # set_alpha_to_one=False: alpha_0 at the end
+        # set_alpha_to_one=False: alpha_0 at the end
+        now, then = alphas[t].float(), alphas[max(before, 0)].float()
         x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
         x = then.sqrt() * x0 + (1 - then).sqrt() * eps
     return x[: len(poses)]
@@ -111,15 +111,15 @@ def plain_way(
     ("num_frames", "height", "width", "start"),
     [(7, 64, 64, False), (5, 64, 128, False), (1, 128, 64, False), (7, 64, 64, True)],
 )
-def test_equals_two_full_passes_a_window(
+def test_latents_equal_two_full_passes_per_window(
     pipe: TCANPipeline, num_frames: int, height: int, width: int, start: bool
 ) -> None:
-    """Temperature map included, in squares and rectangles, for clips and a single frame, from noise or the reference."""
+    """With temperature map; square and rectangular, clips and a single frame, from noise or from the reference."""
     image, poses = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8), dance(num_frames)
-    options = dict(num_inference_steps=2, guidance_scale=3.0, window=4, overlap=2, height=height, width=width)
+    options = dict(steps=2, guidance_scale=3.0, window=4, overlap=2, height=height, width=width)
     options |= dict(start_from_reference=start, generator=torch.Generator().manual_seed(5))
     latents = pipe(image, poses, retarget=False, output_type="latent", **options).frames
-    expected = plain_way(
+    expected = baseline_latents(
         pipe, image, poses, steps=2, scale=3.0, length=4, overlap=2, seed=5, start_from_reference=start
     )
     assert latents.shape == expected.shape == (num_frames, 4, height // 8, width // 8)
@@ -127,14 +127,14 @@ def test_equals_two_full_passes_a_window(
 
 
 @torch.no_grad()
-def test_another_scheduler_follows_its_own_formula(pipe: TCANPipeline) -> None:
-    """Euler's method on dx / dsigma = eps, with sigma = sqrt((1 - a) / a) (Karras et al., arXiv 2206.00364)."""
+def test_euler_scheduler_matches_its_formula(pipe: TCANPipeline) -> None:
+    """Euler's method for dx / dsigma = eps with sigma = sqrt((1 - a) / a) (Karras et al., arXiv 2206.00364)."""
     euler = TCANPipeline(pipe.vae, pipe.tcan, sampler(pipe.scheduler, "EulerDiscreteScheduler"))
     euler.model_info = pipe.model_info
     image, poses = random_image(), dance(3)
     latents = euler(
         image, poses, retarget=False, generator=torch.Generator().manual_seed(5), output_type="latent",
-        num_inference_steps=2, guidance_scale=1, window=3, overlap=0, ptm=False,
+        steps=2, guidance_scale=1, window=3, overlap=0, ptm=False,
     ).frames  # fmt: skip
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)
@@ -148,7 +148,7 @@ def test_another_scheduler_follows_its_own_formula(pipe: TCANPipeline) -> None:
     torch.testing.assert_close(latents, x[0], atol=2e-4, rtol=2e-4)
 
 
-def test_every_scheduler_of_this_kind_samples(pipe: TCANPipeline) -> None:
+def test_every_compatible_scheduler_is_deterministic(pipe: TCANPipeline) -> None:
     names = [kind.__name__ for kind in pipe.scheduler.compatibles]
     names = [name for name in names if name not in ("EDMEulerScheduler", "DPMSolverSDEScheduler")]
     assert len(names) >= 10
@@ -159,14 +159,14 @@ def test_every_scheduler_of_this_kind_samples(pipe: TCANPipeline) -> None:
         runs = [
             other(
                 random_image(), dance(2), retarget=False, generator=torch.Generator().manual_seed(5), window=2, overlap=0,
-                num_inference_steps=2, guidance_scale=1, output_type="latent",
+                steps=2, guidance_scale=1, output_type="latent",
             ).frames
             for _ in range(2)
         ]  # fmt: skip
         assert runs[0].isfinite().all() and torch.equal(*runs), name
 
 
-def test_a_model_remembers_its_schedule(model_folder: Path, tmp_path: Path) -> None:
+def test_loading_restores_the_noise_schedule(model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "model")
     info = json.loads((folder / "tcan.json").read_text())
     info["schedule"] = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
@@ -176,20 +176,18 @@ def test_a_model_remembers_its_schedule(model_folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("num_frames", [1, 3, 5])
-def test_any_number_of_frames(pipe: TCANPipeline, num_frames: int) -> None:
-    output = pipe(
-        random_image(), dance(num_frames), retarget=False, num_inference_steps=1, window=4, overlap=1
-    )
+def test_output_has_one_frame_per_pose(pipe: TCANPipeline, num_frames: int) -> None:
+    output = pipe(random_image(), dance(num_frames), retarget=False, steps=1, window=4, overlap=1)
     assert output.frames.shape == (num_frames, SIZE, SIZE, 3)
     assert output.frames.min() >= 0 and output.frames.max() <= 1
 
 
-def test_rectangles_and_images(pipe: TCANPipeline) -> None:
+def test_rectangular_output_as_pil_images(pipe: TCANPipeline) -> None:
     wide = pipe(
         random_image(),
         dance(2),
         retarget=False,
-        num_inference_steps=1,
+        steps=1,
         height=64,
         width=128,
         output_type="pil",
@@ -199,12 +197,32 @@ def test_rectangles_and_images(pipe: TCANPipeline) -> None:
         pipe(random_image(), dance(1), height=100)
 
 
-def test_what_is_seen_depends_on_seed_image_and_pose_alone(pipe: TCANPipeline) -> None:
-    def frames(image: np.ndarray, poses: np.ndarray, seed: int, **more: object) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        options = (
-            dict(retarget=False, num_inference_steps=1, window=4, overlap=1, output_type="latent") | more
+def test_overrides_replace_fields_of_the_sampling_config(pipe: TCANPipeline) -> None:
+    @dataclass
+    class Extended(SamplingConfig):
+        name: str = ""
+
+    def latents(**options: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        output = pipe(
+            random_image(), dance(3), retarget=False, generator=generator, output_type="latent", **options
         )
+        return output.frames
+
+    expected = latents(steps=2, window=4, overlap=1, guidance_scale=3.0)
+    config = Extended(steps=1, window=4, overlap=1, guidance_scale=3.0, name="custom")
+    assert torch.equal(latents(sampling=config, steps=2), expected)
+    assert config.steps == 1
+    with pytest.raises(UserError, match="overlap = 4"):
+        latents(window=4)
+    with pytest.raises(TypeError, match="num_steps"):
+        latents(num_steps=2)
+
+
+def test_output_depends_on_seed_image_poses_and_options(pipe: TCANPipeline) -> None:
+    def frames(image: np.ndarray, poses: np.ndarray, seed: int, **overrides: object) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        options = dict(retarget=False, steps=1, window=4, overlap=1, output_type="latent") | overrides
         return pipe(image, poses, generator=generator, **options).frames
 
     poses = dance(4)
@@ -226,35 +244,36 @@ def test_what_is_seen_depends_on_seed_image_and_pose_alone(pipe: TCANPipeline) -
     assert not torch.allclose(first, frames(random_image(), poses, 0, guidance_scale=1))
 
 
-def test_retargeting_puts_the_motion_on_the_character(pipe: TCANPipeline) -> None:
-    """A character twice as large in a image twice as large is the same character on the canvas."""
+def test_retargeting_fits_the_poses_to_the_character(pipe: TCANPipeline) -> None:
+    """A character of twice the size in an image of twice the size is the same character in the output."""
     image = np.repeat(np.repeat(random_image(), 2, axis=0), 2, axis=1)
     character = dance(1)[0]
     character[:, :2] *= 2
-    output = pipe(image, dance(3), character=character, num_inference_steps=1)
+    output = pipe(image, dance(3), character=character, steps=1)
     np.testing.assert_allclose(output.poses, dance(3), atol=1e-3)
 
 
-def test_poses_need_a_network_or_keypoints(pipe: TCANPipeline) -> None:
+def test_driving_frames_without_pose_network_are_a_user_error(pipe: TCANPipeline) -> None:
     with pytest.raises(UserError, match="the driving video: this pipeline has no pose network"):
         pipe(random_image(), np.stack([random_image()]))
 
 
 class KnownPoses:
-    """A detector, as the protocol has it, of someone seen in some of the frames only."""
+    """A `PoseDetector` that returns known poses, in some of the frames only."""
 
     fingerprint = "0" * 16
 
-    def __init__(self, poses: np.ndarray, seen: list[bool]) -> None:
+    def __init__(self, poses: np.ndarray, detected: list[bool]) -> None:
         self.people = [
-            pose[None] if here else pose[:0].reshape(0, 18, 3) for pose, here in zip(poses, seen, strict=True)
+            pose[None] if found else pose[:0].reshape(0, 18, 3)
+            for pose, found in zip(poses, detected, strict=True)
         ]
 
     def detect(self, frames: np.ndarray, batch_size: int = 16) -> list[np.ndarray]:
         return self.people
 
 
-def test_frames_without_a_person_are_bridged(pipe: TCANPipeline) -> None:
+def test_poses_of_frames_without_a_person_are_interpolated(pipe: TCANPipeline) -> None:
     poses, frames = dance(10), np.zeros((10, SIZE, SIZE, 3), np.uint8)
     detecting = TCANPipeline(
         pipe.vae, pipe.tcan, pipe.scheduler, KnownPoses(poses, [False] * 2 + [True] * 6 + [False] * 2)
@@ -267,16 +286,16 @@ def test_frames_without_a_person_are_bridged(pipe: TCANPipeline) -> None:
         nobody.detect_poses(frames, "the video")
 
 
-def test_saved_and_loaded_again(pipe: TCANPipeline, tmp_path: Path) -> None:
-    pipe.save_pretrained(tmp_path / "again")
-    again = TCANPipeline.from_pretrained(tmp_path / "again")
-    assert again.model_info == pipe.model_info
-    loaded = again.tcan.parts()
+def test_save_and_load_preserve_weights_and_info(pipe: TCANPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "saved")
+    restored = TCANPipeline.from_pretrained(tmp_path / "saved")
+    assert restored.model_info == pipe.model_info
+    loaded = restored.tcan.parts()
     for part, weights in pipe.tcan.parts().items():
         assert all(torch.equal(value, loaded[part][name]) for name, value in weights.items())
 
 
-def test_other_images_are_cut_not_stretched() -> None:
+def test_images_are_cropped_to_the_aspect_ratio() -> None:
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, 32:96] = 255
     assert fit_image(wide, 32, 32).min() > 240

@@ -1,4 +1,4 @@
-"""The temporal layers against AnimateDiff's formula, written out, and their life as a MotionAdapter."""
+"""Temporal layers compared with AnimateDiff's explicit formula, and their conversion to a MotionAdapter."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from diffusers import MotionAdapter
 from torch import Tensor
 
 from tcan.model import TCAN
-from tcan.temperature import temperature_of_places
+from tcan.temperature import resize_temperature
 from tcan.temporal import TemporalTransformer, motion_unet, temporal_layers, temporal_state_dict, zero_output
 
 
@@ -25,13 +25,13 @@ def layer(groups: int = 4) -> TemporalTransformer:
         num_positional_embeddings=32,
     ).double()
     TemporalTransformer.replace(layer)
-    for parameter in layer.parameters():  # also the norms' weights, which start at 1 and 0
+    for parameter in layer.parameters():  # includes the norms, which are initialized with 1 and 0
         torch.nn.init.normal_(parameter, std=0.3)
     return layer
 
 
 def animatediff(weights: dict[str, Tensor], clip: Tensor, tau: Tensor, heads: int, groups: int) -> Tensor:
-    """AnimateDiff's motion module on one clip `[F, C, h, w]`: statistics per frame, attention per place."""
+    """AnimateDiff's motion module on a clip `[F, C, h, w]`: statistics per frame, attention per spatial position."""
     frames, channels, height, width = clip.shape
     out = clip.clone()
     normed = []
@@ -75,7 +75,7 @@ def animatediff(weights: dict[str, Tensor], clip: Tensor, tau: Tensor, heads: in
 
 
 @pytest.mark.parametrize("with_temperature", [False, True])
-def test_whole_layer_follows_the_originals_formula(with_temperature: bool) -> None:
+def test_layer_follows_the_animatediff_formula(with_temperature: bool) -> None:
     module = layer()
     clips = torch.randn(2, 5, 16, 2, 3, dtype=torch.float64)
     tau = torch.ones(2, 2, 3, dtype=torch.float64)
@@ -86,11 +86,11 @@ def test_whole_layer_follows_the_originals_formula(with_temperature: bool) -> No
     expected = torch.stack(
         [animatediff(module.state_dict(), c, t, 2, 4) for c, t in zip(clips, tau, strict=True)]
     )
-    # diffusers keeps its position table in float32
+    # diffusers stores its table of positional embeddings in float32
     torch.testing.assert_close(out, expected, rtol=0, atol=3e-6)
 
 
-def test_one_frame_passes_and_a_zero_output_changes_nothing() -> None:
+def test_single_frames_and_zero_output_layers_pass_unchanged() -> None:
     module, x = layer(), torch.randn(6, 16, 2, 3, dtype=torch.float64)
     assert torch.equal(module(x, num_frames=1), x)
     assert not torch.equal(module(x, num_frames=3), x)
@@ -98,26 +98,26 @@ def test_one_frame_passes_and_a_zero_output_changes_nothing() -> None:
     assert torch.equal(module(x, num_frames=3), x)
 
 
-def test_temperature_of_one_is_none() -> None:
+def test_temperature_one_equals_no_temperature() -> None:
     module, x = layer(), torch.randn(6, 16, 2, 3, dtype=torch.float64)
-    plain = module(x, num_frames=3)
+    without_temperature = module(x, num_frames=3)
     module.temperature = torch.ones(16, 24)
-    torch.testing.assert_close(module(x, num_frames=3), plain, rtol=0, atol=1e-13)
-    assert torch.equal(temperature_of_places(torch.ones(16, 24), 2, 2, 3), torch.ones(12))
+    torch.testing.assert_close(module(x, num_frames=3), without_temperature, rtol=0, atol=1e-13)
+    assert torch.equal(resize_temperature(torch.ones(16, 24), 2, 2, 3), torch.ones(12))
 
 
-def test_temperature_is_limited_to_small_grids() -> None:
+def test_temperature_limit_excludes_larger_grids() -> None:
     module, x = layer(), torch.randn(6, 16, 2, 3, dtype=torch.float64)
-    plain = module(x, num_frames=3)
+    without_temperature = module(x, num_frames=3)
     module.temperature = torch.rand(16, 24) + 1
-    everywhere = module(x, num_frames=3)
-    assert not torch.equal(everywhere, plain)
-    for limit, expected in ((3, everywhere), (2, plain)):  # the grid is 2 x 3
+    with_temperature = module(x, num_frames=3)
+    assert not torch.equal(with_temperature, without_temperature)
+    for limit, expected in ((3, with_temperature), (2, without_temperature)):  # the grid is 2 x 3
         module.temperature_limit = limit
         assert torch.equal(module(x, num_frames=3), expected)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+def test_gradient_checkpointing_does_not_change_gradients() -> None:
     gradients = []
     for checkpointing in (False, True):
         module, x = layer(), torch.linspace(-1, 1, 6 * 16 * 6, dtype=torch.float64).sin().view(6, 16, 2, 3)
@@ -130,18 +130,18 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_weights_are_a_motion_adapters(pretrained: dict, model: TCAN, tmp_path: Path) -> None:
+def test_weights_round_trip_through_a_motion_adapter(pretrained: dict, model: TCAN, tmp_path: Path) -> None:
     adapter = pretrained["motion_adapter"]
     assert temporal_state_dict(model.denoiser).keys() == adapter.state_dict().keys()
     model.float()  # diffusers builds and loads in float32
     saved = temporal_state_dict(model.denoiser)
     model.motion_adapter().save_pretrained(tmp_path)
-    again = motion_unet(pretrained["unet"], MotionAdapter.from_pretrained(tmp_path))
-    assert all(torch.equal(value.float(), saved[key]) for key, value in temporal_state_dict(again).items())
-    assert len(temporal_layers(again)) == len(temporal_layers(model.denoiser)) == 4 + 8
+    loaded = motion_unet(pretrained["unet"], MotionAdapter.from_pretrained(tmp_path))
+    assert all(torch.equal(value.float(), saved[key]) for key, value in temporal_state_dict(loaded).items())
+    assert len(temporal_layers(loaded)) == len(temporal_layers(model.denoiser)) == 4 + 8
 
 
-def test_adapters_that_do_not_fit_are_refused(pretrained: dict) -> None:
+def test_incompatible_motion_adapters_are_rejected(pretrained: dict) -> None:
     config = dict(pretrained["motion_adapter"].config)
     for change in ({"use_motion_mid_block": True}, {"motion_norm_num_groups": 8}):
         with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""The temporal ControlNet: the frozen one for a image, and until its temporal layers have learned."""
+"""Temporal ControlNet: equal to the frozen ControlNet for single images and before training."""
 
 import torch
 
@@ -24,31 +24,30 @@ def residuals(model: TCAN, inputs: dict) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test_a_image_gets_the_frozen_controlnets_residuals(pretrained: dict, model: TCAN, batch) -> None:
+def test_single_images_have_the_frozen_controlnets_residuals(pretrained: dict, model: TCAN, batch) -> None:
     inputs = batch(2, 1)
     expected = frozen_residuals(pretrained, inputs)
     assert all(torch.equal(a, b) for a, b in zip(residuals(model, inputs), expected, strict=True))
 
 
 @torch.no_grad()
-def test_a_clip_does_until_the_temporal_layers_have_learned(pretrained: dict, fresh: TCAN, batch) -> None:
+def test_untrained_temporal_layers_do_not_change_the_residuals(pretrained: dict, fresh: TCAN, batch) -> None:
     inputs = batch(2, 3)
     expected = frozen_residuals(pretrained, inputs)
     assert all(torch.equal(a, b) for a, b in zip(residuals(fresh, inputs), expected, strict=True))
 
 
 @torch.no_grad()
-def test_temporal_layers_act_at_down_factors_4_and_8_alone(pretrained: dict, model: TCAN, batch) -> None:
+def test_temporal_layers_are_only_at_down_factors_4_and_8(pretrained: dict, model: TCAN, batch) -> None:
     assert {name.rsplit(".", 2)[0] for name in temporal_layers(model.controlnet)} == {
         "down_blocks.2",
         "down_blocks.3",
     }
     inputs = batch(1, 3)
-    for mine, frozen in zip(residuals(model, inputs), frozen_residuals(pretrained, inputs), strict=True):
-        # latents of 8 x 16: grids 8, 4 are before the first temporal layer; 2's first (the downsampler's) as
-        # well
-        if mine.shape[-2] > 2:
-            assert torch.equal(mine, frozen)
+    for temporal, frozen in zip(residuals(model, inputs), frozen_residuals(pretrained, inputs), strict=True):
+        # Latents of 8 x 16: the grids of height 8 and 4 precede the first temporal layer.
+        if temporal.shape[-2] > 2:
+            assert torch.equal(temporal, frozen)
     assert not torch.equal(residuals(model, inputs)[-1], frozen_residuals(pretrained, inputs)[-1])
 
 
@@ -56,12 +55,12 @@ def test_temporal_layers_act_at_down_factors_4_and_8_alone(pretrained: dict, mod
 def test_scale_multiplies_the_residuals(model: TCAN, batch) -> None:
     inputs = batch(1, 3)
     down, middle = model.pose_residuals(inputs["noisy"], inputs["timestep"], inputs["pose"], scale=0.5)
-    for scaled, whole in zip([*down, middle], residuals(model, inputs), strict=True):
-        torch.testing.assert_close(scaled, whole / 2, rtol=1e-12, atol=0)
+    for scaled, full in zip([*down, middle], residuals(model, inputs), strict=True):
+        torch.testing.assert_close(scaled, full / 2, rtol=1e-12, atol=0)
 
 
-def test_frozen_weights_keep_their_names(pretrained: dict, model: TCAN) -> None:
+def test_frozen_weights_and_their_names_are_unchanged(pretrained: dict, model: TCAN) -> None:
     frozen = pretrained["controlnet"].state_dict()
-    mine = model.controlnet.state_dict()
-    assert mine.keys() - temporal_state_dict(model.controlnet).keys() == frozen.keys()
-    assert all(torch.equal(value, mine[key]) for key, value in frozen.items())
+    state = model.controlnet.state_dict()
+    assert state.keys() - temporal_state_dict(model.controlnet).keys() == frozen.keys()
+    assert all(torch.equal(value, state[key]) for key, value in frozen.items())

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from pipelines.animate import load_pipeline
-from pipelines.config import load_config
+from pipelines.inference import load_pipeline
+from pipelines.config_parser import load_config
 from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
 from tcan.model import TCAN

@@ -1,4 +1,4 @@
-"""Each measure against its formula worked out by hand."""
+"""Metrics compared with values computed by hand."""
 
 import numpy as np
 import pytest
@@ -16,21 +16,21 @@ from tcan.metrics import (
 
 
 def standing_pose() -> np.ndarray:
-    """18 joints `[1, 18, 3]` of someone upright in a image of 100 x 100."""
-    places = [
+    """Keypoints `[1, 18, 3]` of a standing person in an image of 100 x 100."""
+    positions = [
         (50, 20), (50, 30), (42, 30), (38, 42), (36, 54), (58, 30), (62, 42), (64, 54), (45, 56), (45, 72), (45, 88),
         (55, 56), (55, 72), (55, 88), (48, 18), (52, 18), (46, 19), (54, 19),
     ]  # fmt: skip
-    return np.array([[(x, y, 1) for x, y in places]], dtype=np.float32)
+    return np.array([[(x, y, 1) for x, y in positions]], dtype=np.float32)
 
 
-def test_image_metrics_of_equal_frames() -> None:
+def test_identical_frames_have_perfect_image_metrics() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     assert image_metrics(frames, frames) == {"l1": 0, "psnr": np.inf, "ssim": pytest.approx(1)}
 
 
-def test_image_metrics_by_formula() -> None:
-    # 10 apart everywhere, once over and once under: uint8 differences would wrap around
+def test_l1_and_psnr_follow_their_formulas() -> None:
+    # The difference is +10 or -10 everywhere; uint8 differences would wrap around.
     truth = np.full((1, 16, 16, 3), 100, np.uint8)
     result = truth.copy()
     result[:, :8] += 10
@@ -47,14 +47,14 @@ def test_psnr_is_the_mean_over_frames() -> None:
     assert image_metrics(result, truth)["psnr"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_pose_metrics_of_shifted_joints() -> None:
+def test_pose_metrics_count_joints_by_their_distance() -> None:
     truth = standing_pose()
     found = truth.copy()
-    found[0, 4, 0] += 4  # wrist, 4 % of the height: within both
+    found[0, 4, 0] += 4  # wrist, 4 % of the height: within 5 % and 10 %
     found[0, 7, 1] += 8  # wrist, 8 %: within 10 % only
-    found[0, 3, 0] += 30  # elbow: within neither
-    found[0, 10] = 0  # ankle not found: missed
-    found[0, 0, 0] += 40  # nose, which the truth lacks: not counted
+    found[0, 3, 0] += 30  # elbow, 30 %: outside both
+    found[0, 10] = 0  # ankle, not detected: an error
+    found[0, 0, 0] += 40  # nose, missing in the truth: ignored
     truth[0, 0] = 0
     metrics = pose_metrics(found, truth, height=100)
     assert metrics["pose_5"] == pytest.approx(14 / 17)
@@ -68,7 +68,7 @@ def test_pose_metrics_of_shifted_joints() -> None:
     assert np.isnan(errors[0, 0]) and np.isinf(errors[0, 10])
 
 
-def test_mean_pose_leaves_out_joints_not_found() -> None:
+def test_mean_pose_ignores_undetected_joints() -> None:
     first, second = standing_pose(), standing_pose()
     second[0, :, :2] += 10
     second[0, 4] = 0
@@ -77,20 +77,22 @@ def test_mean_pose_leaves_out_joints_not_found() -> None:
     np.testing.assert_allclose(mean[4], first[0, 4])
 
 
-def test_flicker_is_the_deviation_outside_the_person() -> None:
+def test_flicker_is_the_standard_deviation_outside_the_person() -> None:
     poses = np.repeat(standing_pose(), 4, axis=0)
     mask = background_mask(poses, 100, 100, margin=0.1)
     assert not mask[50, 50] and not mask[20, 50] and not mask[88, 50]
     assert mask[5, 5] and mask[95, 95]
-    assert not mask[88, 45 - 9] and mask[88, 45 - 12]  # the margin is 10 pixels beside the ankle
+    assert not mask[88, 45 - 9] and mask[88, 45 - 12]  # the margin around the ankle is 10 pixels
     frames = np.full((4, 100, 100, 3), 100, np.uint8)
-    frames[:, ~mask] = np.random.default_rng(0).integers(0, 256, (4, (~mask).sum(), 3))  # the person may move
+    frames[:, ~mask] = np.random.default_rng(0).integers(
+        0, 256, (4, (~mask).sum(), 3)
+    )  # motion of the person is ignored
     assert flicker(frames, mask) == 0
     frames[::2, mask] += 6  # 100, 106, 100, 106: deviation 3
     assert flicker(frames, mask) == pytest.approx(3)
 
 
-def test_background_of_few_joints_and_of_none() -> None:
+def test_background_mask_of_two_or_fewer_joints() -> None:
     none = np.zeros((1, 18, 3), np.float32)
     assert background_mask(none, 20, 20).all()
     for count in (1, 2):
@@ -99,12 +101,12 @@ def test_background_of_few_joints_and_of_none() -> None:
         assert not background_mask(few, 20, 20)[10, 10]
 
 
-def test_flicker_without_background_is_nan() -> None:
+def test_flicker_is_nan_without_background() -> None:
     assert np.isnan(flicker(np.zeros((2, 4, 4, 3), np.uint8), np.zeros((4, 4), bool)))
 
 
-def test_likeness_does_not_depend_on_the_pose() -> None:
-    """The same three colours on the same parts in another place: no distance; other colours: their dE."""
+def test_colour_distance_is_independent_of_the_pose() -> None:
+    """The same colours at another position have a small distance; other colours have their dE."""
 
     def dress(pose: np.ndarray, shirt: tuple, trousers: tuple) -> np.ndarray:
         frame = np.full((100, 100, 3), 255, np.uint8)
@@ -114,18 +116,18 @@ def test_likeness_does_not_depend_on_the_pose() -> None:
         frame[waist + 1 :, left:right] = trousers
         return frame
 
-    pose, moved = standing_pose()[0], standing_pose()[0]
-    moved[:, :2] += (12, -6)
+    pose, shifted = standing_pose()[0], standing_pose()[0]
+    shifted[:, :2] += (12, -6)
     red, blue, black, white = (200, 30, 30), (30, 30, 200), (0, 0, 0), (255, 255, 255)
     reference = part_colours(dress(pose, red, blue)[None], pose[None], radius=0.01)[0]
-    same = part_colours(dress(moved, red, blue)[None], moved[None], radius=0.01)
-    assert colour_distance(same, reference)[0] < 3  # what parts at the waist take of the other colour
+    same = part_colours(dress(shifted, red, blue)[None], shifted[None], radius=0.01)
+    assert colour_distance(same, reference)[0] < 3  # parts at the waist contain both colours
     dark = part_colours(dress(pose, black, black)[None], pose[None])[0]
-    light = part_colours(dress(moved, white, white)[None], moved[None])
-    np.testing.assert_allclose(colour_distance(light, dark), 100, atol=0.1)  # L is 0 and 100
+    light = part_colours(dress(shifted, white, white)[None], shifted[None])
+    np.testing.assert_allclose(colour_distance(light, dark), 100, atol=0.1)  # L = 0 and L = 100
 
 
-def test_likeness_leaves_out_parts_that_either_lacks() -> None:
+def test_colour_distance_ignores_parts_missing_in_either_image() -> None:
     pose = standing_pose()
     colours = part_colours(np.full((1, 100, 100, 3), 50, np.uint8), pose)
     assert not np.isnan(colours).any()

@@ -1,13 +1,13 @@
-"""Bodies made by hand for the tests of poses."""
+"""Synthetic poses for tests."""
 
 import numpy as np
 
-# A person standing, arms a little out: (x, y) in body heights from the neck.
+# A standing person with arms slightly away from the body: (x, y) relative to the neck, in body heights.
 STANDING = np.array(
     [
         (0.00, -0.12),  # nose
         (0.00, 0.00),  # neck
-        (-0.12, 0.01),  # right shoulder, elbow, wrist (the image's left)
+        (-0.12, 0.01),  # right shoulder, elbow, wrist (on the left of the image)
         (-0.19, 0.15),
         (-0.23, 0.29),
         (0.12, 0.01),
@@ -28,7 +28,7 @@ STANDING = np.array(
 
 
 def body(x: float, y: float, size: float, turn: float = 0.0) -> np.ndarray:
-    """The standing person [18, 3] with the neck at (x, y), `size` pixels to a body height, turned by `turn` radians."""
+    """Standing person `[18, 3]`: neck at (x, y), body height `size` in pixels, rotated by `turn` radians."""
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     keypoints = np.ones((18, 3), np.float32)
     keypoints[:, :2] = STANDING @ rotation.T * size + (x, y)
@@ -36,7 +36,7 @@ def body(x: float, y: float, size: float, turn: float = 0.0) -> np.ndarray:
 
 
 def cut(keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Without the joints that lie outside the image."""
+    """Keypoints `[18, 3]` without the joints outside the image."""
     x, y = keypoints[:, 0], keypoints[:, 1]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     return np.where(inside[:, None], keypoints, 0).astype(np.float32)

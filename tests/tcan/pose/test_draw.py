@@ -5,19 +5,19 @@ from tcan.pose.draw import draw_poses
 from tests.tcan.pose.bodies import body
 
 
-def theirs(open_pose, keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
-    """controlnet_aux's drawing of one body."""
+def draw_with_controlnet_aux(open_pose, keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
+    """One pose drawn by controlnet_aux."""
     point = open_pose.body.Keypoint
     joints = [point(float(x) / width, float(y) / height) if score > 0 else None for x, y, score in keypoints]
     return open_pose.util.draw_bodypose(np.zeros((height, width, 3), np.uint8), joints)
 
 
 @pytest.mark.parametrize("height, width", [(512, 512), (256, 1024)])
-def test_draws_what_controlnet_aux_draws(open_pose, height, width):
+def test_drawing_equals_controlnet_aux(open_pose, height, width):
     rng = np.random.default_rng(0)
     poses = [body(width / 2, height / 4, 0.7 * height, turn) for turn in (0, 0.4, 3)]
-    poses += [body(0.02 * width, 0.8 * height, height)]  # cut by two edges
-    for _ in range(20):  # any joints at all, a fifth of them missing, two at one place
+    poses += [body(0.02 * width, 0.8 * height, height)]  # cropped by two image edges
+    for _ in range(20):  # random joints, 20% missing, two at the same position
         pose = rng.uniform(-20, 530, (18, 3)).astype(np.float32)
         pose[:, 2] = rng.random(18) > 0.2
         pose[3, :2] = pose[2, :2]
@@ -25,10 +25,10 @@ def test_draws_what_controlnet_aux_draws(open_pose, height, width):
     drawn = draw_poses(np.array(poses, np.float32), height, width)
     assert drawn.shape == (len(poses), height, width, 3) and drawn.dtype == np.uint8
     for pose, image in zip(poses, drawn, strict=True):
-        np.testing.assert_array_equal(image, theirs(open_pose, pose, height, width))
+        np.testing.assert_array_equal(image, draw_with_controlnet_aux(open_pose, pose, height, width))
 
 
-def test_thinner_sticks_cover_less_and_nobody_is_black():
+def test_stick_width_scales_the_drawing_and_missing_people_are_black():
     pose = body(64, 40, 80)[None]
     thick, thin = (draw_poses(pose, 128, 128, stick_width).any(-1).sum() for stick_width in (4, 2))
     assert 0 < thin < thick

@@ -1,4 +1,4 @@
-"""Poses on disk: each form that people have, as it is written elsewhere."""
+"""Pose files in each supported layout."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tcan.errors import UserError
 from tcan.pose import read_poses, write_poses
 from tests.tcan.pose.bodies import body
 
-# OpenPose's points by name, from its documentation: of its model of 25, and the 18 in this package's order.
+# Names of OpenPose's points, from its documentation: BODY_25, and COCO in the order of tcan.pose.skeleton.
 BODY_25 = (
     *("Nose", "Neck", "RShoulder", "RElbow", "RWrist", "LShoulder", "LElbow", "LWrist", "MidHip"),
     *("RHip", "RKnee", "RAnkle", "LHip", "LKnee", "LAnkle", "REye", "LEye", "REar", "LEar"),
@@ -23,11 +23,13 @@ COCO = (
 )
 
 
-def frame(*people: np.ndarray, **more: Any) -> dict[str, Any]:
-    return more | {"people": [{"person_id": [-1], "pose_keypoints_2d": person.tolist()} for person in people]}
+def frame(*people: np.ndarray, **fields: Any) -> dict[str, Any]:
+    return fields | {
+        "people": [{"person_id": [-1], "pose_keypoints_2d": person.tolist()} for person in people]
+    }
 
 
-def test_written_and_read_again(tmp_path: Path) -> None:
+def test_written_poses_are_read_back_and_file_has_one_line_per_frame(tmp_path: Path) -> None:
     poses = np.stack([body(50 + f, 40, 90.123, 0.1 * f) for f in range(3)])
     poses[1, 4] = 0
     write_poses(poses, tmp_path / "poses.json", height=128, width=96, fps=29.97)
@@ -35,14 +37,14 @@ def test_written_and_read_again(tmp_path: Path) -> None:
     assert (read.height, read.width, read.fps) == (128, 96, 29.97)
     np.testing.assert_allclose(np.concatenate(read.people), poses, atol=0.006)
     assert [file.name for file in tmp_path.iterdir()] == ["poses.json"]
-    assert len((tmp_path / "poses.json").read_text().splitlines()) == 3 + 2  # a line a frame
+    assert len((tmp_path / "poses.json").read_text().splitlines()) == 3 + 2
 
 
-def test_a_folder_as_openpose_writes_it(tmp_path: Path) -> None:
-    """BODY_25, a file a frame; nobody in the second; somebody of whom only a hand was found in the third."""
+def test_reads_openpose_folder(tmp_path: Path) -> None:
+    """BODY_25, one file per frame; no people in frame 1; one person with only hand keypoints in frame 2."""
     points = np.random.default_rng(0).uniform(1, 100, (2, 25, 3)).astype(np.float32)
     points[..., 2] /= 100
-    points[0, 3, 2] = 0  # not found, wherever it says it is
+    points[0, 3, 2] = 0  # not found, despite its coordinates
     hand = {"pose_keypoints_2d": [], "hand_left_keypoints_2d": [1.0, 2.0, 0.5]}
     frames = [frame(*points.reshape(2, 75)), frame(), frame(points[0].ravel())]
     frames[2]["people"].append(hand)
@@ -57,7 +59,7 @@ def test_a_folder_as_openpose_writes_it(tmp_path: Path) -> None:
         np.testing.assert_allclose(read.people[0][:, joint], expected)
 
 
-def test_a_list_of_frames_and_a_single_frame(tmp_path: Path) -> None:
+def test_reads_list_of_frames_and_single_frame(tmp_path: Path) -> None:
     one = frame(body(30, 20, 40).ravel(), canvas_height=64, canvas_width=48)
     for content, count in (([one, one], 2), (one, 1)):
         (tmp_path / "poses.json").write_text(json.dumps(content))
@@ -70,28 +72,28 @@ def test_a_list_of_frames_and_a_single_frame(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         ("{", "not JSON"),
-        ("[]", "holds no frames"),
-        ("{}", "holds no frames"),
+        ("[]", "no frames with poses"),
+        ("{}", "no frames with poses"),
         ('{"frames": [{"people": []}, 3]}', 'frame 1: no list of "people"'),
         ('{"frames": [{"people": [{"pose_keypoints_2d": [1, 2, 3]}]}]}', r"frame 0: .*\(54 numbers\)"),
         (f'[{{"people": [{{"pose_keypoints_2d": {[None] * 54}}}]}}]'.replace("None", "null"), "frame 0"),
-        ('{"frames": [{"people": []}], "fps": "fast"}', "fps = fast: must be a number"),
+        ('{"frames": [{"people": []}], "fps": "fast"}', "fps = fast: must be a number > 0; "),
     ],
 )
-def test_what_is_no_pose_file_is_said(content: str, reason: str, tmp_path: Path) -> None:
+def test_invalid_pose_file_raises_one_line_error(content: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "poses.json").write_text(content)
     with pytest.raises(UserError, match=reason) as error:
         read_poses(tmp_path / "poses.json")
     assert "poses.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_files_and_folders_of_others(tmp_path: Path) -> None:
+def test_missing_paths_and_foreign_folders_raise_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="check the path"):
         read_poses(tmp_path / "missing.json")
-    with pytest.raises(UserError, match=r"no \.json in this folder"):
+    with pytest.raises(UserError, match=r"no \.json files in this folder"):
         read_poses(tmp_path)
     (tmp_path / "clips.json").write_text('{"frames": []}')
-    with pytest.raises(UserError, match="one frame as OpenPose writes it"):
+    with pytest.raises(UserError, match=r"not every \.json file is one frame"):
         read_poses(tmp_path)
     with pytest.raises(UserError, match="cannot write the poses"):
         write_poses(body(1, 1, 1)[None], tmp_path / "no" / "folder.json", 64, 64)

@@ -8,7 +8,7 @@ from tcan.pose.targets import pose_targets
 from tests.tcan.pose.bodies import body
 
 
-def test_shapes_and_size():
+def test_output_shapes_and_parameter_count():
     network = BodyPoseNetwork()
     assert 0.6e6 < sum(parameter.numel() for parameter in network.parameters()) < 0.9e6
     stages = network.stages(torch.zeros(2, 3, 64, 48))
@@ -18,7 +18,7 @@ def test_shapes_and_size():
         torch.testing.assert_close(got, expected)
 
 
-def test_targets_by_their_formulas():
+def test_targets_follow_the_formulas():
     keypoints = np.stack([body(60, 30, 80), body(70, 28, 85, 0.3)])
     keypoints[1, 4] = 0
     paf, heatmap, weight = (
@@ -45,7 +45,7 @@ def test_targets_by_their_formulas():
     assert (weight[(paf != 0)] > weight[paf == 0].min()).all() and weight.min() == 1
 
 
-def test_targets_decode_to_the_keypoints():
+def test_decoded_targets_equal_keypoints():
     rng = np.random.default_rng(0)
     poses = [
         body(rng.uniform(45, 80), rng.uniform(25, 40), rng.uniform(55, 100), 0.3 * rng.normal())
@@ -54,7 +54,7 @@ def test_targets_decode_to_the_keypoints():
     keypoints = np.stack(poses)
     inside = ((keypoints[..., :2] >= 4) & (keypoints[..., :2] < 124)).all(-1)
     keypoints[~inside] = 0
-    keypoints[3, 4] = 0  # a wrist not seen
+    keypoints[3, 4] = 0  # a missing wrist
     paf, heatmap, _ = pose_targets(torch.from_numpy(keypoints), 128, 128)
     network = BodyPoseNetwork()
     detector = OpenPose(network, network.config.input_height, network.config.blur_sigma)
@@ -63,4 +63,4 @@ def test_targets_decode_to_the_keypoints():
     found = np.concatenate(people)
     np.testing.assert_array_equal(found[..., 2] > 0, keypoints[..., 2] > 0)
     error = np.linalg.norm(found[..., :2] - keypoints[..., :2], axis=-1)
-    assert error.max() < 1.6 and error[inside].mean() < 0.6  # in pixels; peaks lie on whole ones
+    assert error.max() < 1.6 and error[inside].mean() < 0.6  # in pixels; peaks have integer coordinates

@@ -14,7 +14,7 @@ from tests.tcan.pose.bodies import body, cut
 
 @pytest.fixture(scope="module")
 def weights(open_pose, tmp_path_factory) -> Path:
-    """A `body_pose_model.pth` of random weights: the network's own names without those of its blocks."""
+    """`body_pose_model.pth` with random weights; its keys lack the network's block names."""
     path = tmp_path_factory.mktemp("openpose") / "body_pose_model.pth"
     torch.manual_seed(0)
     state = open_pose.body.bodypose_model().state_dict()
@@ -23,12 +23,12 @@ def weights(open_pose, tmp_path_factory) -> Path:
 
 
 class Maps(nn.Module):
-    """A network that answers with given maps, whatever it is shown: the decoding is under test."""
+    """Network that returns fixed maps for any input, to test the decoding."""
 
     def __init__(self, paf: torch.Tensor, heatmap: torch.Tensor):
         super().__init__()
         self.maps = paf, heatmap
-        self.place = nn.Parameter(torch.zeros(1))
+        self.parameter = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
         assert x.shape[-2:] == tuple(8 * n for n in self.maps[0].shape[-2:])
@@ -36,7 +36,7 @@ class Maps(nn.Module):
 
 
 def maps_of(people, height: int, width: int, sigma: float = 7.0):
-    """The network's maps of a frame with people (keypoints in the frame's pixels), at OpenPose's own scale."""
+    """Ground-truth maps of a frame with people (keypoints in frame pixels), at OpenPose's default scale."""
     scale = 184 / height
     h, w = int(height * scale), int(width * scale)
     h8, w8 = -(-h // 8) * 8, -(-w // 8) * 8
@@ -44,13 +44,13 @@ def maps_of(people, height: int, width: int, sigma: float = 7.0):
     for i, person in enumerate(people):
         keypoints[i] = torch.from_numpy(cut(person, height, width)) * torch.tensor([scale, scale, 1.0])
     paf, heatmap, _ = pose_targets(keypoints, h8, w8, sigma=sigma)
-    strongest = paf.abs().argmax(0, keepdim=True)  # where limbs cross, one of them
+    strongest = paf.abs().argmax(0, keepdim=True)  # at crossings, one of the limbs
     heatmap = torch.cat([heatmap[:, :18].amax(0, keepdim=True), heatmap[:, 18:].amin(0, keepdim=True)], 1)
     return paf.gather(0, strongest), heatmap
 
 
-def theirs(detector, maps, height: int, width: int) -> np.ndarray:
-    """What controlnet_aux's own code finds, as [P, 18, 3]."""
+def detect_with_controlnet_aux(detector, maps, height: int, width: int) -> np.ndarray:
+    """People `[P, 18, 3]` found by controlnet_aux."""
     detector.model = Maps(*maps)
     candidate, subset = detector(np.zeros((height, width, 3), np.uint8))
     people = np.zeros((len(subset), 18, 3))
@@ -62,7 +62,7 @@ def theirs(detector, maps, height: int, width: int) -> np.ndarray:
 
 
 def scenes(height: int, width: int):
-    """name -> the network's maps."""
+    """Maps (paf, heatmap) by name of the scene."""
     size, x, y = 0.7 * height, width / 2, 0.25 * height
 
     def of(*people, sigma=7.0):
@@ -76,58 +76,58 @@ def scenes(height: int, width: int):
     twins = of(body(x - 0.2 * width, y, size), body(x + 0.2 * width, y, size))
     spikes = torch.where(of(one)[1] > 0.8, 0.9, 0.0)
     return {
-        "nobody": of(),
-        "one": of(one),
+        "no people": of(),
+        "one person": of(one),
         "turned": of(body(x, 0.45 * height, 0.5 * height, 1.2)),
-        "three": of(*(body(x + d * width, y, 0.45 * height) for d in (-0.3, 0, 0.3))),
+        "three people": of(*(body(x + d * width, y, 0.45 * height) for d in (-0.3, 0, 0.3))),
         "overlapping": of(one, body(x + 0.12 * width, y + 0.04 * height, size)),
-        "cut by the left border": of(body(0.1 * width, y, size)),
-        "cut by the lower border": of(body(x, 0.6 * height, size)),
+        "cropped by the left border": of(body(0.1 * width, y, size)),
+        "cropped by the lower border": of(body(x, 0.6 * height, size)),
         "upside down in a corner": of(body(0.95 * width, 0.9 * height, size, 2.5)),
         "small": of(body(x, y, 0.25 * height), sigma=5),
-        "twins: all scores nearly equal": twins,
-        "mirrored: equal but for rounding": [twins[0], (twins[1] + twins[1].flip(-1)) / 2],
+        "two equal people: scores differ by rounding": twins,
+        "mirrored: neighbors differ by rounding": [twins[0], (twins[1] + twins[1].flip(-1)) / 2],
         "faint": [0.3 * m for m in of(one)],
         "at the threshold": [0.13 * m for m in of(one)],
-        "flat tops": [m.clamp(-0.6, 0.6) for m in of(one)],
-        "spikes of a cell or few": [of(one)[0], spikes],
-        "in steps": [of(one)[0], (8 * of(one)[1]).round() / 8],
-        "noisy": noisy(of(one, body(x, 0.4 * height, size)), 0.03, 0),
-        "noisier": noisy(of(one, body(x, 0.4 * height, size)), 0.06, 1),
+        "clipped peaks": [m.clamp(-0.6, 0.6) for m in of(one)],
+        "peaks of one or few cells": [of(one)[0], spikes],
+        "quantized": [of(one)[0], (8 * of(one)[1]).round() / 8],
+        "noise": noisy(of(one, body(x, 0.4 * height, size)), 0.03, 0),
+        "more noise": noisy(of(one, body(x, 0.4 * height, size)), 0.06, 1),
         "only noise": noisy(of(), 0.12, 2),
     }
 
 
-FEW = ("nobody", "overlapping", "upside down in a corner", "mirrored: equal but for rounding")
+FEW = ("no people", "overlapping", "upside down in a corner", "mirrored: neighbors differ by rounding")
 
 
 @pytest.mark.parametrize(
-    "height, width, chosen",
+    "height, width, scene_names",
     [(128, 96, None), (184, 184, FEW), (185, 300, FEW[1:2]), (300, 225, FEW), (512, 512, FEW[:2])],
 )
-def test_finds_the_people_that_controlnet_aux_finds(body_detector, height, width, chosen):
-    found_in = scenes(height, width)
-    names = chosen or tuple(found_in)
-    network = Maps(*(torch.cat([found_in[name][i] for name in names]) for i in (0, 1)))
-    all_ours = OpenPose(network).detect(
+def test_decoding_equals_controlnet_aux(body_detector, height, width, scene_names):
+    maps_by_scene = scenes(height, width)
+    names = scene_names or tuple(maps_by_scene)
+    network = Maps(*(torch.cat([maps_by_scene[name][i] for name in names]) for i in (0, 1)))
+    all_detected = OpenPose(network).detect(
         np.zeros((len(names), height, width, 3), np.uint8), batch_size=len(names)
     )
-    for name, ours in zip(names, all_ours, strict=True):
-        expected = theirs(body_detector, found_in[name], height, width)
-        assert ours.shape == expected.shape, name
-        np.testing.assert_array_equal(ours[..., 2] > 0, expected[..., 2] > 0, err_msg=name)
-        assert np.abs(ours[..., :2] - expected[..., :2]).max(initial=0) <= 1, name
-        np.testing.assert_allclose(ours[..., 2], expected[..., 2].clip(max=1), atol=1e-4, err_msg=name)
+    for name, detected in zip(names, all_detected, strict=True):
+        expected = detect_with_controlnet_aux(body_detector, maps_by_scene[name], height, width)
+        assert detected.shape == expected.shape, name
+        np.testing.assert_array_equal(detected[..., 2] > 0, expected[..., 2] > 0, err_msg=name)
+        assert np.abs(detected[..., :2] - expected[..., :2]).max(initial=0) <= 1, name
+        np.testing.assert_allclose(detected[..., 2], expected[..., 2].clip(max=1), atol=1e-4, err_msg=name)
         if name in PEOPLE:
-            assert len(ours) == PEOPLE[name], name
+            assert len(detected) == PEOPLE[name], name
 
 
 PEOPLE = {
-    "nobody": 0,
-    "one": 1,
+    "no people": 0,
+    "one person": 1,
     "turned": 1,
     "overlapping": 2,
-    "cut by the left border": 1,
+    "cropped by the left border": 1,
     "at the threshold": 0,
 }
 
@@ -137,62 +137,62 @@ def body_detector(open_pose, weights):
     return open_pose.body.Body(weights)
 
 
-def test_the_file_of_openpose_is_the_network_of_controlnet_aux(body_detector, weights):
-    ours = OpenPose.from_pretrained(weights)
+def test_openpose_file_loads_into_network_of_controlnet_aux(body_detector, weights):
+    loaded = OpenPose.from_pretrained(weights)
     torch.manual_seed(1)
     x = torch.rand(1, 3, 32, 24) - 0.5
     with torch.no_grad():
         reference = type(body_detector)(weights).model(x)
-        for got, expected in zip(ours.network(x), reference, strict=True):
+        for got, expected in zip(loaded.network(x), reference, strict=True):
             torch.testing.assert_close(got, expected)
-    assert (ours.input_height, ours.blur_sigma) == (184, 3)
-    assert ours.fingerprint == OpenPose.from_pretrained(weights.parent).fingerprint
+    assert (loaded.input_height, loaded.blur_sigma) == (184, 3)
+    assert loaded.fingerprint == OpenPose.from_pretrained(weights.parent).fingerprint
 
 
-class Seen(nn.Module):
-    """Keeps what it was shown and finds nobody."""
+class RecordingNetwork(nn.Module):
+    """Network that records its inputs and finds no people."""
 
     def __init__(self):
         super().__init__()
-        self.place = nn.Parameter(torch.zeros(1))
-        self.shown: list[torch.Tensor] = []
+        self.parameter = nn.Parameter(torch.zeros(1))
+        self.inputs: list[torch.Tensor] = []
 
     def forward(self, x):
-        self.shown.append(x)
+        self.inputs.append(x)
         b, _, h, w = x.shape
         return x.new_zeros(b, 38, h // 8, w // 8), x.new_zeros(b, 19, h // 8, w // 8)
 
 
 @pytest.mark.parametrize("height, width", [(512, 512), (300, 225), (100, 77)])
-def test_the_network_is_shown_what_controlnet_aux_shows_it(body_detector, height, width):
+def test_network_input_equals_controlnet_aux(body_detector, height, width):
     frames = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
-    ours, reference = Seen(), Seen()
-    OpenPose(ours).detect(frames)
+    actual, reference = RecordingNetwork(), RecordingNetwork()
+    OpenPose(actual).detect(frames)
     body_detector.model = reference
     for frame in frames:
         body_detector(frame[..., ::-1].copy())
-    torch.testing.assert_close(torch.cat(ours.shown), torch.cat(reference.shown), rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat(actual.inputs), torch.cat(reference.inputs), rtol=0, atol=0)
 
 
-def test_a_folder_keeps_its_settings_and_frames_do_not_touch_each_other(tmp_path):
+def test_saved_settings_are_loaded_and_batch_size_does_not_change_results(tmp_path):
     torch.manual_seed(0)
     network = BodyPoseNetwork(input_height=64, blur_sigma=1.5)
-    nn.init.normal_(network.stage2.heatmap[-1].weight, std=0.5)  # peaks everywhere
+    nn.init.normal_(network.stage2.heatmap[-1].weight, std=0.5)  # many peaks
     nn.init.normal_(network.stage2.paf[-1].weight, std=0.5)
     network.save_pretrained(tmp_path)
     detector = OpenPose.from_pretrained(str(tmp_path))
     assert (detector.input_height, detector.blur_sigma) == (64, 1.5)
     frames = np.random.default_rng(0).integers(0, 256, (5, 64, 48, 3), dtype=np.uint8)
-    together, apart = detector.detect(frames), detector.detect(frames, batch_size=2)
-    assert len(together) == 5 and any(len(people) for people in together)
-    for a, b in zip(together, apart, strict=True):
+    single_batch, small_batches = detector.detect(frames), detector.detect(frames, batch_size=2)
+    assert len(single_batch) == 5 and any(len(people) for people in single_batch)
+    for a, b in zip(single_batch, small_batches, strict=True):
         assert a.shape == b.shape and a.dtype == np.float32
         np.testing.assert_allclose(a, b, atol=1e-4)
         assert ((a[..., 2] >= 0) & (a[..., 2] <= 1)).all() and not a[a[..., 2] == 0].any()
     assert detector.detect(frames[:0]) == []
 
 
-def test_another_fingerprint_for_other_weights_or_settings():
+def test_fingerprint_depends_on_weights_and_settings():
     torch.manual_seed(0)
     network = BodyPoseNetwork()
     prints = {OpenPose(network).fingerprint, OpenPose(network, blur_sigma=2).fingerprint}
@@ -202,12 +202,12 @@ def test_another_fingerprint_for_other_weights_or_settings():
     assert len(prints | {OpenPose(network).fingerprint}) == 3
 
 
-def test_what_is_no_pose_network_is_said(tmp_path):
+def test_invalid_pose_network_raises_user_error(tmp_path):
     with pytest.raises(UserError, match=r"neither config\.json nor"):
         OpenPose.from_pretrained(tmp_path)
     text = tmp_path / "text.pth"
     text.write_text("not weights")
-    with pytest.raises(UserError, match="not a file of weights"):
+    with pytest.raises(UserError, match="not a weights file"):
         OpenPose.from_pretrained(text)
     other = tmp_path / "other.pth"
     torch.save({"conv.weight": torch.zeros(2)}, other)
@@ -219,4 +219,4 @@ def test_what_is_no_pose_network_is_said(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         OpenPose.from_pretrained(tmp_path / "cut")
     with pytest.raises(UserError, match="too narrow"):
-        OpenPose(Seen()).detect(np.zeros((1, 400, 1, 3), np.uint8))
+        OpenPose(RecordingNetwork()).detect(np.zeros((1, 400, 1, 3), np.uint8))

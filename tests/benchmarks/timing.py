@@ -1,4 +1,4 @@
-"""Times and memory, side by side: every figure is a ratio to a named alternative, of one run on one machine."""
+"""Time and memory, measured side by side: every figure is a ratio to a named baseline, from one run on one machine."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A line of RESULTS.md."""
+    """One row of RESULTS.md."""
 
     what: str
     value: str
@@ -21,7 +21,7 @@ class Row:
 
 
 def seconds(run: Run, device: str = "cpu") -> float:
-    """Of one run. On a CPU those that the process itself was at work: what else the machine does counts little."""
+    """Duration of one run in seconds. On a CPU, the CPU time of the process, so that other load has little effect."""
     if device == "cpu":
         began = time.process_time()
         run()
@@ -35,7 +35,7 @@ def seconds(run: Run, device: str = "cpu") -> float:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of two times taken beside each other, round after round."""
+    """Ratios of two times, one per round."""
 
     rounds: list[float]
 
@@ -51,13 +51,13 @@ class Ratio:
         if len(self.rounds) == 1:
             return "one round"
         low, _, high = statistics.quantiles(self.rounds, n=4)
-        return f"middle half of {len(self.rounds)} rounds {low:.2f} to {high:.2f}"
+        return f"interquartile range {low:.2f} to {high:.2f}, {len(self.rounds)} rounds"
 
 
 def side_by_side(sides: dict[str, Run], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of every side, round after round: all run in turn, to and fro, so that noise meets all of them.
+    """Seconds of each alternative in each round. All run in turn, in alternating order, so that noise affects all of them.
 
-    A round before the first warms up, but where only one is wanted: that is of minutes.
+    One warm-up round is discarded, except if `rounds` is 1, because such a round takes minutes.
     """
     warm_up = int(rounds > 1)
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -72,10 +72,10 @@ def ratio(times: dict[str, list[float]], numerator: str, denominator: str) -> Ra
 
 
 def peak_bytes(run: Run, device: str = "cpu") -> int:
-    """The most memory that a run takes beside what was there before.
+    """Peak memory of a run in bytes, relative to before the run.
 
-    On a CPU by torch's own allocator, every allocation and release as the profiler records them; on a GPU by its
-    allocator's own count.
+    On a CPU, from torch's allocations and releases as recorded by the profiler; on a GPU, from the statistics of the
+    caching allocator.
     """
     if device != "cpu":
         torch.cuda.synchronize()
@@ -97,7 +97,7 @@ def peak_bytes(run: Run, device: str = "cpu") -> int:
 
 
 def tensor_bytes(*owners: Any) -> int:
-    """Of modules' parameters and buffers, and of optimizers' states."""
+    """Bytes of the parameters and buffers of modules, and of the states of optimizers."""
     total = 0
     for owner in owners:
         if isinstance(owner, torch.optim.Optimizer):

@@ -1,0 +1,313 @@
+"""The commands of `tcan`: arguments, help texts, and the functions that run them.
+
+The modules of a command are imported when it runs, so that `tcan --help` is fast.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tcan.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the command line."""
+
+    help: str
+    arguments: dict[str, dict[str, Any]]
+    """Name of an argument -> keyword arguments of the parser's `add_argument`."""
+    run: Callable[[Any, Any], None]
+    """Called with the parsed arguments and the configuration."""
+    sections: tuple[str, ...]
+    """Configuration sections that the command uses."""
+    submittable: bool = False
+    """Whether the command supports `--submit`."""
+
+
+def _preprocess(arguments: Any, config: Any) -> None:
+    from pipelines.preprocess.job import preprocess
+
+    preprocess(
+        arguments.videos,
+        arguments.out,
+        config,
+        limit=arguments.limit,
+        retry_rejected=arguments.retry_rejected,
+    )
+
+
+def _dataset(arguments: Any, config: Any) -> None:
+    from pipelines.preprocess import dataset_commands
+
+    try:
+        if arguments.action == "info":
+            dataset_commands.print_info(arguments.dataset)
+        elif arguments.action == "rejected":
+            dataset_commands.print_rejected(arguments.dataset)
+        elif arguments.action == "verify":
+            dataset_commands.verify(arguments.dataset)
+        else:
+            dataset_commands.preview(arguments.dataset, arguments.out, config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the pipe has exited, e.g. `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _train(arguments: Any, config: Any) -> None:
+    from pipelines.train.job import train
+
+    train(arguments.dataset, arguments.out, config, stage=arguments.stage, from_model=arguments["from"])
+
+
+def _animate(arguments: Any, config: Any) -> None:
+    names = ("image", "driving", "poses", "character", "out", "fps")
+    given = {name: arguments[name] for name in names if arguments[name] is not None}
+    options = {"audio": arguments.audio, "side_by_side": arguments.side_by_side}
+    if arguments.pairs is not None:
+        if given:
+            raise UserError(f"--pairs: conflicts with --{', --'.join(given)}; remove --{', --'.join(given)}")
+        from pipelines.animate_pairs import animate_pairs
+        from pipelines.tracking import local_model
+
+        model = local_model(arguments.model, config.tracking)
+        animate_pairs(Path(arguments.pairs), model, config, **options)
+        return
+    if missing := [f"--{name}" for name in ("image", "out") if name not in given]:
+        raise UserError(f"missing {', '.join(missing)}; see tcan animate --help")
+
+    from pipelines.animate import Animation, animate
+    from pipelines.tracking import local_model
+
+    paths: dict[str, Any] = {name: Path(value) for name, value in given.items() if name != "fps"}
+    model = local_model(arguments.model, config.tracking)
+    animate(Animation(**paths, fps=arguments.fps, **options), model, config)
+
+
+def _pose(arguments: Any, config: Any) -> None:
+    from pipelines.pose import pose
+
+    pose(Path(arguments.source), Path(arguments.out), config)
+
+
+def _evaluate(arguments: Any, config: Any) -> None:
+    from pipelines.evaluate import evaluate
+    from pipelines.tracking import local_model
+
+    model = local_model(arguments.model, config.tracking)
+    evaluate(Path(arguments.videos), model, Path(arguments.out), config)
+
+
+def _export(arguments: Any, config: Any) -> None:
+    from tcan.weights import export_model
+
+    export_model(arguments.model, arguments.out, pose=config.pretrained.pose)
+    print(f"{arguments.out}: exported with all pretrained models", flush=True)
+
+
+def _weights(arguments: Any, config: Any) -> None:
+    from tcan.weights.check import describe
+
+    problems = []
+    for path in arguments.paths:
+        try:
+            print(f"{path}: {describe(Path(path))}: compatible", flush=True)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _demo(arguments: Any, config: Any) -> None:
+    from pipelines.demo import demo
+
+    demo(Path(arguments.out), config)
+
+
+def _memory(arguments: Any, config: Any) -> None:
+    from pipelines.memory import memory
+
+    memory(config, arguments.gpus, arguments.stage)
+
+
+def _ui(arguments: Any, config: Any) -> None:
+    from pipelines.ui import ui
+
+    ui(config, arguments.port)
+
+
+def _path(text: str, **options: Any) -> dict[str, Any]:
+    return {"type": str, "help": text, **options}
+
+
+def _required_path(text: str) -> dict[str, Any]:
+    return _path(text, required=True)
+
+
+DATASET = _path("Clip dataset: the OUT folder of `tcan preprocess`.")
+MODEL = _required_path(
+    "Trained model: a folder, models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
+)
+
+COMMANDS = {
+    "preprocess": Command(
+        "Convert videos to a clip dataset.",
+        {
+            "videos": _path(
+                "Videos: a folder (searched recursively), a quoted glob pattern, a list (.txt) or a single video; a local "
+                "path, s3:// or gs://."
+            ),
+            "out": _path(
+                "Folder of the clip dataset; a local path, s3:// or gs://. If it exists, only missing clips are added."
+            ),
+            "--limit": {
+                "type": int,
+                "default": 0,
+                "help": "Maximum number of videos (>= 0), sorted by name. 0: all videos.",
+            },
+            "--retry_rejected": {
+                "action": "store_true",
+                "help": "Retry of the videos that earlier runs rejected.",
+            },
+        },
+        _preprocess,
+        ("pretrained", "preprocess", "tracking"),
+        submittable=True,
+    ),
+    "dataset": Command(
+        "Inspect a clip dataset: counts, rejected videos, file integrity, preview of random clips.",
+        {
+            "action": {
+                "type": Literal["info", "rejected", "verify", "preview"],
+                "help": "Action. info: counts and settings; rejected: rejected videos with reasons; verify: integrity "
+                "check of all files; preview: image of random clips (set --seed for others).",
+            },
+            "dataset": DATASET,
+            "--out": _path("Image file of preview.", default="preview.png"),
+        },
+        _dataset,
+        ("pretrained", "train"),
+    ),
+    "train": Command(
+        "Train TCAN on a clip dataset: stage 1 (images), then stage 2 (motion).",
+        {
+            "dataset": DATASET,
+            "--out": _required_path(
+                "Folder of the checkpoints and the trained model. If it has checkpoints, training resumes."
+            ),
+            "--stage": {
+                "type": Literal["1", "2", "all"],
+                "default": "all",
+                "help": "Stage to train; all: stage 1, then stage 2.",
+            },
+            "--from": _path(
+                "Stage 1 model from which stage 2 starts: a folder, models:/NAME@ALIAS, or an MLflow run id. Default: "
+                "the stage 1 model in OUT."
+            ),
+        },
+        _train,
+        ("pretrained", "train", "tracking"),
+        submittable=True,
+    ),
+    "animate": Command(
+        "Animate the person in an image with the motion of a video.",
+        {
+            "--image": _path("Reference image of the person."),
+            "--driving": _path("Driving video."),
+            "--poses": _path(
+                "Driving poses instead of those detected in the driving video: a file of `tcan pose`, or a folder of "
+                "OpenPose JSON files."
+            ),
+            "--character": _path(
+                "Keypoints of the reference image, in the formats of --poses. Default: detected in the image."
+            ),
+            "--pairs": _path(
+                "Table (.csv or .parquet) with the columns image, driving and out, instead of a single image. Missing "
+                "results are generated on the Ray cluster."
+            ),
+            "--model": MODEL,
+            "--out": _path("Result: .mp4, .webm, .gif, or a folder of PNG images (no suffix)."),
+            "--fps": {
+                "type": float,
+                "help": "Frame rate of the result in frames per second (> 0). Default: that of the driving video or of "
+                "the pose file.",
+            },
+            "--audio": {"action": "store_true", "help": "Copy of the driving video's audio in the result."},
+            "--side_by_side": {
+                "action": "store_true",
+                "help": "Result with reference image and driving pose next to each frame.",
+            },
+        },
+        _animate,
+        ("pretrained", "animate", "tracking"),
+    ),
+    "pose": Command(
+        "Detect the poses of a video or image and write them to an editable file.",
+        {
+            "source": _path("Video or image."),
+            "--out": _required_path("Pose file (.json). A preview is written next to it."),
+        },
+        _pose,
+        ("pretrained", "animate"),
+    ),
+    "evaluate": Command(
+        "Evaluate a model on held-out videos: animate the first frame of each with its own motion.",
+        {
+            "videos": _path("Folder of held-out videos."),
+            "--model": MODEL,
+            "--out": _required_path("Folder of the metrics and the generated videos."),
+        },
+        _evaluate,
+        ("pretrained", "animate", "evaluate", "tracking"),
+    ),
+    "export": Command(
+        "Export a model and its pretrained models to one self-contained folder.",
+        {
+            "--model": _required_path("Folder of a trained model."),
+            "--out": _required_path("Folder to write, for `tcan animate --model`."),
+        },
+        _export,
+        ("pretrained",),
+    ),
+    "weights": Command(
+        "Identify weight files and folders, and check that they are compatible.",
+        {
+            "action": {"type": Literal["check"], "help": "Action. check: strict check of names and shapes."},
+            "paths": {"nargs": "+", "type": str, "help": "Weight files, weight folders or trained models."},
+        },
+        _weights,
+        (),
+    ),
+    "demo": Command(
+        "Run all steps on rendered puppets, from videos to animated videos.",
+        {"--out": _path("Folder of all results. If it exists, the demo resumes.", default="demo")},
+        _demo,
+        ("pretrained", "preprocess", "train", "animate", "evaluate", "tracking"),
+    ),
+    "memory": Command(
+        "Estimate the GPU memory of training.",
+        {
+            "--gpus": {
+                "type": int,
+                "default": 8,
+                "help": "Number of GPUs (>= 1); the estimate for one GPU is printed too.",
+            },
+            "--stage": {
+                "type": Literal["1", "2", "all"],
+                "default": "all",
+                "help": "Stage; all: both stages.",
+            },
+        },
+        _memory,
+        ("pretrained", "train"),
+    ),
+    "ui": Command(
+        "Serve the MLflow page of the recorded runs.",
+        {"--port": {"type": int, "default": 5000, "help": "Port of the server (1 to 65535)."}},
+        _ui,
+        ("tracking",),
+    ),
+}

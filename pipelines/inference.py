@@ -1,0 +1,64 @@
+"""Functions shared by the jobs that run a trained model: animate, animate_pairs, pose, evaluate."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from pipelines.config import Config
+from tcan.errors import UserError
+from tcan.pipeline import TCANPipeline
+from tcan.schedule import sampler
+from tcan.weights import read_model_info
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_pipeline(model: Path, config: Config) -> TCANPipeline:
+    """Load a model folder with the pretrained models, precision, device and scheduler of `config.animate`.
+
+    Raises:
+        UserError: see `TCANPipeline.from_pretrained` and `choose_device`.
+    """
+    device = choose_device(config)
+    pretrained = dataclasses.asdict(config.pretrained)
+    if config.animate.pretrained == "model":
+        pretrained = {} if "pose" in read_model_info(model)["pretrained"] else {"pose": pretrained["pose"]}
+    pipe = TCANPipeline.from_pretrained(
+        model, torch_dtype=PRECISIONS[config.animate.precision], device=device, **pretrained
+    )
+    pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
+    pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: shown only on a terminal
+    return pipe
+
+
+def choose_device(config: Config) -> str:
+    """Resolve `config.animate.device`; "auto" is the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: an unknown device, or a GPU on a machine without one.
+    """
+    device = config.animate.device
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"animate.device = {device}: no such device; use auto, cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"animate.device = {device}: no GPU available; use auto or cpu")
+    return device
+
+
+def create_folder(folder: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        UserError: the folder cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot create this folder ({error.strerror}); choose another one"
+        ) from None

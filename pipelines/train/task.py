@@ -1,0 +1,48 @@
+"""The task of a training stage, which the driver sends to every worker."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.config import Config, StageConfig, TrackingConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    config: Config
+    stage: int
+    """1 or 2."""
+    dataset: str
+    vae_scaling_factor: float
+    from_model: str | None
+    """Model folder to start from; None: the pretrained models."""
+    tracking: TrackingConfig
+    run_id: str
+    deepspeed: dict[str, Any]
+    """The user's DeepSpeed settings (`train.deepspeed`)."""
+    monitor: Any
+    """Handle of the run's `RunMonitor` actor."""
+    show_bar: bool
+    """Whether the driver shows a progress bar; if not, rank 0 prints progress lines."""
+    model_info: dict[str, Any]
+    """Additional entries of the model folder's tcan.json."""
+
+    @property
+    def stage_config(self) -> StageConfig:
+        return stage_config(self.config, self.stage)
+
+
+def stage_config(config: Config, stage: int) -> StageConfig:
+    return config.train.stage1 if stage == 1 else config.train.stage2
+
+
+def pretrained_sources(config: Config) -> dict[str, str]:
+    """Arguments of `tcan.weights.load_pretrained`; training needs no pose network."""
+    sources = dataclasses.asdict(config.pretrained)
+    del sources["pose"]
+    return sources
+
+
+def schedule_options(config: TrainConfig) -> dict[str, Any]:
+    """Arguments of `tcan.schedule.noise_schedule`, stored in the model folder as "schedule"."""
+    return {"prediction_type": config.prediction_type, "zero_terminal_snr": config.zero_terminal_snr}

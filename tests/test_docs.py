@@ -1,0 +1,174 @@
+"""The documentation agrees with the code: commands, error messages, module names, links."""
+
+import ast
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from pipelines import cli
+from pipelines.commands import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("infra/*.md"))]
+README_LINES = 120
+PLACEHOLDER = "…"  # in the messages of docs/troubleshooting.md: any text
+
+EXECUTED_BY = {
+    "preprocess": "tests/pipelines/test_preprocess.py::test_every_source_is_kept_or_rejected_with_a_reason",
+    "dataset": "tests/pipelines/test_dataset.py::test_a_whole_dataset_is_found_whole",
+    "train": "tests/pipelines/test_train.py::test_both_stages_train_their_own_parts",
+    "animate": "tests/pipelines/test_animate.py::test_a_long_video_passes_through_in_pieces",
+    "pose": "tests/pipelines/test_animate.py::test_the_file_of_tcan_pose_drives_as_the_video_does",
+    "evaluate": "tests/pipelines/test_demo.py::test_what_the_demo_leaves",
+    "export": "tests/tcan/test_weights.py::test_export_needs_nothing_else",
+    "weights": "tests/tcan/test_weights.py::test_what_folders_are",
+    "demo": "tests/pipelines/test_demo.py::test_what_the_demo_leaves",
+    "memory": "tests/pipelines/test_cli.py::test_memory_of_a_stage_is_printed_by_zero_stage_and_gpus",
+    "ui": "tests/pipelines/test_tracking.py::test_page_shows_the_runs_until_interrupted",
+}
+"""For each command, a test that executes it."""
+
+
+def code_lines(text: str) -> Iterator[str]:
+    """Lines of fenced and indented code blocks, joined at a trailing backslash."""
+    fenced, pending = False, ""
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            pending += line.strip()
+            if pending.endswith("\\"):
+                pending = pending[:-1]
+                continue
+            yield pending
+            pending = ""
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Arguments of every `tcan ...` command in code blocks, and in the table of jobs of the README."""
+    text = page.read_text()
+    lines = [*code_lines(text)]
+    if page.name == "README.md":
+        lines += re.findall(r"^\|[^|]+\| `(tcan [^`]+)` \|", text, re.MULTILINE)
+    for line in lines:
+        if match := re.match(r"(?:[A-Z_]+=\S+ )*(?:\S+/)?tcan (.+)", line) or re.search(
+            r"-m pipelines\.cli (.+)", line
+        ):
+            yield shlex.split(match[1], comments=True)
+
+
+def mentioned_options(text: str) -> Iterator[tuple[str, str]]:
+    """(command, option) of every inline `tcan COMMAND --option`."""
+    for code in re.findall(r"`tcan ([^`]+)`", text):
+        name, *tokens = code.split()
+        yield from ((name, token.partition("=")[0]) for token in tokens if token.startswith("--"))
+
+
+@cache
+def message_templates() -> str:
+    """All string literals of both packages, one per line, with `PLACEHOLDER` for formatted values."""
+    found = []
+    for package in ("tcan", "pipelines"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.JoinedStr):
+                    parts = (
+                        part.value if isinstance(part, ast.Constant) else PLACEHOLDER for part in node.values
+                    )
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return "\n".join(" ".join(text.split()) for text in found)
+
+
+def documented_messages() -> list[str]:
+    """The messages of docs/troubleshooting.md: the code in the first column of its tables."""
+    return re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+
+
+def package_modules() -> set[str]:
+    return {
+        str(path.relative_to(ROOT))
+        for package in ("tcan", "pipelines")
+        for path in (ROOT / package).rglob("*.py")
+    }
+
+
+DOCUMENTED_COMMANDS = sorted(
+    {(page.name, shlex.join(command)) for page in PAGES for command in commands(page)}
+)
+
+
+@pytest.mark.parametrize(("page", "command"), DOCUMENTED_COMMANDS)
+def test_documented_commands_are_accepted_by_the_parser(
+    page: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = shlex.split(command)
+    name = arguments[0]
+    assert name in COMMANDS, f"{page}: no such command"
+    monkeypatch.setitem(COMMANDS, name, dataclasses.replace(COMMANDS[name], run=lambda *_: None))
+    monkeypatch.setattr(cli, "_submit", lambda *_: 0)
+    assert cli.main(arguments) == 0, f"{page}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_mentioned_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, option in mentioned_options(page.read_text()):
+        if name == "COMMAND" or option == "--help":
+            continue
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert f"{option} " in capsys.readouterr().out, f"{page.name}: tcan {name} {option}"
+
+
+def test_every_command_is_documented() -> None:
+    assert {command.split()[0] for _, command in DOCUMENTED_COMMANDS} >= COMMANDS.keys() - {"demo"}
+    assert "tcan demo" in (ROOT / "Makefile").read_text()
+
+
+def test_every_command_is_executed_by_a_test() -> None:
+    assert EXECUTED_BY.keys() == COMMANDS.keys()
+    for name in EXECUTED_BY.values():
+        file, _, test = name.partition("::")
+        tree = ast.parse((ROOT / file).read_text())
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
+
+
+def test_quoted_error_messages_exist_in_the_source() -> None:
+    messages = documented_messages()
+    assert len(messages) >= 20
+    patterns = {message: ".*".join(map(re.escape, message.split(PLACEHOLDER))) for message in messages}
+    assert not [
+        message for message, pattern in patterns.items() if not re.search(pattern, message_templates())
+    ]
+
+
+def test_module_map_is_complete() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"^\| `((?:tcan|pipelines)/[\w/]+\.py)` \|", text, re.MULTILINE))
+    assert named == package_modules()
+    for path in re.findall(r"`((?:tcan|pipelines|tests|infra|docs)/[\w/.-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_resolve(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]+)?\)", page.read_text()):
+        linked = (page.parent / target).resolve() if target else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            anchors = {
+                "#" + re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }
+            assert anchor in anchors, f"{page.name}: {target}{anchor}"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
