@@ -20,27 +20,30 @@ class Appearance:
     Args:
         features: one feature h_a per reference attention, in execution order: `[B, N, C]`, or `[1, N, C]` to share one
             reference between all clips.
-        reference_mask: bool `[B]`. Clips with True use reference attention, clips with False use plain self-attention.
-            None: all clips use reference attention. With `tcan.appearance.share_down_blocks` it may also be
-            `[G * B]`, G rows per clip.
+        reference_mask: B bools on the host, so that no attention waits for the device. Clips with True use reference
+            attention, clips with False use plain self-attention. None: all clips use reference attention. With
+            `tcan.appearance.share_down_blocks` it may also be `[G * B]`, G rows per clip.
         num_frames: F. The attention's batch is `[B * F, ...]`; all frames of a clip share its feature.
     """
 
     features: Sequence[Tensor]
-    reference_mask: Tensor | None = None
+    reference_mask: Sequence[bool] | None = None
     num_frames: int = 1
 
     def __post_init__(self) -> None:
         self.rows = None if self.reference_mask is None else len(self.reference_mask)
         if self.rows and 1 < len(self.features[0]) < self.rows:
             self.features = [f.repeat(self.rows // len(f), 1, 1) for f in self.features]
-        if self.reference_mask is not None and self.reference_mask.all():
+        if self.reference_mask is not None and all(self.reference_mask):
             self.reference_mask = None
         if self.reference_mask is not None:  # clip indices, computed once for all attentions
+            with_reference = [i for i, has in enumerate(self.reference_mask) if has]
+            without_reference = [i for i, has in enumerate(self.reference_mask) if not has]
+            split = [*with_reference, *without_reference]
             device = self.features[0].device
-            self.with_reference = self.reference_mask.nonzero().flatten().to(device)
-            self.without_reference = (~self.reference_mask).nonzero().flatten().to(device)
-            self.order = torch.cat([self.with_reference, self.without_reference]).argsort()
+            self.with_reference = torch.tensor(with_reference, dtype=torch.int64, device=device)
+            self.without_reference = torch.tensor(without_reference, dtype=torch.int64, device=device)
+            self.order = torch.tensor([split.index(i) for i in range(len(split))], device=device)
 
 
 class AppearanceAttention:

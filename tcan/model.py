@@ -159,7 +159,7 @@ class TCAN(nn.Module):
         timestep: Tensor,
         residuals: Residuals | None,
         features: Sequence[Tensor] | None,
-        reference_mask: Tensor | Sequence[bool] | None = None,
+        reference_mask: Sequence[bool] | None = None,
         temperature: Tensor | None = None,
         temperature_limit: int | None = None,
     ) -> Tensor:
@@ -174,7 +174,8 @@ class TCAN(nn.Module):
             timestep: `[B]`.
             residuals: output of `pose_residuals` for these clips; None: no pose.
             features: output of `appearance` for these clips, or for one reference shared by all; None: no reference.
-            reference_mask: bool `[B]`. Rows with False use plain self-attention; None: all rows use the reference.
+            reference_mask: B bools on the host. Rows with False use plain self-attention; None: all rows use the
+                reference.
             temperature: `[H, W]` or `[B, H, W]` (`tcan.temperature`); None: 1.
             temperature_limit: maximum size, in cells of the longer side, of the layer grids that use the temperature.
                 Layers with larger grids use 1. None: no limit.
@@ -182,9 +183,8 @@ class TCAN(nn.Module):
         batch, frames = noisy.shape[:2]
         rows, kwargs = batch, None
         if features is not None:
-            mask = None if reference_mask is None else torch.as_tensor(reference_mask, dtype=torch.bool)
-            kwargs = {"appearance": Appearance(features, mask, frames)}
-            rows = batch if mask is None else len(mask)
+            kwargs = {"appearance": Appearance(features, reference_mask, frames)}
+            rows = batch if reference_mask is None else len(reference_mask)
         down, middle = residuals or (None, None)
         if middle is not None and rows > batch:
             middle = middle.repeat(rows // batch, 1, 1, 1)
@@ -212,7 +212,7 @@ class TCAN(nn.Module):
         timestep: Tensor,
         pose: Tensor,
         reference_latent: Tensor,
-        reference_mask: Tensor | None = None,
+        reference_mask: Sequence[bool] | None = None,
     ) -> Tensor:
         """Return the prediction `[B, F, 4, h, w]`: `pose_residuals`, `appearance` and `denoise` in one training call.
 
@@ -221,7 +221,7 @@ class TCAN(nn.Module):
         residuals = self.pose_residuals(noisy, timestep, pose)
         features = self.appearance(reference_latent, timestep)
         eps = self.denoise(noisy, timestep, residuals, features, reference_mask)
-        if self.stage == 1 and reference_mask is not None and not reference_mask.any():
+        if self.stage == 1 and reference_mask is not None and not any(reference_mask):
             # No row uses the reference. The appearance UNet needs zero gradients instead of None: data-parallel workers
             # must agree on which parameters have gradients.
             eps = eps + 0 * sum(f[0, 0, 0] for f in features)
@@ -270,7 +270,7 @@ def diffusion_loss(
     timestep: Tensor,
     pose: Tensor,
     reference_latent: Tensor,
-    reference_mask: Tensor | None = None,
+    reference_mask: Sequence[bool] | None = None,
     snr_gamma: float | None = None,
 ) -> Tensor:
     """Return the scalar MSE loss on the noise (method "Training"), or on v if `prediction_type` is "v_prediction".

@@ -1,7 +1,7 @@
 """Conversion between uint8 frames and the tensors that the networks take.
 
 diffusers' `VaeImageProcessor` converts float images in [0, 1] on the CPU. Here frames stay uint8 until they are on the
-device, which moves a fourth of the bytes.
+device, which moves 25 % of the bytes.
 """
 
 import numpy as np

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -141,11 +141,15 @@ class Batch:
     reference_mask: Tensor
     """bool `[B]`: whether the sample has its reference; False for unconditional samples, which guidance needs."""
 
-    def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """The tensors on the device, with `pose` as float32 `[B, F, 3, H, W]` in [0, 1]."""
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """The tensors on the device, with `pose` as float32 `[B, F, 3, H, W]` in [0, 1].
+
+        `reference_mask` stays on the host as a list: the model branches on it.
+        """
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
-        return tensors | {"pose": to_controlnet_input(tensors["pose"])}
+        pose = to_controlnet_input(tensors["pose"])
+        return tensors | {"pose": pose, "reference_mask": self.reference_mask.tolist()}
 
 
 class Sampler:

@@ -1,0 +1,48 @@
+"""Records every `UserError` that the suite provokes. `pytest --user-errors` prints them as a table, to be read in one go.
+
+`tests/test_user_errors.py`, which runs last, checks their form.
+"""
+
+import pytest
+
+from tcan.errors import UserError
+
+messages: dict[str, str] = {}
+"""Message -> the first test that provoked it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--user-errors", action="store_true", help="Print all user errors of the run as a table."
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    original = UserError.__init__
+
+    def record(error: UserError, *arguments: object) -> None:
+        original(error, *arguments)
+        test = current_test.get("name", "")
+        if arguments and isinstance(arguments[0], str) and "test_user_errors.py" not in test:
+            messages.setdefault(arguments[0], test)
+
+    UserError.__init__ = record  # type: ignore[method-assign, assignment]
+
+
+current_test: dict[str, str] = {}
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    current_test["name"] = nodeid
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name == "test_user_errors.py")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("user_errors"):
+        return
+    terminalreporter.section(f"{len(messages)} user errors")
+    for message, test in sorted(messages.items(), key=lambda entry: entry[1]):
+        terminalreporter.line(f"{test.rpartition('::')[2][:50]:<50}  {' '.join(message.split())}")
