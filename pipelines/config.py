@@ -83,7 +83,8 @@ class PreprocessConfig:
     """Maximum duration of a video in seconds (> 0). Longer videos are rejected. Default: no limit."""
 
     cut_threshold: float = 27.0
-    """Scene cut threshold: mean color difference of consecutive frames (0 to 255). 0 disables cut detection."""
+    """Scene cut threshold: mean color difference of consecutive frames (0 to 255). A clip ends at a cut. 0 disables cut
+    detection."""
 
     validation_fraction: float = 0.1
     """Fraction of the videos used for validation (0 to 1), assigned by content: stable when videos are added."""
@@ -108,7 +109,8 @@ class PreprocessConfig:
     """Approximate size of a Parquet file of clips in MiB (>= 1)."""
 
     commit_seconds: float = 60.0
-    """Approximate maximum time in seconds (>= 0) until a finished video is written. A killed job repeats this much."""
+    """Approximate maximum time in seconds (>= 0) until a finished video is written. A killed job repeats at most this
+    much work."""
 
     def __post_init__(self) -> None:
         check(self, "preprocess.", multiple_of(8), canvas=576)
@@ -152,7 +154,8 @@ class StageConfig:
     """Interval between checkpoints in steps (>= 1). The last step always writes one."""
 
     sample_every: int = 500
-    """Interval between sample images (and clips, in stage 2) in steps (>= 0), with the ground truth. 0 disables."""
+    """Interval between sample images in steps (>= 0), with reference, pose, prediction and ground truth; in stage 2 also
+    a clip. 0 disables."""
 
     validate_every: int = 500
     """Interval between validation losses (by timestep range) in steps (>= 0), on validation videos. 0 disables."""
@@ -185,21 +188,24 @@ class TrainConfig:
     """Reference of a stage 2 clip. first (the paper's): the first frame of the video. random: any frame of the video."""
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    """Prediction target: the noise (epsilon, the paper's) or a mixture of noise and image. Saved in the model folder."""
+    """Prediction target. epsilon (the paper's): the noise. v_prediction: a mixture of noise and image. Saved in the model
+    folder."""
 
     zero_terminal_snr: bool = False
     """Rescaling of the noise schedule to zero SNR at the last timestep; allows very dark and very bright results.
     Requires v_prediction. Saved in the model folder."""
 
     snr_gamma: float | None = None
-    """Gamma of the Min-SNR loss weights (> 0, usually 5), lower at timesteps with little noise. Default: no weights."""
+    """Gamma of the Min-SNR loss weights (> 0, usually 5), which are lower at timesteps with little noise. Default: equal
+    weights."""
 
     noise_offset: float = 0.0
     """Scale of the noise offset (>= 0, usually 0.05): one random value per channel of a sample, shared by its pixels and
     frames. Improves the brightness of results. 0 disables."""
 
     pose_dropout: float = 0.0
-    """Fraction of the stage 2 joints to remove (0 to 1); trains the temporal layers to bridge errors. 0 disables."""
+    """Fraction of the stage 2 joints to remove (0 to 1). Such pose errors train the temporal layers to bridge them. 0
+    disables."""
 
     pose_jitter: float = 0.0
     """Standard deviation of the stage 2 joint noise as a fraction of the image side (0 to 1, e.g. 0.01). 0 disables."""
@@ -240,7 +246,8 @@ class TrainConfig:
     """Number of Ray Train workers (>= 1), each with a DeepSpeed engine."""
 
     min_workers: int | None = None
-    """Minimum number of workers (1 to `workers`), used while the cluster has no room for more. Default: `workers`."""
+    """Minimum number of workers (1 to `workers`). Training runs with fewer than `workers` while the cluster has no room
+    for more. Default: `workers`; training waits for all."""
 
     storage: str | None = None
     """Location of the checkpoints, e.g. s3://bucket/this-run, used by a single run. Default: OUT."""
@@ -350,7 +357,8 @@ class AnimateConfig(SamplingConfig):
     """Source of the pretrained models. model: the sources named in the model folder. config: the keys of `pretrained`."""
 
     workers: int = 0
-    """Number of workers of --pairs (>= 0), each with a GPU if the cluster has GPUs, else with a CPU core. 0: maximum."""
+    """Number of workers of --pairs (>= 0), each with a GPU if the cluster has GPUs, else with a CPU core. 0: as many as
+    the cluster has room for."""
 
     prefix: ClassVar[str] = "animate."
 

@@ -26,14 +26,14 @@ def ui(config: Config, port: int) -> None:
         UserError: no runs are recorded, the port is invalid or in use, the runs are on an MLflow server, or the server
             stopped.
     """
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: must be from 1 to 65535; set e.g. 5000")
     uri = tracking.resolve_uri(config.tracking)
     if uri.startswith("http"):
         raise UserError(f"{uri}: the runs are on this MLflow server; open the address in a browser")
     folder = Path(tracking.resolve(config.tracking).folder)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise UserError(f"{folder}: no recorded runs; set --tracking.folder to the folder of the runs")
-    if not 1 <= port <= 65535:
-        raise UserError(f"--port {port}: must be from 1 to 65535; set e.g. 5000")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -13,6 +13,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 
+MAX_SEQUENCES = 65_535
+"""Largest batch of one attention call: the limit of CUDA's grid dimensions in the fused kernels."""
+
+
 @dataclass
 class Appearance:
     """Reference features for reference attention.
@@ -126,7 +130,10 @@ class TemperatureAttention:
         if temperature is not None:
             q.div_(temperature[:, None, None])  # in place: keeps the dtype of q, whatever the dtype of tau
         q, k, v = _split_heads(attn, q, attn.to_k(hidden_states), attn.to_v(hidden_states))
-        return _project_output(attn, F.scaled_dot_product_attention(q, k, v))
+        # One sequence per spatial position: about 1450 x 1450 pixels with guidance exceed the limit.
+        chunks = zip(*(x.split(MAX_SEQUENCES) for x in (q, k, v)), strict=True)
+        parts = [F.scaled_dot_product_attention(*chunk) for chunk in chunks]
+        return _project_output(attn, parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 def _split_heads(attn: Attention, *projections: Tensor) -> list[Tensor]:

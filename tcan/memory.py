@@ -106,13 +106,19 @@ def fake_tcan(build: Callable[[], dict[str, Any]], dtype: torch.dtype) -> TCAN:
     """
     with torch.device("meta"):
         tcan = TCAN(**build()).to(dtype)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    for module in tcan.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            module._parameters[name] = nn.Parameter(FakeTensor(mode, parameter.data, torch.device("cpu")))
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = FakeTensor(mode, buffer, torch.device("cpu"))
-    return tcan
+    return to_fake(tcan, torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
+
+
+def to_fake(module: nn.Module, device: torch.device, mode: FakeTensorMode) -> Any:
+    """Replace the parameters and buffers of a module on the meta device by fake tensors on `device`, in place."""
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            child._parameters[name] = nn.Parameter(
+                FakeTensor(mode, parameter.data, device), parameter.requires_grad
+            )
+        for name, buffer in child.named_buffers(recurse=False):
+            child._buffers[name] = FakeTensor(mode, buffer, device)
+    return module
 
 
 def _inputs(tcan: TCAN, batch: int, frames: int, height: int, width: int) -> tuple[Tensor, ...]:

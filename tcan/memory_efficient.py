@@ -12,7 +12,8 @@ from torch import Tensor, nn
 def make_memory_efficient(network: nn.Module) -> None:
     """Convert a network's convolutions, GEGLU layers and residual blocks, in place.
 
-    The converted modules save only the activations that their gradients require.
+    The converted modules save only the activations that their gradients require. Under `torch.autocast` they run as the
+    torch modules do, because autocast does not cast the inputs of custom autograd functions.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros":
@@ -31,7 +32,8 @@ class Convolution(nn.Conv2d):
     """Conv2d that does not save its input when the weight is frozen; torch saves it in any case."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
+        saves_input = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
+        if saves_input and not _is_autocast(x):
             return _FrozenConvolution.apply(
                 x, weight, bias, self.stride, self.padding, self.dilation, self.groups
             )
@@ -55,6 +57,8 @@ class GatedLinear(GEGLU):
     """GEGLU, a * gelu(b) for the two chunks a, b of one projection. gelu(b) is recomputed in the backward pass."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if _is_autocast(hidden_states):
+            return super().forward(hidden_states)
         return _Gate.apply(self.proj(hidden_states))
 
 
@@ -87,6 +91,8 @@ class NormSiLU(nn.GroupNorm):
     """GroupNorm followed by SiLU. The output of the GroupNorm is recomputed in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if _is_autocast(x):
+            return F.silu(super().forward(x))
         return _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
@@ -113,3 +119,7 @@ class _NormSiLU(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)

@@ -103,6 +103,13 @@ class TCANPipeline(DiffusionPipeline):
         pipe.model_info = info
         return pipe
 
+    def to(self, *args: Any, **kwargs: Any) -> "TCANPipeline":
+        """Same as `DiffusionPipeline.to`; also moves the pose network, which keeps its dtype."""
+        super().to(*args, **kwargs)
+        if self.pose_detector is not None:
+            self.pose_detector.to(self.device)
+        return self
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save a model folder for `from_pretrained`: the trained weights, and the names of the pretrained models."""
         if kwargs:
@@ -170,6 +177,7 @@ class TCANPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return TCANPipelineOutput(frames, poses) if return_dict else (frames, poses)
 
+    @torch.no_grad()
     def denoise(
         self,
         image: np.ndarray,
@@ -196,6 +204,8 @@ class TCANPipeline(DiffusionPipeline):
         """
         sampling = (sampling or SamplingConfig()).override(**overrides)
         device = self._execution_device
+        # A new scheduler: `add_noise` in training moves the schedule's tensors to the GPU, but the latents stay on the CPU.
+        self.scheduler = type(self.scheduler).from_config(self.scheduler.config)
         reference = self.encode(image)
         height, width = image.shape[:2]
         clip = _WindowInputs(self, poses, height, width, sampling)
@@ -286,12 +296,14 @@ class TCANPipeline(DiffusionPipeline):
         without, with_reference = both.chunk(2)
         return without + guidance_scale * (with_reference - without)
 
+    @torch.no_grad()
     def encode(self, image: np.ndarray) -> Tensor:
         """Encode an image, uint8 RGB `[H, W, 3]`, to the mean of its scaled latent, `[1, C, h, w]`."""
         pixels = to_vae_input(torch.from_numpy(image).to(self._execution_device)[None], self.vae.dtype)
         # contiguous: channels-last convolutions round differently
         return self.vae.encode(pixels.contiguous()).latent_dist.mean * self.vae.config.scaling_factor
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 8) -> Iterator[np.ndarray]:
         """Decode scaled latents `[F, C, h, w]` in batches: float32 RGB `[<= batch, H, W, 3]` in [0, 1] each."""
         for part in latents.split(batch):

@@ -51,16 +51,16 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
-            self._reject("steps", "must be from 1 to 1000, the number of noise levels")
+            self._reject("steps", "must be from 1 to 1000, the number of noise levels; set e.g. 25")
         if self.window < 1:
-            self._reject("window", "must be at least 1 frame")
+            self._reject("window", "must be at least 1 frame; set e.g. 16")
         if not 0 <= self.overlap < self.window:
-            self._reject("overlap", f"must be from 0 to below window = {self.window}")
-        for key in ("guidance_scale", "controlnet_scale", "ptm_strength"):
+            self._reject("overlap", f"must be from 0 to below window = {self.window}; change one of them")
+        for key, example in (("guidance_scale", 7.5), ("controlnet_scale", 1), ("ptm_strength", 1)):
             if not getattr(self, key) >= 0:
-                self._reject(key, "must be at least 0")
+                self._reject(key, f"must be at least 0; set e.g. {example}")
         if self.ptm_limit is not None and self.ptm_limit < 0:
-            self._reject("ptm_limit", "must be at least 0")
+            self._reject("ptm_limit", "must be at least 0; set e.g. 32, or leave it unset")
 
     def _reject(self, key: str, reason: str) -> None:
         raise UserError(f"{self.prefix}{key} = {getattr(self, key)}: {reason}")

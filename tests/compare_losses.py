@@ -1,9 +1,10 @@
-"""Are two runs' losses the same? A change that should move no number leaves them so.
+"""Compare the training losses of two runs, for example before and after a change that must not alter results.
 
 python -m tests.compare_losses A B [--tolerance 1e-4] [--store FOLDER]
 
-A, B: the stage folder of a run (OUT/stage1), whose losses are in the MLflow store in FOLDER (tcan-mlflow unless named),
-or a JSON file of losses by step. Prints where they differ most; the exit status is 1 when that is beyond the tolerance.
+A, B: stage folder of a run (OUT/stage1), or JSON file {step: loss}. Losses of a run are read from the MLflow store in
+FOLDER (default: tcan-mlflow). Prints the step with the largest relative difference. The exit status is 1 if the
+difference exceeds the tolerance.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pipelines.config_parser import load_config
 
 
 def losses(source: Path, store: str) -> dict[int, float]:
-    """Step -> loss."""
+    """Losses by step."""
     if source.is_file():
         return {int(step): loss for step, loss in json.loads(source.read_text()).items()}
     from mlflow import MlflowClient
@@ -28,7 +29,11 @@ def losses(source: Path, store: str) -> dict[int, float]:
 
 
 def largest_difference(a: dict[int, float], b: dict[int, float]) -> tuple[float, int]:
-    """Relative to b, and its step, over the steps that both have; ValueError when there are none."""
+    """Largest difference relative to b, and its step, over the common steps.
+
+    Raises:
+        ValueError: the runs have no common step.
+    """
     return max((abs(a[step] - b[step]) / abs(b[step]), step) for step in a.keys() & b.keys())
 
 
@@ -40,15 +45,15 @@ def main() -> int:
     parser.add_argument("b", type=Path)
     parser.add_argument("--tolerance", type=float, default=1e-4)
     parser.add_argument("--store", default="tcan-mlflow")
-    given = parser.parse_args()
-    a, b = losses(given.a, given.store), losses(given.b, given.store)
+    args = parser.parse_args()
+    a, b = losses(args.a, args.store), losses(args.b, args.store)
     difference, step = largest_difference(a, b)
-    only = len(a.keys() ^ b.keys())
+    num_unmatched = len(a.keys() ^ b.keys())
     print(
-        f"{len(a.keys() & b.keys())} steps in both, {only} in one alone; differ most at step {step}: "
-        f"{a[step]:.8g} and {b[step]:.8g}, by {difference:.1e}"
+        f"{len(a.keys() & b.keys())} common steps, {num_unmatched} in one run only; largest difference at step {step}: "
+        f"{a[step]:.8g} and {b[step]:.8g}, relative difference {difference:.1e}"
     )
-    return int(difference > given.tolerance)
+    return int(difference > args.tolerance)
 
 
 if __name__ == "__main__":

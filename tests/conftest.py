@@ -1,9 +1,9 @@
-"""What all tests share: the environment, one local Ray, an S3 server, a folder of random pretrained and of a model on them."""
+"""Shared environment and fixtures: a local Ray cluster, an S3 server, random pretrained models and a model on them."""
 
 import os
 import subprocess
 
-# Before torch, ray and deepspeed are imported; the processes they start inherit it.
+# Set before torch, ray and deepspeed are imported; their child processes inherit it.
 for name, value in {
     "HF_HUB_OFFLINE": "1",
     "DS_ACCELERATOR": "cpu",
@@ -21,10 +21,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.user_errors import (  # noqa: F401  (pytest finds hooks by their name here)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_runtest_logstart,
+    pytest_terminal_summary,
+)
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray of two CPUs, started once."""
+    """A local Ray cluster with two CPUs, started once per session."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -34,8 +42,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
-    """A bucket of a real S3 server (moto's) on this machine, reached as any is: by what the environment says, which the
-    processes started from here on inherit."""
+    """URI of a bucket on a local S3 server (moto), configured by environment variables that child processes inherit."""
     import requests
     from moto.server import ThreadedMotoServer
 
@@ -55,21 +62,21 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with little room."""
+    """A separate file system of 250 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=250k", "none", str(disk)], capture_output=True
     )
     if mounted.returncode:
-        pytest.skip("needs the right to mount a file system")
+        pytest.skip("requires permission to mount a file system")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")
 def pretrained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained folder of the mini sizes with random weights, the pose network's included."""
+    """A folder of pretrained models of the mini preset's sizes with random weights, including the pose network."""
     from tests.pretrained import write_random_pretrained
 
     folder = tmp_path_factory.mktemp("pretrained")
@@ -79,8 +86,10 @@ def pretrained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(pretrained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stage-2 model of 64 x 64 pixels on these pretrained, nothing in it at its zero initialisation. It names no pose
-    network: mini's is taken."""
+    """A stage-2 model of 64 x 64 pixels on `pretrained_folder`, without zero-initialized weights.
+
+    It names no pose network, so that of mini is used.
+    """
     import torch
 
     from tcan.model import TCAN

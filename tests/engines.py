@@ -1,10 +1,12 @@
-"""A worker of a small training without Ray: engines of every kind, one after the other in one process, since each start
-of DeepSpeed costs as much as hundreds of the steps taken here.
+"""Worker of a small training without Ray that runs every kind of DeepSpeed engine in sequence.
 
-python -m tests.engines RANK WORKERS PORT FOLDER PRETRAINED CLIPS    writes FOLDER/losses-{workers}.json from rank 0
+All engines run in one process, because each start of DeepSpeed costs as much as hundreds of these training steps.
 
-Two workers train each engine for 3 steps from the start, with a checkpoint after the first, one worker goes on from
-that checkpoint, with another engine of the same precision too.
+python -m tests.engines RANK WORKERS PORT FOLDER PRETRAINED CLIPS
+
+Rank 0 writes FOLDER/losses-{workers}.json. With two workers, each engine trains 3 steps from scratch and writes a
+checkpoint after step 1. With one worker, each engine resumes from that checkpoint; some checkpoints are also resumed
+by a different engine of the same precision.
 """
 
 import dataclasses
@@ -28,7 +30,7 @@ from pipelines.train.model import batch_loss
 from tcan.model import TCAN
 from tcan.weights import load_pretrained
 
-STEPS, SAVED = 3, 1
+STEPS, CHECKPOINT_STEP = 3, 1
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 ENGINES = {
     **{f"zero{n}-fp32": (n, "fp32", {}) for n in range(4)},
@@ -38,11 +40,9 @@ ENGINES = {
 RESUMED_AS = {name: [name] for name in ENGINES} | {"zero3-fp32": ["zero3-fp32", "zero2-fp32"]}
 
 
-def names_in(checkpoint_folder: Path) -> set[str]:
-    """Of the parameters, by reading the files."""
-    return {
-        key.rsplit(":", 2)[0] for path in checkpoint_folder.glob("*.safetensors") for key in load_file(path)
-    }
+def parameter_names(folder: Path) -> set[str]:
+    """Names of the parameters stored in the checkpoint files."""
+    return {key.rsplit(":", 2)[0] for path in folder.glob("*.safetensors") for key in load_file(path)}
 
 
 def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: str, clips: str) -> None:
@@ -51,7 +51,7 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(workers),
-    }  # DeepSpeed asks for them
+    }  # required by DeepSpeed
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     sources = dict.fromkeys(
         ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler"), pretrained_folder
@@ -64,8 +64,8 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
     )  # fmt: skip
     device = torch.device("cpu")
 
-    def engine_of(name: str):
-        zero, precision, given = ENGINES[name]
+    def build_engine(name: str):
+        zero, precision, user_settings = ENGINES[name]
         config = dataclasses.replace(load_config().train, zero_stage=zero, precision=precision, ema_decay=0.5)
         torch.manual_seed(0)
         model = TCAN(
@@ -73,7 +73,7 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
         )
         model.set_stage(2)
         model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32).train()
-        return create_engine(model, config, stage, workers, given)
+        return create_engine(model, config, stage, workers, user_settings)
 
     def train(engine, first: int, last: int) -> list[float]:
         losses = []
@@ -91,37 +91,39 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
 
     results: dict[str, dict] = {}
     for name in ENGINES:
-        saved = folder / name
+        checkpoint_folder = folder / name
         if workers == 2:
-            engine = engine_of(name)
+            engine = build_engine(name)
             frozen = checkpoint.FrozenFingerprint(engine.module)
-            losses = train(engine, 0, SAVED)
+            losses = train(engine, 0, CHECKPOINT_STEP)
             dist.barrier()
             if rank == 0:
-                saved.mkdir()
+                checkpoint_folder.mkdir()
             dist.barrier()
-            checkpoint.write(engine, saved, {"step": SAVED})
-            losses += train(engine, SAVED, STEPS)
+            checkpoint.write(engine, checkpoint_folder, {"step": CHECKPOINT_STEP})
+            losses += train(engine, CHECKPOINT_STEP, STEPS)
             frozen.check()
             results[name] = {
                 "losses": losses,
                 "in_optimizer": sum(
                     state["exp_avg"].numel() for state in engine.basic_optimizer.state.values()
                 ),
-                "in_checkpoint": sorted(names_in(saved)),
-                "trained": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained_parameters(engine)},
+                "in_checkpoint": sorted(parameter_names(checkpoint_folder)),
+                "trained": {
+                    name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained_parameters(engine)
+                },
             }
             del engine
         else:
             for other in RESUMED_AS[name]:
-                engine = engine_of(other)
-                assert checkpoint.read(engine, saved)["step"] == SAVED
+                engine = build_engine(other)
+                assert checkpoint.read(engine, checkpoint_folder)["step"] == CHECKPOINT_STEP
                 key, parameter = trained_parameters(engine)[0]
                 before = get_state(engine, parameter, "weight").clone()
                 with ema_weights(engine):
                     pass
                 assert torch.equal(before, get_state(engine, parameter, "weight")), key
-                results[f"{name} as {other}"] = {"losses": train(engine, SAVED, STEPS)}
+                results[f"{name} as {other}"] = {"losses": train(engine, CHECKPOINT_STEP, STEPS)}
                 del engine
         if rank == 0:
             (folder / f"losses-{workers}.json").write_text(json.dumps(results, indent=1))

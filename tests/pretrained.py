@@ -1,4 +1,4 @@
-"""Pretrained networks of the mini sizes, but with random weights: what tests of plumbing run on."""
+"""Pretrained models of the mini preset's sizes with random weights, for tests."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ CHANNELS = (48, 96, 128, 128)
 
 
 def write_random_pretrained(folder: Path) -> None:
-    """A pretrained folder in diffusers' layout; the same weights each time."""
+    """Write a folder of pretrained models in diffusers' layout; the weights are deterministic."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,

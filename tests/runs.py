@@ -1,4 +1,4 @@
-"""A training of stage 1 by `tcan train`, in processes of its own that may be killed, and what it recorded."""
+"""Stage-1 training by `tcan train` in separate, killable processes, with access to the recorded metrics."""
 
 import json
 import subprocess
@@ -12,7 +12,10 @@ from mlflow.entities import Metric
 
 
 class Stage1:
-    """Its checkpoints in FOLDER/out, its MLflow store in FOLDER/mlflow, what it printed in FOLDER/said.txt."""
+    """One stage-1 training run.
+
+    Locations: checkpoints in FOLDER/out, MLflow store in FOLDER/mlflow, process output in FOLDER/output.txt.
+    """
 
     def __init__(self, dataset: Path, folder: Path, keys: list[str]):
         self.folder, self.stage = folder, folder / "out" / "stage1"
@@ -31,42 +34,47 @@ class Stage1:
         return [*self._command, f"--train.workers={workers}", *more]
 
     def start(self, workers: int, *more: str) -> psutil.Popen:
-        """The driver; the same training again goes on from its last checkpoint."""
+        """Start the driver. Calling this again resumes from the last checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "said.txt").open("a") as file:
+        with (self.folder / "output.txt").open("a") as file:
             return psutil.Popen(self.command(workers, *more), stdout=file, stderr=subprocess.STDOUT)
 
     def finish(self, driver: psutil.Popen) -> None:
-        """Waits for its end; SystemExit with its last words when it fails."""
-        if driver.wait():
-            raise SystemExit(self.said()[-2000:])
+        """Wait for the driver to exit.
 
-    def said(self) -> str:
-        return (self.folder / "said.txt").read_text()
+        Raises:
+            SystemExit: the driver failed; the message is the end of its output.
+        """
+        if driver.wait():
+            raise SystemExit(self.output()[-2000:])
+
+    def output(self) -> str:
+        """Output (stdout and stderr) of all drivers so far."""
+        return (self.folder / "output.txt").read_text()
 
     @cached_property
     def _client(self) -> MlflowClient:
         return MlflowClient(f"sqlite:///{self.folder}/mlflow/mlflow.db")
 
     def history(self, key: str) -> list[Metric]:
-        """All that was recorded under this name, in the order of steps; nothing before the run has begun."""
+        """All recorded values of a metric, ordered by step; empty before the run starts."""
         if not (self.stage / "run.json").exists():
             return []
         run_id = json.loads((self.stage / "run.json").read_text())["mlflow_run_id"]
         return sorted(self._client.get_metric_history(run_id, key), key=lambda metric: metric.step)
 
     def step(self) -> int:
-        """The last that is recorded."""
+        """Last recorded step; 0 if none."""
         return max((metric.step for metric in self.history("loss")), default=0)
 
 
 def workers_of(driver: psutil.Process) -> list[psutil.Process]:
-    """The processes of a driver's workers."""
+    """Ray Train worker processes of a driver."""
 
     def is_worker(process: psutil.Process) -> bool:
         try:
             return "RayTrainWorker" in " ".join(process.cmdline())
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # the process has just exited
             return False
 
     return [process for process in driver.children(recursive=True) if is_worker(process)]

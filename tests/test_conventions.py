@@ -40,7 +40,7 @@ TERMS = {
     r"besides?": "next to; compared with; in addition",
     r"settle[sd]?": "choose",
     r"(a|the) rest": "remainder",
-    r"half of|tenths?|fourths?": "percentages or fractions in digits",
+    r"half of|tenths|fourths": "percentages or fractions in digits",
     r"near-ties": "concrete condition",
     r"whole": "complete; verified; entire",
     r"he|his|him|whoever": "it; the name",

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from pipelines import cli
 from pipelines.commands import COMMANDS
+from pipelines.config import Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("infra/*.md"))]
@@ -20,16 +22,16 @@ PLACEHOLDER = "…"  # in the messages of docs/troubleshooting.md: any text
 
 EXECUTED_BY = {
     "preprocess": "tests/pipelines/test_preprocess.py::test_every_source_is_kept_or_rejected_with_a_reason",
-    "dataset": "tests/pipelines/test_dataset.py::test_a_whole_dataset_is_found_whole",
-    "train": "tests/pipelines/test_train.py::test_both_stages_train_their_own_parts",
+    "dataset": "tests/pipelines/test_dataset.py::test_intact_dataset_passes_verification",
+    "train": "tests/pipelines/test_train.py::test_each_stage_trains_only_its_own_parts",
     "animate": "tests/pipelines/test_animate.py::test_long_video_is_streamed_with_identical_frames",
     "pose": "tests/pipelines/test_animate.py::test_pose_file_drives_the_same_animation_as_the_video",
-    "evaluate": "tests/pipelines/test_demo.py::test_what_the_demo_leaves",
-    "export": "tests/tcan/test_weights.py::test_export_needs_nothing_else",
-    "weights": "tests/tcan/test_weights.py::test_what_folders_are",
-    "demo": "tests/pipelines/test_demo.py::test_what_the_demo_leaves",
-    "memory": "tests/pipelines/test_cli.py::test_memory_of_a_stage_is_printed_by_zero_stage_and_gpus",
-    "ui": "tests/pipelines/test_tracking.py::test_page_shows_the_runs_until_interrupted",
+    "evaluate": "tests/pipelines/test_demo.py::test_demo_writes_videos_evaluations_and_contact_sheet",
+    "export": "tests/tcan/test_weights.py::test_exported_model_needs_no_other_files",
+    "weights": "tests/tcan/test_weights.py::test_describe_identifies_folders",
+    "demo": "tests/pipelines/test_demo.py::test_demo_writes_videos_evaluations_and_contact_sheet",
+    "memory": "tests/pipelines/test_cli.py::test_memory_prints_a_stage_by_gpus_and_zero_stage",
+    "ui": "tests/pipelines/test_tracking.py::test_ui_serves_runs_and_artifacts_until_interrupted",
 }
 """For each command, a test that executes it."""
 
@@ -100,6 +102,14 @@ def package_modules() -> set[str]:
     }
 
 
+def config_keys(config: type, prefix: str = "") -> Iterator[str]:
+    """All keys of a configuration dataclass, those of sections included."""
+    for item in dataclasses.fields(config):
+        yield prefix + item.name
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            yield from config_keys(item.type, f"{prefix}{item.name}.")
+
+
 DOCUMENTED_COMMANDS = sorted(
     {(page.name, shlex.join(command)) for page in PAGES for command in commands(page)}
 )
@@ -125,6 +135,22 @@ def test_mentioned_options_exist(page: Path, capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit):
             cli.main([name, "--help"])
         assert f"{option} " in capsys.readouterr().out, f"{page.name}: tcan {name} {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_mentioned_configuration_keys_exist(page: Path) -> None:
+    sections = "preprocess|train|animate|evaluate|tracking|pretrained"
+    mentioned = re.findall(rf"`(?:--)?((?:{sections})\.[a-z0-9_.]+)", page.read_text())
+    assert set(mentioned) <= set(config_keys(Config))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_imports_in_python_examples_succeed(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), node.module
 
 
 def test_every_command_is_documented() -> None:

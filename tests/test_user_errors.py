@@ -6,7 +6,7 @@ import pytest
 
 from tests.user_errors import messages
 
-ADVICE = re.compile(r"[;,] .*\w|did you mean|must be|use --help")
+LOCATION = re.compile(r"[:=]|--|^(missing|unknown|unexpected) ")
 
 
 def problem(message: str) -> str | None:
@@ -15,9 +15,9 @@ def problem(message: str) -> str | None:
         return "more than one line"
     if text.endswith("."):
         return "ends with a period"
-    if not re.search(r"[:=]", text):
+    if not LOCATION.search(text):
         return "does not say where"
-    if not ADVICE.search(text):
+    if not re.search(r"; \S", text):
         return "does not say what to do"
     return None
 

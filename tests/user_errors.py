@@ -3,10 +3,14 @@
 `tests/test_user_errors.py`, which runs last, checks their form.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from tcan.errors import UserError
 
+TESTS = Path(__file__).parent
 messages: dict[str, str] = {}
 """Message -> the first test that provoked it."""
 
@@ -22,9 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     def record(error: UserError, *arguments: object) -> None:
         original(error, *arguments)
-        test = current_test.get("name", "")
-        if arguments and isinstance(arguments[0], str) and "test_user_errors.py" not in test:
-            messages.setdefault(arguments[0], test)
+        raised_in_test = Path(sys._getframe(1).f_code.co_filename).is_relative_to(TESTS)
+        if arguments and isinstance(arguments[0], str) and not raised_in_test:
+            messages.setdefault(arguments[0], current_test.get("name", ""))
 
     UserError.__init__ = record  # type: ignore[method-assign, assignment]
 

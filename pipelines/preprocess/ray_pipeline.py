@@ -16,7 +16,7 @@ from pipelines.preprocess.quarantine import Quarantine, count_attempts
 from pipelines.preprocess.sources import Source
 
 # Small blocks let the models start while a video is still being decoded, and limit the data in flight. A square clip of 64
-# frames is 3 MiB at 128 px, and 48 MiB (a block of its own) at 512 px.
+# frames is 3 MiB at 128 px, and 48 MiB (one block) at 512 px.
 BLOCK_BYTES = 16 * 2**20
 MAX_BLOCKS = 10_000  # one video per task, up to a number of tasks that Ray handles well
 # These settings let glibc keep the memory that the networks free, in any thread. By default, activations (megabytes each)

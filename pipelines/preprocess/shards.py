@@ -162,9 +162,8 @@ def writing(folder: str) -> Iterator[None]:
         lock = os.open(local, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # on the folder itself; released when this process ends
+            # Locks the folder itself; the lock is released when this process ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{folder}: another preprocess job is writing here; wait for it or choose another OUT"

@@ -1,4 +1,4 @@
-"""Who dances: proportions and looks of a puppet, drawn from a seeded generator."""
+"""Characters: body proportions and appearance of a puppet, sampled from a seeded generator."""
 
 import colorsys
 from dataclasses import dataclass, replace
@@ -12,13 +12,13 @@ Colour = tuple[float, float, float]  # RGB, 0 to 255
 
 @dataclass(frozen=True)
 class Body:
-    """Lengths in standing heights (floor to top of the head = 1)."""
+    """Body lengths in standing heights (floor to top of the head = 1)."""
 
     head: float  # height of the head
     head_width: float
-    neck: float  # from between the shoulders to the chin
-    torso: float  # from between the shoulders to the pelvis
-    shoulder: float  # half the distance of the shoulders
+    neck: float  # midpoint of the shoulders to the chin
+    torso: float  # midpoint of the shoulders to the pelvis
+    shoulder: float  # half the shoulder distance
     hip: float
     upper_arm: float
     forearm: float
@@ -29,15 +29,15 @@ class Body:
     arm_radius: float
     leg_radius: float
     hand: float  # radius
-    waist: float  # width of the waist against the line from shoulders to hips
-    depth: float  # half the thickness of the torso
-    jaw: float  # 0 round, 0.3 a narrow chin
-    square: float  # 0 an ellipse, 1 a rounded box
+    waist: float  # waist width relative to the straight line from shoulders to hips
+    depth: float  # half the torso thickness
+    jaw: float  # 0: round chin, 0.3: narrow chin
+    square: float  # head shape; 0: ellipse, 1: rounded box
 
 
 @dataclass(frozen=True)
 class Look:
-    """Colours and styles; what each name draws is in render.py."""
+    """Colours and styles. render.py draws each style."""
 
     skin: Colour
     hair: Colour
@@ -75,7 +75,7 @@ class Look:
 class Character:
     body: Body
     look: Look
-    height: float  # standing height as a share of the image's height
+    height: float  # standing height as a fraction of the image height
 
 
 SKINS = ["ffdfc8", "fbd0b0", "f3bf95", "e5a877", "cf8f5e", "bb7d52", "a3683f", "8d5836", "7b4b30"]
@@ -94,7 +94,7 @@ FUR = [
 ]
 HAIR = ["2a1d1a", "3c2618", "5d3a1f", "8a5a2b", "b9823c", "e7bd5d", "b5482a", "8f8f98", "22222e"]
 DYED = ["f2638f", "5a7bea", "58b894", "9a5fd6", "f08a3c", "e5e3f2", "35b6cf"]
-# Each palette: top, accent, bottom, shoes. Colours of one row are meant to be seen together.
+# Palettes of matching colours: top, accent, bottom, shoes.
 PALETTES = [
     ["f25c54", "ffe1a8", "33658a", "fdfdfd"],
     ["2a9d8f", "f4f1de", "264653", "e76f51"],
@@ -120,11 +120,12 @@ PALETTES = [
 
 
 def rgb(code: str) -> Colour:
+    """Convert a hexadecimal colour code such as "ff8fab" to RGB."""
     return int(code[0:2], 16), int(code[2:4], 16), int(code[4:6], 16)
 
 
 def shade(colour: Colour, light: float) -> Colour:
-    """`light` below 1 darkens and cools, above 1 lightens towards white."""
+    """Darken and cool a colour (`light` < 1), or lighten it towards white (`light` > 1)."""
     if light > 1:
         r, g, b = (c + (255 - c) * (light - 1) for c in colour)
     else:
@@ -132,13 +133,14 @@ def shade(colour: Colour, light: float) -> Colour:
     return r, g, b
 
 
-def blend(colour: Colour, other: Colour, share: float) -> Colour:
-    """`share` of the other colour in the first."""
-    r, g, b = ((1 - share) * c + share * d for c, d in zip(colour, other, strict=True))
+def blend(colour: Colour, other: Colour, fraction: float) -> Colour:
+    """Mix two colours; `fraction` is the weight of `other`, in [0, 1]."""
+    r, g, b = ((1 - fraction) * c + fraction * d for c, d in zip(colour, other, strict=True))
     return r, g, b
 
 
 def vary(rng: np.random.Generator, colour: Colour, hue: float = 0.02, spread: float = 0.08) -> Colour:
+    """Jitter a colour: hue by up to `hue` of the circle, saturation and value by a relative `spread`."""
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in colour))
     s, v = (x * rng.uniform(1 - spread, 1 + spread) for x in (s, v))
     r, g, b = colorsys.hsv_to_rgb((h + rng.uniform(-hue, hue)) % 1, min(s, 1), min(v, 1))
@@ -151,8 +153,11 @@ def _pick(rng: np.random.Generator, weights: dict[str, float]) -> str:
 
 
 def sample_character(distribution: Distribution, rng: np.random.Generator) -> Character:
-    """`dance`: adults. `wide`: from adults to big-headed cartoons, some furry or dyed. `bizarre`: bigger heads and
-    shorter limbs than any in `wide`, horns, antennae, long ears, odd skins."""
+    """Sample a character from a distribution.
+
+    `dance`: adults. `wide`: adults to cartoon figures with large heads, some animals or with dyed hair. `bizarre`:
+    larger heads and shorter limbs than all of `wide`; horns, antennae, long ears, unusual skin colours.
+    """
     if distribution == "dance":
         return Character(_adult(rng), _look(rng, "person"), rng.uniform(0.79, 0.86))
     if distribution == "wide":
@@ -168,19 +173,25 @@ def sample_character(distribution: Distribution, rng: np.random.Generator) -> Ch
 def _body(
     rng: np.random.Generator, head: float, aspect: float, legs: float, arms: float, girth: float
 ) -> Body:
-    """A body by its main metrics: `legs` is their share below the chin, `arms` their length against the rest,
-    `girth` the thickness of limbs and trunk (1 for an adult)."""
-    rest = 1 - head
-    ankle, neck = 0.035, rng.uniform(0.02, 0.035) * rest / 0.78
-    leg = rest * legs - ankle
-    arm = rest * arms
+    """Build a body.
+
+    Args:
+        head: height of the head.
+        aspect: width of the head divided by its height.
+        legs, arms: length relative to the height below the chin.
+        girth: thickness of limbs and trunk, 1 for an adult.
+    """
+    below_chin = 1 - head
+    ankle, neck = 0.035, rng.uniform(0.02, 0.035) * below_chin / 0.78
+    leg = below_chin * legs - ankle
+    arm = below_chin * arms
     return Body(
         head=head,
         head_width=head * aspect,
         neck=neck,
-        torso=rest - leg - ankle - neck,
-        shoulder=rest * rng.uniform(0.135, 0.165) * girth**0.4,
-        hip=rest * rng.uniform(0.075, 0.1) * girth**0.4,
+        torso=below_chin - leg - ankle - neck,
+        shoulder=below_chin * rng.uniform(0.135, 0.165) * girth**0.4,
+        hip=below_chin * rng.uniform(0.075, 0.1) * girth**0.4,
         upper_arm=arm * 0.51,
         forearm=arm * 0.49,
         thigh=leg * 0.51,
@@ -275,7 +286,7 @@ def _look(rng: np.random.Generator, being: str) -> Look:
     skin = vary(rng, rgb(str(rng.choice(SKINS if person else FUR))), 0.012)
     dark_skin = sum(skin) < 400
     palette = [vary(rng, rgb(code)) for code in PALETTES[rng.integers(len(PALETTES))]]
-    if rng.random() < 0.3:  # top and accent change places
+    if rng.random() < 0.3:  # swap top and accent
         palette[0], palette[1] = palette[1], palette[0]
     style = _pick(
         rng,

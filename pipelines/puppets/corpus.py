@@ -1,27 +1,29 @@
-"""Rendered frames of the puppet world on disk, for training the mini weights."""
+"""Cache of rendered puppet frames on disk, for training the mini weights."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.puppets.world import Distribution, sample_clip
+from tcan.atomic_write import atomic_write
 
 SIZE = 128
 CHARACTERS = 5000
-"""Characters of the image corpus: many, since looks are what a frame-wise part has to generalise over."""
+"""Characters in the image corpus. Many, because the image models must generalize over appearance."""
 FRAMES_EACH = 3
 CLIPS = 600
 CLIP_FRAMES = 16
 HELD_OUT_SEED = 10_000_000
-"""Seeds from here on are never rendered for training."""
+"""Seeds from this value on are not used for training."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Frames of one kind: `frames` uint8 `[N, F, H, W, 3]`, `keypoints` `[N, F, 18, 3]`, `masks` bool `[N, F, H, W]`."""
+    """Rendered frames: `frames` uint8 `[N, F, H, W, 3]`, `keypoints` `[N, F, 18, 3]`, `masks` bool `[N, F, H, W]`."""
 
     frames: np.ndarray
     keypoints: np.ndarray
@@ -29,7 +31,7 @@ class Rendered:
 
 
 def render(seeds: range, frames_each: int, every: int, distribution: Distribution = "wide") -> Rendered:
-    """`frames_each` frames of a clip for each seed, `every` frames apart."""
+    """Render one clip per seed: `frames_each` frames, `every` frames apart."""
     clips = [sample_clip(distribution, seed, frames_each, SIZE, every=every) for seed in seeds]
     return Rendered(
         np.stack([clip.frames for clip in clips]),
@@ -39,56 +41,57 @@ def render(seeds: range, frames_each: int, every: int, distribution: Distributio
 
 
 def render_held_out(distribution: Distribution, count: int) -> Rendered:
-    """Three frames of each of `count` characters that training never sees."""
+    """Render three frames each of `count` characters that are not used for training."""
     return render(
         range(HELD_OUT_SEED, HELD_OUT_SEED + count), FRAMES_EACH, every=17, distribution=distribution
     )
 
 
 def cached(folder: Path, name: str, count: int, frames_each: int, every: int, first_seed: int) -> Rendered:
-    """As `render`, kept in `folder` as memory-mapped arrays, rendered on all cores in pieces of 100 clips."""
+    """As `render`, cached in `folder` as memory-mapped arrays. Renders on all cores, 100 clips per task."""
     paths = [folder / f"{name}-{part}.npy" for part in ("frames", "keypoints", "masks")]
     if not all(path.exists() for path in paths):
-        pieces = [range(first_seed + i, first_seed + min(i + 100, count)) for i in range(0, count, 100)]
+        tasks = [range(first_seed + i, first_seed + min(i + 100, count)) for i in range(0, count, 100)]
         shapes = [
             (count, frames_each, SIZE, SIZE, 3),
             (count, frames_each, 18, 3),
             (count, frames_each, SIZE, SIZE),
         ]
         kinds = [np.uint8, np.float32, np.bool_]
-        arrays = [
-            np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype=kind, shape=shape)
-            for path, kind, shape in zip(paths, kinds, shapes, strict=True)
-        ]
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
+        with ExitStack() as stack, ProcessPoolExecutor(os.cpu_count()) as pool:
+            arrays = [
+                np.lib.format.open_memmap(
+                    stack.enter_context(atomic_write(path)), "w+", dtype=kind, shape=shape
+                )
+                for path, kind, shape in zip(paths, kinds, shapes, strict=True)
+            ]
             done = 0
-            futures = [pool.submit(render, piece, frames_each, every) for piece in pieces]
-            for piece, future in zip(pieces, futures, strict=True):
+            futures = [pool.submit(render, task, frames_each, every) for task in tasks]
+            for task, future in zip(tasks, futures, strict=True):
                 rendered = future.result()
                 for array, part in zip(
                     arrays, (rendered.frames, rendered.keypoints, rendered.masks), strict=True
                 ):
-                    array[done : done + len(piece)] = part
-                done += len(piece)
-        for array, path in zip(arrays, paths, strict=True):
-            array.flush()
-            os.replace(path.with_suffix(".tmp"), path)
+                    array[done : done + len(task)] = part
+                done += len(task)
+            for array in arrays:
+                array.flush()
     return Rendered(*(np.load(path, mmap_mode="r") for path in paths))
 
 
 class Corpus:
-    """The training frames, rendered once into `folder`: images (three poses of each character) and clips."""
+    """Training frames, cached in `folder`: images (three frames of each character) and clips."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        # 17 frames are 0.7 s: far enough apart for another pose, one dance.
+        # 17 frames are 0.7 s, enough for another pose of the same dance.
         self.images = cached(folder, "images", CHARACTERS, FRAMES_EACH, every=17, first_seed=0)
         self.clips = cached(folder, "clips", CLIPS, CLIP_FRAMES, every=1, first_seed=CHARACTERS)
 
     def random_images(
         self, rng: np.random.Generator, count: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Frames `[B, H, W, 3]`, keypoints `[B, 18, 3]` and masks `[B, H, W]` of `count` different characters."""
+        """Sample frames `[B, H, W, 3]`, keypoints `[B, 18, 3]` and masks `[B, H, W]` of `count` different characters."""
         which = np.sort(rng.choice(CHARACTERS, count, replace=False))
         frame = rng.integers(FRAMES_EACH)
         return (

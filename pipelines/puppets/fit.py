@@ -1,10 +1,9 @@
-"""The training loop shared by all parts of the mini weights: Muon and AdamW, a moving average, resumable.
+"""Resumable training loop for the mini weights: Muon and AdamW, with EMA.
 
-Plain PyTorch on purpose: these runs make the preset's *pretrained*, once; TCAN itself is trained by `pipelines.train`.
+It uses plain PyTorch, because it produces only the pretrained models of the preset. `pipelines.train` trains TCAN.
 """
 
 import copy
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tcan.atomic_write import atomic_write
+
 EMA_DECAY = 0.995
 SAVE_EVERY = 100  # steps
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: Newton-Schulz iterations of Muon (Jordan et al., 2024).
+    """Approximate the nearest semi-orthogonal matrices with the Newton-Schulz iterations of Muon (Jordan et al., 2024).
 
     Args:
         matrices: `[N, rows, columns]`.
     """
-    # Muon's quintic: fast rather than exact convergence of the singular values
+    # Coefficients of Muon's quintic polynomial: fast, inexact convergence of the singular values.
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
@@ -34,10 +35,10 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, for weights of two or more dimensions.
+    """Momentum SGD with orthogonalized updates (Muon), for weights of two or more dimensions.
 
-    `torch.optim.Muon` takes two-dimensional weights only; a convolution's is used here as `[out, in * kh * kw]`, and
-    weights of one shape are orthogonalized in one batch, which is what makes it affordable on a CPU.
+    `torch.optim.Muon` accepts only two-dimensional weights. Here, convolutions are reshaped to `[out, in * kh * kw]`.
+    Weights of equal shape are orthogonalized in one batch, which reduces the cost on a CPU.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Muon(torch.optim.Optimizer):
                 updates.setdefault((nesterov.shape[0], nesterov.shape[1]), []).append((parameter, nesterov))
             for (rows, columns), pairs in updates.items():
                 directions = orthogonalize(torch.stack([update for _, update in pairs]))
-                # 0.2 sqrt(max) gives the update AdamW's usual size, so both take one learning rate (Moonlight, 2025).
+                # 0.2 sqrt(max) matches the update size of AdamW, so both use one learning rate (Moonlight, 2025).
                 scale = group["lr"] * 0.2 * max(rows, columns) ** 0.5
                 for (parameter, _), direction in zip(pairs, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -67,7 +68,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def learning_rate_factor(step: int, steps: int, warm_up: int = 30) -> float:
-    """Linear warm-up, constant, then linear to zero over the last 60 %."""
+    """Linear warm-up, constant, then linear decay to zero over the last 60 % of the steps."""
     return min((step + 1) / warm_up, 1.0, (steps - step) / (0.6 * steps))
 
 
@@ -79,21 +80,27 @@ def fit(
     steps: int,
     lr: float,
     work: Path,
-    look: Callable[[int, nn.Module], str] | None = None,
+    evaluate: Callable[[int, nn.Module], str] | None = None,
 ) -> nn.Module:
-    """Trains what of `module` requires gradients and returns the moving average of it.
+    """Train the parameters of `module` that require gradients, and return the EMA module.
 
-    What comes at a step must be a function of the step alone (`loss_at(step)`), so that a stopped run goes on exactly.
+    The loss must depend on the step only, so that an interrupted run resumes with identical results.
 
     Args:
-        name: the part's name; `work/name.pt` is its checkpoint, read when it is there.
-        loss_at: step -> scalar loss of `module` on that step's batch.
-        look: called on the average at every save, for a image or a measure to print.
+        name: name of the part. The run resumes from the checkpoint `work/name.pt` if it exists.
+        loss_at: step -> scalar loss of `module` on the batch of that step.
+        steps: number of optimizer steps.
+        lr: peak learning rate of both optimizers.
+        work: folder of the checkpoint.
+        evaluate: (step, EMA module) -> text to print after every checkpoint, such as metrics.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2]
-    rest = [p for p in trained if p.ndim < 2]
-    optimizers = [Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)]
+    vectors = [p for p in trained if p.ndim < 2]
+    optimizers = [
+        Muon(matrices, lr=lr),
+        torch.optim.AdamW(vectors, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
     average = copy.deepcopy(module).requires_grad_(False).eval()
     averaged = [
         (a, p) for (a, p) in zip(average.parameters(), module.parameters(), strict=True) if p.requires_grad
@@ -109,9 +116,9 @@ def fit(
             tensor.data.copy_(value)
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        print(f"{name}: goes on from step {start} of {steps}", flush=True)
+        print(f"{name}: resumes from step {start} of {steps}", flush=True)
 
-    began, total = time.time(), 0.0
+    start_time, total = time.time(), 0.0
     for step in range(start, steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -128,8 +135,8 @@ def fit(
                 mean.lerp_(parameter, 1 - decay)
         total += loss.item()
         if (step + 1) % 25 == 0:
-            pace = (time.time() - began) / (step + 1 - start)
-            print(f"{name}: step {step + 1}/{steps} loss {total / 25:.4f} {pace:.2f} s/step", flush=True)
+            step_time = (time.time() - start_time) / (step + 1 - start)
+            print(f"{name}: step {step + 1}/{steps} loss {total / 25:.4f} {step_time:.2f} s/step", flush=True)
             total = 0.0
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {
@@ -138,8 +145,8 @@ def fit(
                 "average": [mean.data for mean, _ in averaged],
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-            if look is not None:
-                print(f"{name}: step {step + 1} {look(step + 1, average)}", flush=True)
+            with atomic_write(checkpoint) as partial:
+                torch.save(state, partial)
+            if evaluate is not None:
+                print(f"{name}: step {step + 1} {evaluate(step + 1, average)}", flush=True)
     return average

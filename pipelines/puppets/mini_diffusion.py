@@ -1,9 +1,9 @@
-"""The mini preset's diffusion parts: UNet, then, with the UNet frozen, the OpenPose ControlNet and the motion modules.
+"""Training of the mini preset's UNet, and of its ControlNet and motion modules with the UNet frozen.
 
-One thing differs from how Stable Diffusion was made. There, text tells the UNet what a image shows; here there is no
-text, so the UNet learns with a *reference*: another frame of the same character, joined into its self-attention just as
-TCAN's appearance UNet will be (method: appearance into denoising), in three samples of four. TCAN's stage 1 then starts
-from a UNet that can use a reference, as the authors' started from one that could use a prompt.
+The training differs from that of Stable Diffusion in one point. There, a prompt describes the image. The puppet world has
+no text, so the UNet learns with a *reference* in 75 % of the samples: another frame of the same character, whose features
+enter its self-attention as in TCAN's reference attention. TCAN's stage 1 therefore starts from a UNet that can use a
+reference, as the paper's starts from one that can use a prompt.
 """
 
 from pathlib import Path
@@ -20,21 +20,23 @@ from pipelines.puppets.mini_vae import LATENT_CHANNELS, zero_last_convolutions
 from tcan.appearance import capture_features, install_appearance
 from tcan.attention import Appearance
 from tcan.model import TCAN
+from tcan.pixels import to_controlnet_input
 from tcan.pose.draw import draw_poses
+from tcan.schedule import min_snr_weight
 
 CHANNELS = (48, 96, 128, 128)
 HEADS = 4
 NORM_GROUPS = 16
 PROMPT_WIDTH = 64
 STICK_WIDTH = 2
-REFERENCE_SHARE = 0.75
+REFERENCE_FRACTION = 0.75
 
 STEPS = {"unet": 8300, "controlnet": 2150, "motion": 1560}
 LEARNING_RATE = {"unet": 2e-3, "controlnet": 2e-3, "motion": 1.5e-3}
 IMAGES = 32
-"""Images a step, for UNet and ControlNet."""
+"""Images per step, for UNet and ControlNet."""
 CLIPS = 3
-"""Clips a step, for the motion modules."""
+"""Clips per step, for the motion modules."""
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -63,13 +65,13 @@ def new_motion_adapter() -> MotionAdapter:
         use_motion_mid_block=False,
     )
     for name, parameter in adapter.named_parameters():
-        if ".proj_out." in name:  # at first the layers change nothing
+        if ".proj_out." in name:  # the untrained layers are the identity
             nn.init.zeros_(parameter)
     return adapter
 
 
 def new_text_encoder() -> CLIPTextModel:
-    """Never trained: it only has to give the one constant that stands for the empty prompt."""
+    """Build the untrained text encoder. It only produces the constant embedding of the empty prompt."""
     config = CLIPTextConfig(
         vocab_size=3,
         hidden_size=PROMPT_WIDTH,
@@ -97,7 +99,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 class Samples:
-    """What comes at a step, as a function of the step: latents, another frame's latent as reference, poses, noise."""
+    """Training batches as a function of the step: latents, the reference latent of another frame, poses, noise."""
 
     def __init__(self, corpus: Corpus, image_latents: Tensor, clip_latents: Tensor):
         self.images, self.clips = corpus.images, corpus.clips
@@ -105,7 +107,7 @@ class Samples:
         self.scheduler = new_scheduler()
 
     def images_at(self, step: int, part: int) -> dict[str, Tensor]:
-        """`IMAGES` clips of one frame, each with another frame of its character as the reference."""
+        """Return `IMAGES` clips of one frame. The reference is another frame of the same character."""
         rng = np.random.default_rng([part, step])
         count, frames_each = self.image_latents.shape[:2]
         which = torch.from_numpy(rng.choice(count, IMAGES, replace=False))
@@ -120,7 +122,7 @@ class Samples:
         )
 
     def clips_at(self, step: int, part: int) -> dict[str, Tensor]:
-        """`CLIPS` clips of 16 frames; the reference is one of a clip's own."""
+        """Return `CLIPS` clips of 16 frames. The reference is a frame of the same clip."""
         rng = np.random.default_rng([part, step])
         count, frames = self.clip_latents.shape[:2]
         which = torch.from_numpy(rng.choice(count, CLIPS, replace=False))
@@ -141,16 +143,14 @@ class Samples:
             "noise": noise,
             "timestep": timestep,
             "reference_latent": reference,
-            "reference_mask": torch.from_numpy(rng.random(len(latents)) < REFERENCE_SHARE),
-            "pose": torch.from_numpy(poses).permute(0, 1, 4, 2, 3).float() / 255,
+            "reference_mask": torch.from_numpy(rng.random(len(latents)) < REFERENCE_FRACTION),
+            "pose": to_controlnet_input(torch.from_numpy(poses)),
         }
 
     def loss(self, prediction: Tensor, sample: dict[str, Tensor], gamma: float = 5.0) -> Tensor:
-        """MSE on the noise, weighted min(SNR, gamma) / SNR (Hang et al., 2023)."""
-        alphas = self.scheduler.alphas_cumprod[sample["timestep"]]
-        snr = alphas / (1 - alphas)
+        """Mean squared error of the predicted noise with min-SNR-gamma weights."""
         error = (prediction - sample["noise"]).square().flatten(1).mean(1)
-        return (error * snr.clamp(max=gamma) / snr).mean()
+        return (error * min_snr_weight(self.scheduler, sample["timestep"], gamma)).mean()
 
 
 def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionModel:
@@ -159,8 +159,8 @@ def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionM
 
     def loss_at(step: int) -> Tensor:
         sample = samples.images_at(step, 3)
-        keep, timestep = sample["reference_mask"], sample["timestep"]
-        with torch.no_grad():  # half the cost: what makes a feature good is left for TCAN's stage 1 to learn
+        reference_mask, timestep = sample["reference_mask"], sample["timestep"]
+        with torch.no_grad():  # halves the cost; TCAN's stage 1 trains the features
             features = capture_features(
                 unet, sample["reference_latent"], timestep, prompt.expand(IMAGES, -1, -1)
             )
@@ -168,7 +168,7 @@ def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionM
             sample["noisy"][:, 0],
             timestep,
             prompt.expand(IMAGES, -1, -1),
-            cross_attention_kwargs={"appearance": Appearance(features, keep)},
+            cross_attention_kwargs={"appearance": Appearance(features, reference_mask)},
         ).sample
         return samples.loss(prediction[:, None], sample)
 
@@ -178,7 +178,7 @@ def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionM
 def train_controlnet(
     samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path
 ) -> ControlNetModel:
-    """Trained inside a TCAN whose every other part is frozen and still as the pretrained are."""
+    """Train the ControlNet inside a TCAN whose other parts are frozen and untrained."""
     tcan = TCAN(unet, ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
     tcan.controlnet.requires_grad_(True)
     for block in tcan.controlnet.down_blocks:
@@ -200,7 +200,7 @@ def train_controlnet(
 
 
 def train_motion(samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path) -> MotionAdapter:
-    """As AnimateDiff's: temporal layers in the frozen UNet, no pose (the ControlNet here never runs)."""
+    """Train temporal layers in the frozen UNet as in AnimateDiff, without poses (the ControlNet does not run)."""
     tcan = TCAN(unet, ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
     tcan.set_stage(2)
     tcan.controlnet.requires_grad_(False)

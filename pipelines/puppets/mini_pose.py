@@ -1,4 +1,4 @@
-"""The mini preset's pose network: OpenPose in small, read by the same decoder."""
+"""Training of the mini preset's pose network: a small OpenPose network with the same decoder."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from tcan.pose.targets import pose_targets
 
 STEPS = 3000
 LEARNING_RATE = 3e-3
-NOBODY = 2
-"""Images of every 16 that show no puppet: without them the network finds one everywhere."""
+EMPTY_IMAGES = 2
+"""Images without a puppet per batch of 16. Without them, the network detects puppets in every background."""
 
 
 def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
@@ -27,7 +27,7 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([2, step])
         frames, keypoints, _ = corpus.random_images(rng, 16)
-        frames[:NOBODY], keypoints[:NOBODY] = [nobody(rng) for _ in range(NOBODY)], 0
+        frames[:EMPTY_IMAGES], keypoints[:EMPTY_IMAGES] = [empty_image(rng) for _ in range(EMPTY_IMAGES)], 0
         frames, keypoints = augment(rng, frames, keypoints)
         images = torch.from_numpy(frames[..., ::-1].copy()).permute(0, 3, 1, 2).float().div(256).sub(0.5)
         paf, heatmap, paf_weight = pose_targets(torch.from_numpy(keypoints), SIZE, SIZE)
@@ -42,28 +42,28 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
 
     held_out = {name: render_held_out(name, 30) for name in ("dance", "bizarre")}
 
-    def look(step: int, average: BodyPoseNetwork) -> str:
-        shares = {name: found_shares(average, rendered) for name, rendered in held_out.items()}
+    def evaluate(step: int, average: BodyPoseNetwork) -> str:
+        fractions = {name: detected_fractions(average, rendered) for name, rendered in held_out.items()}
         return ", ".join(
-            f"{name} {near:.1%} within 5 %, {nearer:.1%} within 3 %"
-            for name, (near, nearer) in shares.items()
+            f"{name} {within_5:.1%} within 5 %, {within_3:.1%} within 3 %"
+            for name, (within_5, within_3) in fractions.items()
         )
 
-    return fit("pose", network, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work, look=look)
+    return fit("pose", network, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work, evaluate=evaluate)
 
 
-def found_shares(network: BodyPoseNetwork, rendered: Rendered) -> tuple[float, float]:
-    """Shares of the true joints that are found within 5 % and within 3 % of the image's height."""
+def detected_fractions(network: BodyPoseNetwork, rendered: Rendered) -> tuple[float, float]:
+    """Fractions of the true joints detected within 5 % and within 3 % of the image height."""
     detector = OpenPose(network, network.config.input_height, network.config.blur_sigma)
     people = detector.detect(rendered.frames.reshape(-1, SIZE, SIZE, 3))
-    found = np.concatenate([track_main_person([everybody], SIZE, SIZE) for everybody in people])
+    found = np.concatenate([track_main_person([frame_people], SIZE, SIZE) for frame_people in people])
     errors = joint_errors(found, rendered.keypoints.reshape(-1, 18, 3), SIZE)
-    counted = ~np.isnan(errors)
-    return float((errors[counted] < 0.05).mean()), float((errors[counted] < 0.03).mean())
+    valid = ~np.isnan(errors)
+    return float((errors[valid] < 0.05).mean()), float((errors[valid] < 0.03).mean())
 
 
-def nobody(rng: np.random.Generator) -> np.ndarray:
-    """An empty scene, or a plain surface, uint8 `[H, W, 3]`."""
+def empty_image(rng: np.random.Generator) -> np.ndarray:
+    """Sample a background or a uniform colour, uint8 `[H, W, 3]`."""
     if rng.random() < 0.3:
         return np.full((SIZE, SIZE, 3), rng.integers(256, size=3), np.uint8)
     return sample_background("wide", rng, SIZE)[0]
@@ -72,8 +72,10 @@ def nobody(rng: np.random.Generator) -> np.ndarray:
 def augment(
     rng: np.random.Generator, frames: np.ndarray, keypoints: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Other proportions, brightness, contrast and softness: the network must also read creatures that no training saw,
-    and what the VAE and the UNet draw."""
+    """Augment proportions, brightness, contrast and blur.
+
+    The network must also detect poses of unseen characters and in images that the VAE and the UNet generate.
+    """
     pairs = [stretch(rng, *pair) for pair in zip(frames, keypoints, strict=True)]
     frames, keypoints = np.stack([f for f, _ in pairs]).astype(np.float32), np.stack([k for _, k in pairs])
     frames = (
@@ -82,8 +84,8 @@ def augment(
         + rng.uniform(-20, 20, (len(frames), 1, 1, 3))
     )
     if rng.random() < 0.5:
-        share = rng.uniform(0, 1)
-        frames = np.stack([share * cv2.blur(frame, (3, 3)) + (1 - share) * frame for frame in frames])
+        blur = rng.uniform(0, 1)
+        frames = np.stack([blur * cv2.blur(frame, (3, 3)) + (1 - blur) * frame for frame in frames])
     frames = frames + rng.normal(0, rng.uniform(0, 8), frames.shape)
     return frames.clip(0, 255).astype(np.uint8), keypoints
 
@@ -91,11 +93,11 @@ def augment(
 def stretch(
     rng: np.random.Generator, frame: np.ndarray, keypoints: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random, uneven stretch along each axis: large heads, short legs, broad bodies out of ordinary ones.
+    """Stretch an image unevenly along each axis, which produces large heads, short legs and broad bodies.
 
     Args:
         frame: uint8 `[H, W, 3]`.
-        keypoints: `[18, 3]`; a point that leaves the image comes back as not seen.
+        keypoints: `[18, 3]`; points that leave the image are returned as zeros (not visible).
     """
     pixels = np.arange(SIZE, dtype=np.float32)
     keypoints = keypoints.copy()

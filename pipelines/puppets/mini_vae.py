@@ -1,4 +1,4 @@
-"""The mini preset's VAE: an `AutoencoderKL` of 1.3 million parameters, eight times smaller images, 16 channels."""
+"""Training of the mini preset's VAE: an `AutoencoderKL` with 1.3 M parameters, downsampling factor 8, 16 channels."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from pipelines.puppets.corpus import SIZE, Corpus, Rendered, render_held_out
 from pipelines.puppets.fit import fit
+from tcan.pixels import to_vae_input
 
 LATENT_CHANNELS = 16
-"""Four times Stable Diffusion 1.5's: at 128 px a cell of 8 x 8 pixels holds as much of a puppet as one of 32 x 32 would
-at 512. 500 steps from nothing, 16 channels stood 0.8 dB above 8, on a somewhat shorter schedule."""
+"""Four times the channels of SD1.5: at 128 px, 8 x 8 pixels show as much of a puppet as 32 x 32 pixels at 512 px.
+
+After 500 steps from scratch on a slightly shorter schedule, 16 channels were 0.8 dB better than 8."""
 STEPS = 3800
 LEARNING_RATE = 3e-3
 
@@ -33,19 +35,15 @@ def new_vae() -> AutoencoderKL:
 
 
 def zero_last_convolutions(module: nn.Module) -> None:
-    """Residual branches that start at zero: without it the VAE learns brightness and never colour."""
+    """Initialize residual branches to zero. Without it, the VAE learns brightness but not colour."""
     for child in module.modules():
         if type(child).__name__ == "ResnetBlock2D":
             nn.init.zeros_(child.conv2.weight)
             nn.init.zeros_(child.conv2.bias)
 
 
-def to_pixels(frames: np.ndarray) -> Tensor:
-    """uint8 `[B, H, W, 3]` -> float `[B, 3, H, W]` in [-1, 1]."""
-    return torch.tensor(frames).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-
 def luma_and_chroma(rgb: Tensor) -> tuple[Tensor, Tensor]:
+    """Split `[B, 3, H, W]` into brightness `[B, 1, H, W]` and colour `[B, 3, H, W]`."""
     luma = rgb.mean(1, keepdim=True)
     return luma, rgb - luma
 
@@ -53,12 +51,20 @@ def luma_and_chroma(rgb: Tensor) -> tuple[Tensor, Tensor]:
 def image_loss(
     output: Tensor, target: Tensor, weight: Tensor, gradient_weight: float, squared_weight: float
 ) -> Tensor:
-    """L1 and MSE on brightness and on colour apart, and L1 on gradients; `weight` `[B, 1, H, W]` favours the puppet."""
+    """Loss of L1 and MSE on brightness and colour separately, and L1 on gradients.
+
+    Args:
+        output, target: `[B, 3, H, W]` in [-1, 1].
+        weight: pixel weights `[B, 1, H, W]`, higher on the puppet.
+        gradient_weight, squared_weight: weights of the gradient term and of the MSE terms.
+    """
     loss = output.new_zeros(())
     parts = zip(luma_and_chroma(output), luma_and_chroma(target), (1.0, 1.5), strict=True)
-    for output_part, target_part, share in parts:
+    for output_part, target_part, part_weight in parts:
         difference = output_part - target_part
-        loss = loss + share * (weight * (difference.abs() + squared_weight * difference.square())).mean()
+        loss = (
+            loss + part_weight * (weight * (difference.abs() + squared_weight * difference.square())).mean()
+        )
     if gradient_weight:
         for dim in (2, 3):
             loss = loss + gradient_weight * (output.diff(dim=dim) - target.diff(dim=dim)).abs().mean()
@@ -68,64 +74,73 @@ def image_loss(
 def train_vae(corpus: Corpus, work: Path) -> AutoencoderKL:
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([1, step])
-        whole = step % 3 == 0
-        frames, _, masks = corpus.random_images(rng, 6 if whole else 24)
-        if not whole:  # crops of a quarter of the image: four times the variety at the same cost
+        full_frame = step % 3 == 0
+        frames, _, masks = corpus.random_images(rng, 6 if full_frame else 24)
+        if not full_frame:  # crops of 25 % of the area: four times as many images at the same cost
             top, left = rng.integers(0, SIZE // 2, 2)
             frames = frames[:, top : top + SIZE // 2, left : left + SIZE // 2]
             masks = masks[:, top : top + SIZE // 2, left : left + SIZE // 2]
-        target = to_pixels(frames).contiguous(memory_format=torch.channels_last)
+        target = to_vae_input(torch.tensor(frames), torch.float32).contiguous(
+            memory_format=torch.channels_last
+        )
         weight = 1 + 2 * torch.from_numpy(masks).float()[:, None]
         posterior = vae.encode(target).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
-        # Little noise at first lets the latents find their axes; later the learnt variance is sampled.
+        # Start with little noise, so that the latents become informative; later sample with the learned variance.
         latents = posterior.mean + min(1.0, step / 400) * posterior.std * noise
         output = vae.decode(latents).sample
         kl = posterior.kl().mean() / latents[0].numel()
-        # Sharper errors count for more once the image stands.
+        # Weight squared errors more once the coarse image is learned.
         squared_weight = 4.0 if step < 1400 else 20.0
         return image_loss(output, target, weight, min(0.5, step / 1400), squared_weight) + 1e-4 * kl
 
     vae = new_vae().to(memory_format=torch.channels_last)
-    vae = fit("vae", vae, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work, look=look_at_held_out())
+    vae = fit("vae", vae, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work, evaluate=held_out_evaluation())
     with torch.no_grad():
         frames, _, _ = corpus.random_images(np.random.default_rng(0), 256)
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in to_pixels(frames).split(32)])
+        latents = torch.cat(
+            [
+                vae.encode(part).latent_dist.mean
+                for part in to_vae_input(torch.tensor(frames), torch.float32).split(32)
+            ]
+        )
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return vae
 
 
-def look_at_held_out() -> Callable[[int, AutoencoderKL], str]:
+def held_out_evaluation() -> Callable[[int, AutoencoderKL], str]:
+    """Return the `evaluate` argument of `fit`: PSNR on held-out characters."""
     held_out = {name: render_held_out(name, 12) for name in ("dance", "bizarre")}
 
-    def look(step: int, average: AutoencoderKL) -> str:
+    def evaluate(step: int, average: AutoencoderKL) -> str:
         return ", ".join(
             "{} {:.2f} dB, {:.2f} dB inside the puppet".format(name, *vae_psnr(average, rendered))
             for name, rendered in held_out.items()
         )
 
-    return look
+    return evaluate
 
 
 @torch.no_grad()
 def vae_psnr(vae: AutoencoderKL, rendered: Rendered) -> tuple[float, float]:
-    """PSNR in dB of decode(encode(frames)): over all pixels, and over the puppet's."""
+    """PSNR of decode(encode(frames)) in dB, over all pixels and over the pixels of the puppet."""
     frames, masks = rendered.frames.reshape(-1, SIZE, SIZE, 3), rendered.masks.reshape(-1, SIZE, SIZE)
-    target = to_pixels(frames)
+    target = to_vae_input(torch.tensor(frames), torch.float32)
     output = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in target.split(16)])
     squared = (output.clamp(-1, 1) - target).square().mean(1)
     inside = squared[torch.from_numpy(masks)]
-    whole, puppet = (float(10 * torch.log10(4 / part.mean())) for part in (squared, inside))
-    return whole, puppet
+    full_frame, puppet = (float(10 * torch.log10(4 / part.mean())) for part in (squared, inside))
+    return full_frame, puppet
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, frames: np.ndarray, cache: Path) -> Tensor:
-    """Latents of frames `[..., H, W, 3]`, scaled, `[..., C, H/8, W/8]` fp16; computed once into `cache`."""
+    """Encode frames uint8 `[..., H, W, 3]` to scaled latents fp16 `[..., C, H/8, W/8]`, cached in the file `cache`."""
     if not cache.exists():
         flat = frames.reshape(-1, *frames.shape[-3:])
         latents = [
-            vae.encode(to_pixels(flat[i : i + 32])).latent_dist.mean * vae.config.scaling_factor
+            vae.encode(to_vae_input(torch.tensor(flat[i : i + 32]), torch.float32)).latent_dist.mean
+            * vae.config.scaling_factor
             for i in range(0, len(flat), 32)
         ]
         encoded = torch.cat(latents).half()

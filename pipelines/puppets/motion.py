@@ -1,7 +1,7 @@
-"""Dances: a seeded choreography of key poses on a beat, and the 3D skeleton that it moves.
+"""Dances: seeded choreographies of key poses on a beat, and the 3D skeletons that they animate.
 
-Body axes: x to the image's right, y down, z towards the viewer; angles in radians; lengths in standing heights of the
-puppet (floor to top of the head). A puppet that faces the viewer has its right side at negative x.
+Body axes: x to the right of the image, y down, z towards the viewer. Angles are in radians, lengths in standing heights
+of the puppet (floor to top of the head). The right side of a puppet that faces the viewer is at negative x.
 """
 
 from dataclasses import dataclass, fields
@@ -11,11 +11,11 @@ import numpy as np
 from pipelines.puppets.character import Body
 
 SIDES = np.array([-1.0, 1.0])  # right, left: the sign of x when the puppet faces the viewer
-CAMERA_TILT = 0.16  # the camera looks down a little: what is nearer the viewer stands lower in the image
-KEYS = 16  # key poses in a choreography, after which it starts again
+CAMERA_TILT = 0.16  # the camera looks down slightly: points nearer the viewer are lower in the image
+KEYS = 16  # key poses of a choreography, which then repeats
 
-# (swing of the upper arm, its forward lift, swing of the forearm, its forward lift) in degrees. Swing 0 hangs down,
-# 90 points away from the body, 180 up, negative across the body.
+# Swing and forward lift of the upper arm, then of the forearm, in degrees. Swing 0: down, 90: away from the body, 180: up,
+# negative: across the body.
 ARM_POSES = np.array(
     [
         [18, 5, 10, 15],  # hanging
@@ -40,24 +40,24 @@ ARM_WEIGHTS = np.array([0.5, 0.9, 1.2, 1.2, 0.9, 1.4, 1.4, 0.7, 1.0, 0.8, 0.9, 1
 
 @dataclass(frozen=True)
 class Choreography:
-    """Key poses of one dance, each array `[KEYS, ...]`, and its beat."""
+    """Key poses `[KEYS, ...]` and beat of a dance."""
 
-    beat: float  # seconds from a key pose to the next
-    phase: float  # where in the choreography the clip starts, in key poses
+    beat: float  # seconds between key poses
+    phase: float  # start of the clip within the choreography, in key poses
     bounce: float  # depth of the knee bounce on every beat
-    place: float  # where in the image the dancer stands, from -1 to 1
+    position: float  # position in the image, from -1 to 1
     root: np.ndarray  # [KEYS] sideways position of the pelvis
-    crouch: np.ndarray  # [KEYS] how far the pelvis sinks, in leg lengths
+    crouch: np.ndarray  # [KEYS] lowering of the pelvis, in leg lengths
     jump: np.ndarray  # [KEYS] height of the feet above the floor
     torso: np.ndarray  # [KEYS, 3] yaw, forward bend, sideways lean
-    twist: np.ndarray  # [KEYS] yaw of the hips against the shoulders
-    head: np.ndarray  # [KEYS, 3] yaw, nod, tilt, against the torso
+    twist: np.ndarray  # [KEYS] yaw of the hips relative to the shoulders
+    head: np.ndarray  # [KEYS, 3] yaw, nod, tilt, relative to the torso
     arms: np.ndarray  # [KEYS, 2, 4] as ARM_POSES
-    feet: np.ndarray  # [KEYS, 2, 3] outward, lift, forward, from below the pelvis
+    feet: np.ndarray  # [KEYS, 2, 3] outward, lift, forward, relative to the point below the pelvis
 
 
 def sample_choreography(rng: np.random.Generator, energy: float = 1.0) -> Choreography:
-    """A dance whose moves come in mirrored pairs half of the time; `energy` scales how far the body travels."""
+    """Sample a dance. About 50 % of the key poses are followed by their mirror image. `energy` scales the travel."""
     keys: list[dict[str, np.ndarray]] = []
     travel = rng.uniform(0.85, 1.2) * energy
     turn = rng.uniform(0.6, 1.25)
@@ -65,7 +65,7 @@ def sample_choreography(rng: np.random.Generator, energy: float = 1.0) -> Choreo
         pose = _sample_key(rng, travel, turn)
         previous = keys[-1] if keys else None
         if previous is not None and previous["root"] * pose["root"] > 0 and rng.random() < 0.75:
-            pose = _mirror(pose)  # a dancer who went one way comes back
+            pose = _mirror(pose)  # return to the other side
         keys.append(pose)
         if rng.random() < 0.55:
             keys.append(_mirror(pose))
@@ -74,7 +74,7 @@ def sample_choreography(rng: np.random.Generator, energy: float = 1.0) -> Choreo
         beat=rng.uniform(0.42, 0.6),
         phase=rng.uniform(0, KEYS),
         bounce=rng.uniform(0.003, 0.02),
-        place=rng.uniform(-1, 1),
+        position=rng.uniform(-1, 1),
         **stacked,
     )
 
@@ -92,7 +92,7 @@ def _sample_key(rng: np.random.Generator, travel: float, turn: float) -> dict[st
     )
     jump = rng.uniform(0.05, 0.09) * travel if crouch < 0.1 and rng.random() < 0.25 else 0.0
     move = rng.random()
-    if move < 0.15:  # kick to the side
+    if move < 0.15:  # side kick
         feet[rng.integers(2)] = [rng.uniform(0.28, 0.36), rng.uniform(0.1, 0.24), 0.02]
     elif move < 0.3:  # knee lifted towards the viewer
         feet[rng.integers(2)] = [rng.uniform(0.02, 0.1), rng.uniform(0.12, 0.2), rng.uniform(0.02, 0.12)]
@@ -129,7 +129,7 @@ def _mirror(key: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A body in motion: every point `[F, 3]` or `[F, 2, 3]` (right, left), lengths in standing heights, floor at y = 0."""
+    """Animated body: points `[F, 3]` or `[F, 2, 3]` (right, left) in standing heights; the floor is at y = 0."""
 
     neck: np.ndarray
     pelvis: np.ndarray
@@ -145,7 +145,7 @@ class Skeleton:
     torso_yaw: np.ndarray  # [F]
 
     def shifted(self, dx: np.ndarray) -> "Skeleton":
-        """The same with every point moved sideways by `dx` `[F]`."""
+        """Return a copy with all points moved along x by `dx` `[F]`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in moved.items():
             if name not in ("head_axes", "torso_yaw"):
@@ -156,10 +156,10 @@ class Skeleton:
 
 
 def pose_body(dance: Choreography, body: Body, seconds: np.ndarray) -> Skeleton:
-    """The skeleton of `body` at the times `seconds` `[F]` of the dance."""
+    """Return the skeleton of `body` at times `seconds` `[F]` of the dance."""
     beats = seconds / dance.beat + dance.phase
     step = beats % 1
-    # A key pose is reached fast and held for a moment: that is what makes a movement look like a dance.
+    # Ease into each key pose and hold it briefly, as in a dance.
     ease = np.clip(step / 0.9, 0, 1)
     ease = ease * ease * (3 - 2 * ease)
     now, after = np.floor(beats).astype(int) % KEYS, (np.floor(beats).astype(int) + 1) % KEYS
@@ -172,7 +172,7 @@ def pose_body(dance: Choreography, body: Body, seconds: np.ndarray) -> Skeleton:
     yaw, bend, lean = between(dance.torso).T
     twist = between(dance.twist)
     arms, feet = between(dance.arms), between(dance.feet)
-    # Short arms beside a big head: raised arms are spread so far that the hands pass the head.
+    # Short arms, large head: spread raised arms far enough for the hands to pass the head.
     spare = np.arctan2(
         max(0.0, 0.5 * body.head_width + body.hand - body.shoulder), body.upper_arm + body.forearm
     )
@@ -182,7 +182,7 @@ def pose_body(dance: Choreography, body: Body, seconds: np.ndarray) -> Skeleton:
     shoulders_axes = _roll(lean) @ _yaw(yaw) @ _pitch(bend)
     hips_axes = _roll(lean * 0.35) @ _yaw(np.clip(yaw + twist, -1.05, 1.05))
 
-    # Feet: where they stand is relative to the pelvis, and a foot that travels is lifted on its way.
+    # Feet are positioned relative to the pelvis. A moving foot is lifted between key poses.
     leg = body.thigh + body.shin
     foot_keys = dance.root[:, None] + SIDES * dance.feet[:, :, 0]
     travelled = np.abs(foot_keys[after] - foot_keys[now])
@@ -192,7 +192,7 @@ def pose_body(dance: Choreography, body: Body, seconds: np.ndarray) -> Skeleton:
     ankles[..., 1] = -body.ankle - lift
     ankles[..., 2] = feet[..., 2]
 
-    # Pelvis: as high as the crouch says, but not so high that a foot on the floor is out of reach.
+    # The crouch sets the height of the pelvis, limited so that both feet remain within reach.
     reach = np.sqrt(
         np.maximum((0.995 * leg) ** 2 - (ankles[..., 0] - root[:, None]) ** 2 - ankles[..., 2] ** 2, 0.01)
     )
@@ -236,7 +236,7 @@ def _arm_direction(swing: np.ndarray, forward: np.ndarray) -> np.ndarray:
 def _bend_leg(
     hip: np.ndarray, target: np.ndarray, thigh: float, shin: float, pole: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two-bone inverse kinematics: the knee towards `pole`; returns knee and (reachable) ankle, each `[F, 3]`."""
+    """Two-bone inverse kinematics with the knee towards `pole`. Returns the knee and the reachable ankle, each `[F, 3]`."""
     line = target - hip
     distance = np.linalg.norm(line, axis=-1, keepdims=True)
     line = line / distance
@@ -249,11 +249,12 @@ def _bend_leg(
 
 
 def _apply(axes: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Rotations `[F, 3, 3]` of the same points `[N, 3]` -> `[F, N, 3]`."""
+    """Rotate points `[N, 3]` by each of `axes` `[F, 3, 3]` -> `[F, N, 3]`."""
     return np.einsum("fij,nj->fni", axes, points)
 
 
 def _apply_each(axes: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Rotate points `[F, N, 3]` by `axes` `[F, 3, 3]`, frame by frame."""
     return np.einsum("fij,fnj->fni", axes, points)
 
 

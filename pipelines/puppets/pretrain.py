@@ -1,9 +1,9 @@
-"""Makes the mini preset's weights from nothing but the puppet world `wide`.
+"""Train the mini preset's weights from scratch on the distribution `wide` of the puppet world.
 
     python -m pipelines.puppets.pretrain --out tcan/mini --work ~/tcan-pretrain
 
-Renders the frames, then trains the parts one after the other: VAE, pose network, UNet, ControlNet, motion modules.
-Seeded and resumable: the same command goes on from the newest checkpoints in the work folder. Hours on two CPU cores.
+Renders the frames, then trains VAE, pose network, UNet, ControlNet and motion modules, in this order. Seeded and
+resumable: rerun the command to resume from the latest checkpoints in the work folder. Requires hours on two CPU cores.
 """
 
 import argparse
@@ -31,13 +31,13 @@ PARTS = ("vae", "pose", "unet", "controlnet", "motion")
 
 
 def save(module: nn.Module, folder: Path) -> None:
-    """As fp16 safetensors in diffusers' layout; the module stays as it is, so that later parts see the same weights."""
+    """Write fp16 safetensors in diffusers' layout, and round the module to fp16, so that later parts use these weights."""
     module.half().save_pretrained(folder)
     module.float().requires_grad_(False).eval()
 
 
 def pretrain(out: Path, work: Path, last: str = PARTS[-1]) -> None:
-    """Trains (or, where the work folder has it finished, loads) the parts up to `last` and writes them into `out`."""
+    """Train the parts up to `last` and write them to `out`. Parts finished in the work folder are loaded instead."""
     parts = PARTS[: PARTS.index(last) + 1]
     corpus = Corpus(work / "corpus")
     vae = seeded(train_vae, corpus, work)
@@ -64,7 +64,7 @@ def pretrain(out: Path, work: Path, last: str = PARTS[-1]) -> None:
 
 
 def seeded(make: Callable[..., Any], *arguments: Any) -> Any:
-    """Every part draws its first weights from the same seed, whatever was made before it."""
+    """Call `make` with the global seed 0, so that initial weights do not depend on the parts trained before."""
     torch.manual_seed(0)
     return make(*arguments)
 
@@ -73,11 +73,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("tcan/mini"), help="the pretrained folder to write")
     parser.add_argument(
-        "--work", type=Path, required=True, help="rendered frames and checkpoints, to go on from"
+        "--out", type=Path, default=Path("tcan/mini"), help="Output folder of the pretrained models."
     )
-    parser.add_argument("--last", choices=PARTS, default=PARTS[-1], help="stop after this part")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="Folder of rendered frames and checkpoints, reused when the command is rerun.",
+    )
+    parser.add_argument(
+        "--last", choices=PARTS, default=PARTS[-1], help="Last part to train; default: all parts."
+    )
     arguments = parser.parse_args()
     pretrain(arguments.out, arguments.work, arguments.last)
 

@@ -1,7 +1,7 @@
-"""Draws a dancing puppet over a still background, supersampled, as flat shapes with outline and shade.
+"""Render a dancing puppet over a static background, supersampled, as flat shapes with outlines and shading.
 
-Points of the image are complex numbers x + iy, so that turning and scaling a shape is a product. A fourth channel of the
-canvas counts the puppet's coverage, from which the mask comes.
+Image points are complex numbers x + iy, so that rotating and scaling a shape is a multiplication. Channel 3 of the canvas
+is the coverage of the puppet, from which the mask is computed.
 """
 
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from pipelines.puppets.character import Character, Colour, blend, shade
+from pipelines.puppets.character import Character, Colour, Look, blend, shade
 from pipelines.puppets.motion import CAMERA_TILT, KEYS, Choreography, Skeleton, pose_body
 
-MARGIN = 0.02  # of the image, kept free around hands, feet and hair
+MARGIN = 0.02  # fraction of the image around hands, feet and hair
 _ROUND = np.exp(1j * np.linspace(0, 2 * np.pi, 28, endpoint=False))
 _FRONT = np.exp(1j * np.linspace(-np.pi / 2, np.pi / 2, 10))
 _HEAD_TURN = np.linspace(0, 2 * np.pi, 44, endpoint=False)
-_SHIFT = 4  # sub-pixel bits of the coordinates given to OpenCV
+_SHIFT = 4  # fractional bits of OpenCV coordinates
 
 
 def render(
@@ -26,8 +26,12 @@ def render(
     seconds: np.ndarray,
     size: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frames `[F, size, size, 3]`, keypoints `[F, 18, 3]` and mask `[F, size, size]` at the times `seconds` `[F]`."""
-    steps = [0.5, 0.5] if size <= 128 else [0.5]  # halving twice is much faster than a quarter at once
+    """Render frames `[F, size, size, 3]`, keypoints `[F, 18, 3]` and mask `[F, size, size]` at times `seconds` `[F]`.
+
+    Args:
+        background: size -> (uint8 RGB `[size, size, 3]`, y position of the far edge of the floor).
+    """
+    steps = [0.5, 0.5] if size <= 128 else [0.5]  # two steps of 0.5 are much faster than one of 0.25
     factor = 2 ** len(steps)
     scenery, _ = background(size * factor)
     still = np.dstack([scenery, np.zeros(scenery.shape[:2], np.uint8)])
@@ -46,11 +50,14 @@ def render(
 
 
 def _place(character: Character, dance: Choreography, seconds: np.ndarray) -> tuple[Skeleton, float, float]:
-    """The skeleton so placed that it stays in the image over the whole dance: with it the scale (image heights a
-    standing height) and the height of the floor."""
+    """Position the skeleton so that it remains inside the image during the entire dance.
+
+    Returns:
+        skeleton, scale (image heights per standing height) and y position of the floor in [0, 1].
+    """
     body = character.body
-    whole = _extent(pose_body(dance, body, np.arange(0, KEYS * dance.beat, 1 / 24)), character)
-    left, right, top, bottom = whole
+    extent = _extent(pose_body(dance, body, np.arange(0, KEYS * dance.beat, 1 / 24)), character)
+    left, right, top, bottom = extent
     room = 1 - 2 * MARGIN
     scale = min(
         character.height,
@@ -60,11 +67,11 @@ def _place(character: Character, dance: Choreography, seconds: np.ndarray) -> tu
     )
     scale = max(scale, 0.74)
     floor = 1 - MARGIN - scale * bottom.max()
-    floor -= (0.5 + 0.5 * dance.place) * max(0.0, floor + scale * top.min() - MARGIN) * 0.6
+    floor -= (0.5 + 0.5 * dance.position) * max(0.0, floor + scale * top.min() - MARGIN) * 0.6
 
     skeleton = pose_body(dance, body, seconds)
     left, right, _, _ = _extent(skeleton, character)
-    centre = 0.5 + 0.06 * dance.place
+    centre = 0.5 + 0.06 * dance.position
     inside = np.maximum(0, MARGIN - (centre + scale * left)) - np.maximum(
         0, centre + scale * right - (1 - MARGIN)
     )
@@ -74,7 +81,7 @@ def _place(character: Character, dance: Choreography, seconds: np.ndarray) -> tu
 def _extent(
     skeleton: Skeleton, character: Character
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Left, right, top and bottom of the puppet, each `[F]`, in standing heights from the middle of the floor."""
+    """Left, right, top and bottom of the puppet, each `[F]`, in standing heights relative to the floor's centre."""
     body, look = character.body, character.look
     tall = (
         {"bunny": 0.45, "pointed": 0.2, "none": 0.06}.get(look.ears, 0.12) if look.horns == "none" else 0.32
@@ -91,7 +98,7 @@ def _extent(
 
 
 class _Artist:
-    """Draws one puppet: everything that does not change from frame to frame is prepared once."""
+    """Draws the frames of one puppet. Everything that is constant over frames is computed once."""
 
     def __init__(
         self,
@@ -104,11 +111,11 @@ class _Artist:
     ):
         self.body, self.look, self.skeleton = character.body, character.look, skeleton
         self.pixels = pixels = len(still)
-        self.dimmed = (still * 0.84).astype(np.uint8)  # the scenery in the puppet's shadow
-        self.unit = scale * pixels  # pixels of the canvas a standing height
+        self.dimmed = (still * 0.84).astype(np.uint8)  # background inside the shadow
+        self.unit = scale * pixels  # canvas pixels per standing height
         self.floor = floor * pixels
         self.sway = sway * self.unit
-        self.line = 0.0105 * self.unit  # width of an outline
+        self.line = 0.0105 * self.unit  # outline width
         self.points = {
             name: self._project(getattr(skeleton, name))
             for name in (
@@ -127,82 +134,19 @@ class _Artist:
         self._prepare_head()
 
     def _project(self, points: np.ndarray) -> np.ndarray:
-        """`[..., 3]` in standing heights -> complex `[...]` in pixels of the canvas."""
+        """`[..., 3]` in standing heights -> complex `[...]` in canvas pixels."""
         x, y, z = points[..., 0], points[..., 1], points[..., 2]
         return self.unit * x + 1j * (self.floor + self.unit * (y + CAMERA_TILT * z))
 
-    # The head is an ellipsoid: features are points on it, turned in 3D with the head and foreshortened by that.
-
     def _prepare_head(self) -> None:
-        look = self.look
-        eye, up = 0.27 * look.eye_size, 0.30 * look.eye_size
-        brow = 0.46 + 0.3 * (look.eye_size - 1)
-        features: dict[str, np.ndarray] = {}
-
-        def disc(name: str, azimuth: float, elevation: float, a: float, b: float, lift: float = 1.0) -> None:
-            features[name] = lift * _sphere(azimuth + a * _ROUND.real, elevation + b * _ROUND.imag)
-
-        for side, name in ((-1, "right"), (1, "left")):
-            disc(f"white {name}", side * 0.46, 0.02, eye, up)
-            disc(f"pupil {name}", side * 0.44, 0.0, eye * 0.7, up * 0.76)
-            disc(f"glint {name}", side * 0.44 - 0.07, 0.1, eye * 0.27, up * 0.27)
-            disc(f"cheek {name}", side * 0.72, -0.4, 0.2, 0.13)
-            disc(f"rim {name}", side * 0.47, 0.0, eye * 1.5, up * 1.38, 1.03)
-            disc(f"lens {name}", side * 0.47, 0.0, eye * 1.22, up * 1.14, 1.03)
-            x = np.linspace(-0.25, 0.25, 7)
-            arch = brow + 0.05 * np.cos(x * 6) + look.brow * x * side
-            features[f"brow {name}"] = _sphere(
-                np.concatenate([side * 0.46 + x, side * 0.46 + x[::-1]]),
-                np.concatenate([arch + 0.055, arch[::-1] - 0.055]),
-            )
-            features[f"ear {name}"] = np.array([[side * 1.0, 0.05, 0.0]])
-            features[f"eye {name}"] = _sphere(np.array([side * 0.46]), np.array([0.02]))
-        disc("nose", 0.0, -0.2, 0.11, 0.085, 1.05)
-        disc("muzzle", 0.0, -0.42, 0.52, 0.33, 1.0)
-        x = np.linspace(-1, 1, 11)
-        if look.mouth == "o":
-            disc("mouth", 0.0, -0.56, 0.13, 0.15)
-        else:
-            open_up, wide = (0.25, 0.32) if look.mouth != "smile" else (0.13, 0.34)
-            upper = -0.47 - 0.06 * (1 - x**2) + (0.05 if look.mouth == "smile" else 0.0) * x**2
-            lower = upper - open_up * (1 - x**2) ** 0.7
-            features["mouth"] = _sphere(
-                np.concatenate([wide * x, wide * x[::-1]]), np.concatenate([upper, lower[::-1]])
-            )
-            teeth = np.maximum(upper - 0.12, lower)
-            features["teeth"] = _sphere(
-                np.concatenate([wide * x, wide * x[::-1]]) * 0.9, np.concatenate([upper - 0.015, teeth[::-1]])
-            )
-        disc("tongue", 0.02, -0.7, 0.15, 0.09)
-        x = np.linspace(-1.85, 1.85, 25)
-        hairline = {
-            "straight": 0.5 - 0.5 * np.clip(np.abs(x) - 0.9, 0, 1) ** 2 * 1.2,
-            "side": 0.62 + 0.26 * np.cos(x * 1.5 + 1.0) - 0.6 * np.clip(np.abs(x) - 1.0, 0, 1),
-            "curtain": 0.92 - 0.5 * np.minimum(np.abs(x), 1.0) - 0.5 * np.clip(np.abs(x) - 1.1, 0, 1),
-            "zigzag": 0.56 + 0.13 * (-1.0) ** np.arange(25) - 0.5 * np.clip(np.abs(x) - 1.0, 0, 1),
-        }[look.fringe] + (0.08 + 0.3 * (look.eye_size - 1)) * np.exp(-(x**2))
-        features["hairline"] = 1.04 * _sphere(x, hairline)
-        features["brim"] = 1.08 * _sphere(x, 0.52 + 0 * x)
-        features["cap peak"] = np.concatenate(
-            [
-                1.08 * _sphere(x[7:18], 0.5 + 0 * x[7:18]),
-                1.45 * _sphere(x[7:18] * 0.8, 0.3 + 0 * x[7:18])[::-1],
-            ]
-        )
-        beard_turn = np.linspace(-1.5, 1.5, 15)
-        features["beard"] = np.concatenate(
-            [
-                1.02 * _sphere(beard_turn, -0.12 - 0.24 * np.cos(beard_turn)),
-                1.02 * _sphere(beard_turn, -0.4 - 0.75 * np.cos(beard_turn))[::-1],
-            ]
-        )
-
+        """Rotate and foreshorten the features with the head, and compute the outline of the skull."""
+        features = _head_features(self.look)
         body = self.body
         radii = 0.5 * np.array([body.head_width, body.head, body.head_width])
         stacked = np.concatenate(list(features.values())) * radii
         turned = np.einsum("fij,nj->fni", self.skeleton.head_axes, stacked)
         flat = turned[..., :2].copy()
-        # What has turned away slides along the head's silhouette instead of showing through.
+        # Move features on the far side to the silhouette of the head; otherwise they would show through.
         rim = np.linalg.norm(turned[..., :2] / radii[:2], axis=-1, keepdims=True)
         flat = np.where(
             turned[..., 2:] < 0,
@@ -221,7 +165,7 @@ class _Artist:
             start += len(points)
         down = self.skeleton.head_axes[:, :2, 1]
         down = down[:, 0] + 1j * down[:, 1]
-        self.upright = down / np.abs(down) / 1j  # turns the head's own x + iy into the image
+        self.upright = down / np.abs(down) / 1j  # rotation from head coordinates x + iy to the image
 
         x, y = np.cos(_HEAD_TURN), np.sin(_HEAD_TURN)
         power = 1 - 0.5 * body.square
@@ -251,7 +195,7 @@ class _Artist:
         cv2.fillPoly(self.canvas, (_fixed(outline),), (*colour, 255), cv2.LINE_8, _SHIFT)
 
     def _shape(self, outline: np.ndarray, colour: Colour, line: Colour | None = None) -> None:
-        """A filled shape with an outline drawn outside of it."""
+        """Draw a filled shape with an outline outside of it."""
         points = _fixed(outline)
         edge = (*(line or shade(colour, 0.5)), 255)
         cv2.polylines(self.canvas, (points,), True, edge, max(1, round(2 * self.line)), cv2.LINE_8, _SHIFT)
@@ -266,7 +210,7 @@ class _Artist:
         cv2.fillConvexPoly(self.canvas, outline, (*colour, 255), cv2.LINE_8, _SHIFT)
 
     def _limb(self, joints: list[complex], radii: list[float], colour: Colour, light: float = 1.0) -> None:
-        """A chain of tapered capsules: outline, shaded side, lit side."""
+        """Draw a chain of tapered capsules: outline, shaded side, lit side."""
         colour = shade(colour, light)
         passes = ((self.line, 0.0, shade(colour, 0.5)), (0.0, 0.0, shade(colour, 0.84)), (None, 0.2, colour))
         for grow, offset, paint in passes:
@@ -278,7 +222,7 @@ class _Artist:
     # The puppet, from back to front
 
     def draw(self, index: int, canvas: np.ndarray) -> np.ndarray:
-        """Draws frame `index` on `canvas` `[H, W, 4]` (RGB, coverage)."""
+        """Draw frame `index` on `canvas` `[H, W, 4]` (RGB, coverage)."""
         self.canvas = canvas
         self.at = {name: points[index] for name, points in self.points.items()}
         self.face = {name: points[index] for name, points in self.features.items()}
@@ -326,12 +270,12 @@ class _Artist:
         area[...] = np.where(spot[..., None], self.dimmed[top:bottom, left:right], area)
 
     def _torso_frame(self) -> None:
-        """Half width and tilt of the trunk from neck (v = 0) to pelvis (v = 1) in the image."""
+        """Compute half width and tilt of the trunk in the image, from neck (v = 0) to pelvis (v = 1)."""
         at = self.at
         spine = at["pelvis"] - at["neck"]
         self.spine = spine
         along = spine / abs(spine)
-        across = along / 1j  # towards the puppet's left, when it faces the viewer
+        across = along / 1j  # towards the left side of a puppet that faces the viewer
         line_s = (at["shoulders"][1] - at["shoulders"][0]) / 2
         line_h = (at["hips"][1] - at["hips"][0]) / 2
 
@@ -344,14 +288,14 @@ class _Artist:
         self.slope = np.array([split(line_s)[1], split(line_h)[1]])
 
     def _side(self, u: np.ndarray | float, v: np.ndarray | float) -> np.ndarray:
-        """Points of the trunk: u from -1 (its right edge) to 1, v from 0 (shoulders) to 1 (pelvis)."""
+        """Points of the trunk: u in [-1, 1] from its right to its left edge, v in [0, 1] from shoulders to pelvis."""
         u, v = np.broadcast_arrays(np.asarray(u, float), np.asarray(v, float))
         t = np.clip(v, 0, 1)
         half = self.half[0] * (1 - t) + self.half[1] * t
         slope = self.slope[0] * (1 - t) + self.slope[1] * t
         depth = self.body.depth * self.unit * (0.75 + 0.25 * t)
         waist = 1 + (self.body.waist - 1) * np.sin(np.pi * t) ** 1.5
-        shoulders = np.sqrt(np.clip((v + 0.16) / 0.2, 0, 1))  # round the top off
+        shoulders = np.sqrt(np.clip((v + 0.16) / 0.2, 0, 1))  # round shoulders
         width = (np.sqrt(half**2 + (0.5 * depth) ** 2) + 0.55 * depth) * waist * (0.45 + 0.55 * shoulders)
         return (
             self.at["neck"]
@@ -364,7 +308,7 @@ class _Artist:
         return np.concatenate([self._side(u0, v), self._side(u1, v[::-1])])
 
     def _mark(self, u: float, v: float, outline: np.ndarray, size: float) -> np.ndarray:
-        """An emblem around (u, v), turned and foreshortened with the chest."""
+        """Outline of an emblem at (u, v), rotated and foreshortened with the chest."""
         turn = np.clip(self.yaw + u * 1.1, -1.45, 1.45)
         centre = self._side(np.sin(turn), v)
         flat = outline.real * np.cos(turn) + 1j * outline.imag
@@ -378,9 +322,9 @@ class _Artist:
         r = body.arm_radius * unit
         joints, radii = [shoulder, elbow, wrist], [1.08 * r, 0.95 * r, 0.85 * r]
         light = 0.9 if back else 1.0
-        whole = upper_behind == lower_behind
+        is_one_layer = upper_behind == lower_behind
         do_upper, do_lower = upper_behind == back, lower_behind == back
-        parts = slice(0, 3) if whole else (slice(0, 2) if do_upper else slice(1, 3))
+        parts = slice(0, 3) if is_one_layer else (slice(0, 2) if do_upper else slice(1, 3))
         self._limb(joints[parts], radii[parts], look.skin, light)
         if do_lower:
             self._hand(elbow, wrist, light)
@@ -539,16 +483,16 @@ class _Artist:
 
     # Head and hair
 
-    def _own(self, x: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
-        """Points given in the upright head's half widths and half heights."""
+    def _on_head(self, x: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
+        """Convert points from head coordinates (half widths and half heights of the upright head) to the image."""
         return self.at["head"] + (self.rx * np.asarray(x) + 1j * self.ry * np.asarray(y)) * self.up
 
     def _spot(self, x: float, y: float) -> complex:
-        """As `_own`, of one point."""
+        """As `_on_head`, for one point."""
         return self.at["head"] + (self.rx * x + 1j * self.ry * y) * self.up
 
     def _shifted(self, name: str) -> float:
-        """How far the head has turned, as a shift of what sits on top of it, in half widths."""
+        """Horizontal shift of the feature `name` due to the rotation of the head, in half widths."""
         return float(((self.face[name].mean() - self.at["head"]) / self.up).real / self.rx)
 
     def _back_hair(self) -> None:
@@ -559,7 +503,7 @@ class _Artist:
         if style == "bob":
             drop = np.clip(y, 0, 1)
             self._shape(
-                self._own(
+                self._on_head(
                     turn + 1.2 * x * (1 + 0.12 * drop) + swing * drop,
                     0.02 + np.where(y > 0, np.minimum(1.5 * y, 0.92), 1.08 * y),
                 ),
@@ -568,7 +512,7 @@ class _Artist:
         elif style == "long":
             drop = np.clip(y, 0, 1)
             self._shape(
-                self._own(
+                self._on_head(
                     turn + 1.18 * x * (1 + 0.18 * drop) + 2 * swing * drop,
                     np.where(y > 0, np.minimum(2.6 * y, 2.0 + 0.12 * x), 1.08 * y),
                 ),
@@ -577,10 +521,12 @@ class _Artist:
         elif style == "afro":
             for angle in np.arange(0, 2 * np.pi, np.pi / 5):
                 self._shape(
-                    self._own(turn + 0.92 * np.cos(angle) + 0.55 * x, -0.28 + 0.82 * np.sin(angle) + 0.5 * y),
+                    self._on_head(
+                        turn + 0.92 * np.cos(angle) + 0.55 * x, -0.28 + 0.82 * np.sin(angle) + 0.5 * y
+                    ),
                     self.look.hair,
                 )
-            self._fill(self._own(turn + 1.1 * x, -0.28 + 1.0 * y), self.look.hair)
+            self._fill(self._on_head(turn + 1.1 * x, -0.28 + 1.0 * y), self.look.hair)
         elif style == "ponytail":
             tip = self._spot(turn - 1.15 + 2.5 * swing, 1.1)
             self._limb(
@@ -606,14 +552,14 @@ class _Artist:
             self._ball(self._spot(turn * 1.3, -1.22), 0.46 * self.rx, self.look.hair)
 
     def _outer(self, name: str, volume: float) -> np.ndarray:
-        """The curve `name` on the head, closed over the top of it."""
+        """Outline from the curve `name` over the top of the head."""
         curve = self.face[name]
         local = (curve[[-1, 0]] - self.at["head"]) / self.up
         end, start = np.angle(local.real / self.rx + 1j * local.imag / self.ry)
         end, start = (a if a < np.pi / 2 else a - 2 * np.pi for a in (end, start))
         over = np.linspace(end, start, 18)
         swell = volume + 0.04 * np.sin(np.linspace(0, np.pi, 18))
-        return np.concatenate([curve, self._own(swell * np.cos(over), swell * np.sin(over))])
+        return np.concatenate([curve, self._on_head(swell * np.cos(over), swell * np.sin(over))])
 
     def _head(self) -> None:
         look, face = self.look, self.face
@@ -689,7 +635,7 @@ class _Artist:
             turn = 0.3 * self._shifted("nose")
             for dx in (-0.2, 0.0, 0.2):
                 self._shape(
-                    self._own(
+                    self._on_head(
                         turn + np.array([dx - 0.14, dx * 2.2, dx + 0.14]), np.array([-0.92, -1.25, -0.92])
                     ),
                     look.hair,
@@ -699,7 +645,7 @@ class _Artist:
             turn = 0.5 * self._shifted("nose")
             for y0, dx in ((-0.65, 0.0), (-0.85, 0.1), (-1.0, 0.2)):
                 self._shape(
-                    self._own(turn + np.array([-0.28, dx * 0.5, 0.28]), np.array([y0, y0 - 0.5, y0])),
+                    self._on_head(turn + np.array([-0.28, dx * 0.5, 0.28]), np.array([y0, y0 - 0.5, y0])),
                     look.hair,
                 )
             return
@@ -707,29 +653,31 @@ class _Artist:
         if look.hair_style == "spiky":
             angles = np.radians(np.linspace(-170, -10, 15))
             reach = np.where(np.arange(15) % 2 == 1, 1.36, 1.0)
-            self._shape(self._own(reach * np.cos(angles), reach * np.sin(angles)), look.hair, line)
+            self._shape(self._on_head(reach * np.cos(angles), reach * np.sin(angles)), look.hair, line)
         self._shape(cap, look.hair, line)
         if look.hair_style == "spiky":
-            self._fill(self._own(0.98 * np.cos(angles), 0.98 * np.sin(angles)), look.hair)
-        # a shine on the side of the light
+            self._fill(self._on_head(0.98 * np.cos(angles), 0.98 * np.sin(angles)), look.hair)
+        # highlight
         shine = np.radians(np.linspace(-135, -85, 8))
         ring = np.concatenate(
             [
-                self._own(0.93 * np.cos(shine), 0.97 * np.sin(shine)),
-                self._own(0.84 * np.cos(shine[::-1]), 0.86 * np.sin(shine[::-1])),
+                self._on_head(0.93 * np.cos(shine), 0.97 * np.sin(shine)),
+                self._on_head(0.84 * np.cos(shine[::-1]), 0.86 * np.sin(shine[::-1])),
             ]
         )
         self._fill(ring, shade(look.hair, 1.3))
-        if look.hair_style in ("bob", "long"):  # locks beside the face
+        if look.hair_style in ("bob", "long"):  # strands next to the face
             low = 0.75 if look.hair_style == "bob" else 1.25
             for side, name in ((-1, "right"), (1, "left")):
                 if self.depth[f"ear {name}"] > -0.75:
                     x = side * np.array([1.16, 0.98, 0.84, 0.9, 1.2])
                     y = np.array([-0.35, -0.45, 0.1, low, low])
-                    self._fill(self._own(x + np.array([0, 0, 0, 1, 1]) * self.swing / self.rx, y), look.hair)
+                    self._fill(
+                        self._on_head(x + np.array([0, 0, 0, 1, 1]) * self.swing / self.rx, y), look.hair
+                    )
 
     def _on_top(self, behind: bool) -> None:
-        """Hats, animals' ears, horns and antennae: the ears behind the head, the rest before it."""
+        """Draw ears of animals, horns and antennae (`behind` the head), or hats and the other parts in front of it."""
         look = self.look
         turn = self._shifted("nose")
         x, y = _ROUND.real, _ROUND.imag
@@ -737,41 +685,41 @@ class _Artist:
             inner = blend(look.skin, (255, 170, 180), 0.5)
             for side in (-1, 1):
                 squeeze = 1 - 0.25 * side * turn
-                place = -0.3 * turn + side * 0.62 * squeeze
+                offset = -0.3 * turn + side * 0.62 * squeeze
                 lag = 1.2 * self.swing / self.rx
                 if look.ears == "cat":
-                    tip = self._spot(place + side * 0.28 + 0.3 * lag, -1.42)
-                    base = self._own(
-                        place + np.array([-0.4, 0.4]),
+                    tip = self._spot(offset + side * 0.28 + 0.3 * lag, -1.42)
+                    base = self._on_head(
+                        offset + np.array([-0.4, 0.4]),
                         np.array([-0.68, -0.68]) + side * np.array([-0.12, 0.2]),
                     )
                     self._shape(np.array([base[0], tip, base[1]]), look.skin)
                     middle = (base.sum() + tip) / 3
                     self._fill(middle + 0.55 * (np.array([base[0], tip, base[1]]) - middle), inner)
                 elif look.ears == "round":
-                    self._shape(self._own(place * 1.15 + 0.42 * x, -0.82 + 0.42 * y), look.skin)
-                    self._fill(self._own(place * 1.15 + 0.23 * x, -0.82 + 0.23 * y), inner)
+                    self._shape(self._on_head(offset * 1.15 + 0.42 * x, -0.82 + 0.42 * y), look.skin)
+                    self._fill(self._on_head(offset * 1.15 + 0.23 * x, -0.82 + 0.23 * y), inner)
                 elif look.ears == "bunny":
-                    root, tip = self._spot(place * 0.7, -0.8), self._spot(place * 0.95 + lag, -1.62)
+                    root, tip = self._spot(offset * 0.7, -0.8), self._spot(offset * 0.95 + lag, -1.62)
                     self._limb([root, tip], [0.2 * self.rx, 0.25 * self.rx], look.skin)
                     self._capsule(root, tip, 0.11 * self.rx, 0.11 * self.rx, inner)
                 elif look.ears == "pointed":
-                    base = self._own(-0.2 * turn + side * 0.85, np.array([-0.3, 0.3]))
+                    base = self._on_head(-0.2 * turn + side * 0.85, np.array([-0.3, 0.3]))
                     tip = self._spot(-0.3 * turn + side * 1.55, -0.35 + 0.2 * lag)
                     self._shape(np.array([base[0], tip, base[1]]), look.skin)
                     middle = (base.sum() + tip) / 3
                     self._fill(middle + 0.5 * (np.array([base[0], tip, base[1]]) - middle), inner)
                 if look.horns == "horns":
                     chain = [
-                        self._spot(place * 0.8, -0.8),
-                        self._spot(place * 1.05, -1.2),
-                        self._spot(place * 0.95, -1.5),
+                        self._spot(offset * 0.8, -0.8),
+                        self._spot(offset * 1.05, -1.2),
+                        self._spot(offset * 0.95, -1.5),
                     ]
                     self._limb(chain, [0.17 * self.rx, 0.13 * self.rx, 0.04 * self.rx], (250, 236, 205))
                 elif look.horns == "antennae":
-                    tip = self._spot(place * 0.95 + lag, -1.45)
+                    tip = self._spot(offset * 0.95 + lag, -1.45)
                     self._limb(
-                        [self._spot(place * 0.45, -0.85), tip], [0.06 * self.rx] * 2, shade(look.skin, 0.7)
+                        [self._spot(offset * 0.45, -0.85), tip], [0.06 * self.rx] * 2, shade(look.skin, 0.7)
                     )
                     self._ball(tip, 0.17 * self.rx, look.top_accent)
             if look.horns == "unicorn":
@@ -794,7 +742,7 @@ class _Artist:
             self._shape(self.face["cap peak"], shade(look.hat_colour, 0.75))
         elif look.hat == "party":
             self._shape(
-                self._own(0.2 * turn + np.array([-0.5, 0.0, 0.5]), np.array([-0.85, -1.8, -0.85])),
+                self._on_head(0.2 * turn + np.array([-0.5, 0.0, 0.5]), np.array([-0.85, -1.8, -0.85])),
                 look.hat_colour,
             )
             self._ball(self._spot(0.2 * turn, -1.8), 0.15 * self.rx, look.top_accent)
@@ -814,13 +762,79 @@ class _Artist:
         self._ball(bend[-1], radius * 1.15, shade(look.skin, 1.4))
 
 
+def _head_features(look: Look) -> dict[str, np.ndarray]:
+    """Points `[N, 3]` of each facial feature on the unit sphere; the head is an ellipsoid."""
+    eye, up = 0.27 * look.eye_size, 0.30 * look.eye_size
+    brow = 0.46 + 0.3 * (look.eye_size - 1)
+    features: dict[str, np.ndarray] = {}
+
+    def disc(name: str, azimuth: float, elevation: float, a: float, b: float, lift: float = 1.0) -> None:
+        features[name] = lift * _sphere(azimuth + a * _ROUND.real, elevation + b * _ROUND.imag)
+
+    for side, name in ((-1, "right"), (1, "left")):
+        disc(f"white {name}", side * 0.46, 0.02, eye, up)
+        disc(f"pupil {name}", side * 0.44, 0.0, eye * 0.7, up * 0.76)
+        disc(f"glint {name}", side * 0.44 - 0.07, 0.1, eye * 0.27, up * 0.27)
+        disc(f"cheek {name}", side * 0.72, -0.4, 0.2, 0.13)
+        disc(f"rim {name}", side * 0.47, 0.0, eye * 1.5, up * 1.38, 1.03)
+        disc(f"lens {name}", side * 0.47, 0.0, eye * 1.22, up * 1.14, 1.03)
+        x = np.linspace(-0.25, 0.25, 7)
+        arch = brow + 0.05 * np.cos(x * 6) + look.brow * x * side
+        features[f"brow {name}"] = _sphere(
+            np.concatenate([side * 0.46 + x, side * 0.46 + x[::-1]]),
+            np.concatenate([arch + 0.055, arch[::-1] - 0.055]),
+        )
+        features[f"ear {name}"] = np.array([[side * 1.0, 0.05, 0.0]])
+        features[f"eye {name}"] = _sphere(np.array([side * 0.46]), np.array([0.02]))
+    disc("nose", 0.0, -0.2, 0.11, 0.085, 1.05)
+    disc("muzzle", 0.0, -0.42, 0.52, 0.33, 1.0)
+    x = np.linspace(-1, 1, 11)
+    if look.mouth == "o":
+        disc("mouth", 0.0, -0.56, 0.13, 0.15)
+    else:
+        open_up, wide = (0.25, 0.32) if look.mouth != "smile" else (0.13, 0.34)
+        upper = -0.47 - 0.06 * (1 - x**2) + (0.05 if look.mouth == "smile" else 0.0) * x**2
+        lower = upper - open_up * (1 - x**2) ** 0.7
+        features["mouth"] = _sphere(
+            np.concatenate([wide * x, wide * x[::-1]]), np.concatenate([upper, lower[::-1]])
+        )
+        teeth = np.maximum(upper - 0.12, lower)
+        features["teeth"] = _sphere(
+            np.concatenate([wide * x, wide * x[::-1]]) * 0.9, np.concatenate([upper - 0.015, teeth[::-1]])
+        )
+    disc("tongue", 0.02, -0.7, 0.15, 0.09)
+    x = np.linspace(-1.85, 1.85, 25)
+    hairline = {
+        "straight": 0.5 - 0.5 * np.clip(np.abs(x) - 0.9, 0, 1) ** 2 * 1.2,
+        "side": 0.62 + 0.26 * np.cos(x * 1.5 + 1.0) - 0.6 * np.clip(np.abs(x) - 1.0, 0, 1),
+        "curtain": 0.92 - 0.5 * np.minimum(np.abs(x), 1.0) - 0.5 * np.clip(np.abs(x) - 1.1, 0, 1),
+        "zigzag": 0.56 + 0.13 * (-1.0) ** np.arange(25) - 0.5 * np.clip(np.abs(x) - 1.0, 0, 1),
+    }[look.fringe] + (0.08 + 0.3 * (look.eye_size - 1)) * np.exp(-(x**2))
+    features["hairline"] = 1.04 * _sphere(x, hairline)
+    features["brim"] = 1.08 * _sphere(x, 0.52 + 0 * x)
+    features["cap peak"] = np.concatenate(
+        [
+            1.08 * _sphere(x[7:18], 0.5 + 0 * x[7:18]),
+            1.45 * _sphere(x[7:18] * 0.8, 0.3 + 0 * x[7:18])[::-1],
+        ]
+    )
+    beard_turn = np.linspace(-1.5, 1.5, 15)
+    features["beard"] = np.concatenate(
+        [
+            1.02 * _sphere(beard_turn, -0.12 - 0.24 * np.cos(beard_turn)),
+            1.02 * _sphere(beard_turn, -0.4 - 0.75 * np.cos(beard_turn))[::-1],
+        ]
+    )
+    return features
+
+
 def _fixed(outline: np.ndarray) -> np.ndarray:
-    """Complex `[N]` -> OpenCV's fixed-point `[N, 2]`."""
+    """Complex `[N]` -> OpenCV's fixed-point coordinates `[N, 2]`."""
     return (outline.view(np.float64) * (1 << _SHIFT)).astype(np.int32).reshape(-1, 2)
 
 
 def _sphere(azimuth: np.ndarray, elevation: np.ndarray) -> np.ndarray:
-    """Points of the unit sphere `[N, 3]`, azimuth 0 and elevation 0 towards the viewer."""
+    """Points of the unit sphere `[N, 3]`. Azimuth 0 and elevation 0 point towards the viewer."""
     return np.stack(
         [np.sin(azimuth) * np.cos(elevation), -np.sin(elevation), np.cos(azimuth) * np.cos(elevation)],
         axis=-1,
@@ -828,7 +842,7 @@ def _sphere(azimuth: np.ndarray, elevation: np.ndarray) -> np.ndarray:
 
 
 def _bar(a: complex, b: complex, t: float, length: float, radius: float) -> np.ndarray:
-    """A stripe across the limb from a to b, shortened with it when it points to the viewer."""
+    """Outline of a stripe across the limb from a to b, shortened when the limb points towards the viewer."""
     turn = (b - a) / max(abs(b - a), 1e-6)
     side, half = 1j * turn * radius, turn * min(length, 0.15 * abs(b - a))
     p, q = a + t * (b - a) - half, a + t * (b - a) + half

@@ -1,4 +1,4 @@
-"""Where the puppets dance: still backgrounds of large, calm shapes in light colours, so that the dancer stands out."""
+"""Static backgrounds of large shapes in light colours, so that the dancer stands out."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ class Image:
 def sample_background(
     distribution: Distribution, rng: np.random.Generator, size: int
 ) -> tuple[np.ndarray, float]:
-    """A background `[size, size, 3]` uint8 RGB and the height of its floor's far edge in [0, 1]."""
+    """Sample a background, uint8 RGB `[size, size, 3]`, and the y position in [0, 1] of the far edge of its floor."""
     image = Image(size)
     horizon = rng.uniform(0.68, 0.78)
     kinds = [_room] if distribution == "dance" else [_room, _stage, _hills, _beach, _city, _studio, _poster]
@@ -70,7 +70,7 @@ def _room(p: Image, rng: np.random.Generator, horizon: float) -> None:
     elif paper < 0.4:
         p.box(0, horizon - rng.uniform(0.2, 0.3), 1, horizon, shade(wall, 0.92))
     p.gradient(shade(floor, 0.96), shade(floor, 1.12), horizon, 1)
-    if rng.random() < 0.5:  # floor boards run towards the viewer
+    if rng.random() < 0.5:  # floor boards towards the viewer
         for x in np.linspace(-0.6, 1.6, 9):
             p.polygon(
                 [
@@ -92,8 +92,8 @@ def _room(p: Image, rng: np.random.Generator, horizon: float) -> None:
         objects[rng.choice([k for k in (4, 5, 6) if k not in chosen])](
             p, rng, rng.uniform(0.42, 0.58), horizon
         )
-    for place, which in zip((rng.uniform(0.12, 0.2), rng.uniform(0.8, 0.88)), chosen, strict=True):
-        objects[which](p, rng, place, horizon)
+    for x, index in zip((rng.uniform(0.12, 0.2), rng.uniform(0.8, 0.88)), chosen, strict=True):
+        objects[index](p, rng, x, horizon)
 
 
 def _window(p: Image, rng: np.random.Generator, x: float, horizon: float) -> None:

@@ -1,7 +1,7 @@
-"""The puppet world: seeded clips of dancing characters with their true keypoints.
+"""Puppet world: seeded synthetic clips of dancing characters with ground-truth keypoints.
 
-It stands in for the videos of people that TCAN is trained on: `wide` pretrains the mini weights, `dance` trains and tests
-TCAN, `bizarre` (bodies that none of the others has) tests how far it carries.
+It replaces videos of people in the demo and in tests. `wide` pretrains the mini weights; `dance` trains and evaluates
+TCAN; `bizarre`, with body proportions outside the other distributions, evaluates generalization.
 """
 
 import json
@@ -17,17 +17,22 @@ from pipelines.puppets.character import Distribution, sample_character
 from pipelines.puppets.motion import sample_choreography
 from pipelines.puppets.render import render
 from pipelines.puppets.scene import sample_background
+from tcan.atomic_write import atomic_write
 
 FPS = 24
 DISTRIBUTIONS: tuple[Distribution, ...] = ("wide", "dance", "bizarre")
-# Short legs step and jump less far for the same effort: bodies with bigger heads dance harder.
+# Short legs travel less at the same energy, so distributions with larger heads have a higher energy.
 ENERGY: dict[Distribution, float] = {"wide": 1.15, "dance": 1.05, "bizarre": 1.4}
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames `[F, H, W, 3]` uint8 RGB; keypoints `[F, 18, 3]` float32 (x, y in pixels, score 1, or 0 for an eye or ear
-    that is turned away: its position is true all the same); mask `[F, H, W]` bool of the puppet."""
+    """Rendered clip with ground truth.
+
+    `frames`: uint8 RGB `[F, H, W, 3]`. `keypoints`: float32 `[F, 18, 3]`, x and y in pixels and a score; the score of eyes
+    and ears that are turned away is 0, otherwise 1, and the positions are always valid. `mask`: bool `[F, H, W]` of the
+    puppet.
+    """
 
     frames: np.ndarray
     keypoints: np.ndarray
@@ -45,16 +50,18 @@ def sample_clip(
     motion_seed: int | None = None,
     background_seed: int | None = None,
 ) -> Clip:
-    """A clip at 24 frames/s, the same bytes for the same arguments; a longer one begins with the shorter one's frames.
+    """Sample a clip at 24 frames/s. Equal arguments give identical bytes; a shorter clip is a prefix of a longer one.
 
-    every: keeps one frame of so many, without drawing the others.
-
-    The three other seeds default to `seed`: give one to keep the character, the dance or the scene of another clip.
+    Args:
+        size: height and width in pixels.
+        every: frame stride; skipped frames are not rendered.
+        character_seed, motion_seed, background_seed: default to `seed`. Pass the seed of another clip to reuse its
+            character, dance or background.
     """
     kind = DISTRIBUTIONS.index(distribution)
 
-    def stream(part: int, own_seed: int | None) -> np.random.Generator:
-        return np.random.default_rng([kind, part, seed if own_seed is None else own_seed])
+    def stream(part: int, part_seed: int | None) -> np.random.Generator:
+        return np.random.default_rng([kind, part, seed if part_seed is None else part_seed])
 
     character = sample_character(distribution, stream(0, character_seed))
     dance = sample_choreography(stream(1, motion_seed), ENERGY[distribution])
@@ -69,25 +76,22 @@ def sample_clip(
 
 
 def write_clip(clip: Clip, path: str | os.PathLike, fps: int = FPS) -> None:
-    """Writes `path`.mp4 (H.264) and `path`.json (true keypoints, as OpenPose writes them); each is whole or not there."""
+    """Write `path`.mp4 (H.264) and `path`.json (true keypoints in OpenPose's format). Each write is atomic."""
     num_frames, height, width, _ = clip.frames.shape
     path = Path(path)
-    video, truth = path.with_name(path.name + ".mp4"), path.with_name(path.name + ".json")
-    temporary = video.with_name(f".{video.name}.{os.getpid()}.tmp")
-    try:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream(
-                "libx264", rate=Fraction(fps), options={"crf": "12", "preset": "medium"}
-            )
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for pixels in clip.frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(temporary, video)
+    with (
+        atomic_write(path.with_name(path.name + ".mp4")) as partial,
+        av.open(str(partial), "w", format="mp4") as container,
+    ):
+        stream = container.add_stream(
+            "libx264", rate=Fraction(fps), options={"crf": "12", "preset": "medium"}
+        )
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for pixels in clip.frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
 
-        points = clip.keypoints.reshape(num_frames, -1).round(3).tolist()
-        people = [{"people": [{"pose_keypoints_2d": values}]} for values in points]
-        temporary.write_text(json.dumps({"fps": fps, "height": height, "width": width, "frames": people}))
-        os.replace(temporary, truth)
-    finally:
-        temporary.unlink(missing_ok=True)
+    points = clip.keypoints.reshape(num_frames, -1).round(3).tolist()
+    people = [{"people": [{"pose_keypoints_2d": values}]} for values in points]
+    with atomic_write(path.with_name(path.name + ".json")) as partial:
+        partial.write_text(json.dumps({"fps": fps, "height": height, "width": width, "frames": people}))

@@ -38,6 +38,10 @@ class PoseDetector(Protocol):
         """16 hex digits that identify the weights and settings."""
         ...
 
+    def to(self, device: torch.device | str) -> "PoseDetector":
+        """Move the network to a device."""
+        ...
+
     def detect(
         self, frames: NDArray[np.uint8], batch_size: int = 16, zoom: float = 1.0
     ) -> list[NDArray[np.float32]]:
@@ -93,6 +97,12 @@ class OpenPose:
         self.input_height = float(input_height)
         self.blur_sigma = float(blur_sigma)
         self.device = torch.device(device)
+
+    def to(self, device: torch.device | str) -> "OpenPose":
+        """Move the network to a device."""
+        self.network.to(device)
+        self.device = torch.device(device)
+        return self
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu") -> "OpenPose":

@@ -1,4 +1,4 @@
-"""Where weights come from and go to: the frozen pretrained, and the folder of a trained model."""
+"""Load the frozen pretrained models; save, load and export trained models."""
 
 from tcan.weights.model_folder import MODEL_FILE, export_model, load_model, read_model_info, save_model
 from tcan.weights.pretrained import (

@@ -1,4 +1,4 @@
-"""What a file or folder of weights is, and whether it fits: `tcan weights check`."""
+"""Identify and validate a file or folder of weights; implements `tcan weights check`."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,17 @@ from torch import Tensor
 from tcan.errors import UserError
 from tcan.pose import OpenPose
 from tcan.pose.openpose_loading import OPENPOSE_FILE
-from tcan.weights.model_folder import MODEL_FILE, check_base, read_model_info, read_parts, untrained_model
-from tcan.weights.original import LAYOUTS, build, convert, open_weights, parts_of
+from tcan.weights.model_folder import (
+    MODEL_FILE,
+    check_fingerprint,
+    read_model_info,
+    read_parts,
+    untrained_model,
+)
+from tcan.weights.original import LAYOUTS, build, convert, open_weights, split_parts
 from tcan.weights.pretrained import (
     NETWORKS,
-    check_together,
+    check_compatible,
     encode_empty_prompt,
     load_part,
     load_pose_detector,
@@ -24,91 +30,96 @@ from tcan.weights.pretrained import (
 
 
 def describe(path: Path) -> str:
-    """What it is, in one line, and with how many parameters; all of it was found to fit.
+    """Return one line with the kind of the weights and the number of parameters of each part, after validating them.
 
-    A file: only names and shapes are read. A folder in diffusers' layout: each part is loaded. A model folder: its
-    trained parts, and those of its pretrained that are on this machine.
+    Of a single file, only names and shapes are validated. Of a folder in diffusers' layout, each part is loaded. Of a
+    model folder, the trained parts are loaded, and those pretrained models that are local.
 
     Raises:
-        UserError: it isn't there, is nothing known, or doesn't fit.
+        UserError: the path does not exist, its format is unknown, or its weights do not match the architecture.
     """
     if path.is_file():
-        return _file(path)
+        return _describe_file(path)
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder; check the path")
     if (path / MODEL_FILE).is_file():
-        return _model_folder(path)
+        return _describe_model_folder(path)
     if (path / OPENPOSE_FILE).is_file():
-        return _file(path / OPENPOSE_FILE)
-    return _diffusers_folder(path)
+        return _describe_file(path / OPENPOSE_FILE)
+    return _describe_diffusers_folder(path)
 
 
-def _file(path: Path) -> str:
-    found = []
-    for part, weights in parts_of(path, open_weights(path)).items():
+def _describe_file(path: Path) -> str:
+    descriptions = []
+    for part, weights in split_parts(path, open_weights(path)).items():
         if part == "pose":
             OpenPose.from_pretrained(path)
         else:
             weights = convert(part, f"{part} from {path}", weights, build(part))
-        found.append(f"{LAYOUTS[part].title} ({_millions(weights.values())})")
-    return f"{', '.join(found)}, in the original layout"
+        descriptions.append(f"{LAYOUTS[part].title} ({_millions(weights.values())})")
+    return f"{', '.join(descriptions)}, in the original layout"
 
 
-def _diffusers_folder(path: Path) -> str:
+def _describe_diffusers_folder(path: Path) -> str:
     if (path / "config.json").is_file():
         classes = {network.__name__: part for part, network in NETWORKS.items()} | {"BodyPoseNetwork": "pose"}
         try:
             config = json.loads((path / "config.json").read_text())
         except ValueError:
-            raise UserError(f"{path / 'config.json'}: is no JSON") from None
+            raise UserError(f"{path / 'config.json'}: invalid JSON; replace the file") from None
         name = config.get("_class_name") or (config.get("architectures") or [None])[0]
         if name not in classes:
-            raise UserError(f"{path}: holds {name}, which is no part of TCAN; those are {', '.join(classes)}")
+            raise UserError(
+                f"{path}: contains {name}, which TCAN does not use; provide one of {', '.join(classes)}"
+            )
         parts = [classes[name]]
     else:
         parts = [part for part in (*NETWORKS, "pose") if (path / part).is_dir()]
     if not parts:
         raise UserError(
-            f"{path}: is no folder of weights (no config.json, none of the subfolders {', '.join(NETWORKS)}, no {MODEL_FILE})"
+            f"{path}: contains no weights; provide a folder with config.json, {MODEL_FILE} or one of the subfolders "
+            f"{', '.join(NETWORKS)}"
         )
-    return f"{_parts({part: str(path) for part in parts})}, in diffusers' layout"
+    return f"{_describe_parts({part: str(path) for part in parts})}, in diffusers' layout"
 
 
-def _parts(sources: dict[str, str], trained_on: Mapping[str, Mapping[str, str]] | None = None) -> str:
-    """Loads each part, one at a time, and compares their sizes, and their fingerprints with those of `trained_on`."""
-    found, configs, width = [], {}, None
+def _describe_parts(
+    sources: dict[str, str], trained_on: Mapping[str, Mapping[str, str]] | None = None
+) -> str:
+    """Load the parts one at a time, check that they are compatible, and compare fingerprints with `trained_on`."""
+    descriptions, configs, prompt_width = [], {}, None
     for part, source in sources.items():
         network: Any = load_pose_detector(source).network if part == "pose" else load_part(part, source)
-        found.append(f"{part} ({_millions(network.state_dict().values())})")
+        descriptions.append(f"{part} ({_millions(network.state_dict().values())})")
         if trained_on and part != "pose":
-            given = {"source": source, "fingerprint": pretrained_fingerprint(part, network)}
-            check_base("this model", part, trained_on[part], given)
+            actual = {"source": source, "fingerprint": pretrained_fingerprint(part, network)}
+            check_fingerprint("this model", part, trained_on[part], actual)
         if part == "text_encoder":
-            width = encode_empty_prompt(network).shape[-1]
+            prompt_width = encode_empty_prompt(network).shape[-1]
         elif part != "pose":
             configs[part] = dict(network.config)
-    check_together(configs, width)
-    return ", ".join(found)
+    check_compatible(configs, prompt_width)
+    return ", ".join(descriptions)
 
 
-def _model_folder(path: Path) -> str:
+def _describe_model_folder(path: Path) -> str:
     info = read_model_info(path)
     parts = read_parts(path, info, untrained_model(path, info))
     trained = ", ".join(f"{part} ({_millions(weights.values())})" for part, weights in parts.items())
-    sources = {part: base["source"] for part, base in info["pretrained"].items()}
-    here = {
+    sources = {part: model["source"] for part, model in info["pretrained"].items()}
+    local = {
         part: source
         for part, source in sources.items()
         if part != "scheduler" and (source == "mini" or Path(source).is_absolute())
     }
-    elsewhere = {source for part, source in sources.items() if part not in here and part != "scheduler"}
+    remote = {source for part, source in sources.items() if part not in local and part != "scheduler"}
     if Path(sources["scheduler"]).is_absolute():
         load_scheduler(sources["scheduler"])
     text = f"TCAN of stage {info['stage']} at {info['width']} x {info['height']}: {trained}"
-    if here:
-        text += f"; on pretrained here: {_parts(here, info['pretrained'])}"
-    if elsewhere:
-        text += f"; on pretrained not looked at: {', '.join(sorted(elsewhere))}"
+    if local:
+        text += f"; local pretrained models: {_describe_parts(local, info['pretrained'])}"
+    if remote:
+        text += f"; pretrained models not checked: {', '.join(sorted(remote))}"
     return text
 
 

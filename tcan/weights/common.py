@@ -1,4 +1,4 @@
-"""What loading and saving share: fingerprints, the check of names, one line of a library's error."""
+"""Helpers for loading weights: checks of names and shapes, and silencing of library logs."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,28 +10,41 @@ from transformers.utils import logging as transformers_logging
 from tcan.errors import UserError
 
 
-def check_keys(what: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raises UserError, naming the first few, if there is any."""
-    for kind, keys in (("lacks", sorted(missing)), ("has too many", sorted(unexpected))):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise UserError(
-                f"{what}: does not fit: {kind} {', '.join(keys[:3])}{more}; give weights of this architecture"
-            )
+def check_keys(where: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Require that no keys are missing or unexpected.
+
+    Raises:
+        UserError: there are such keys; the message lists the first three.
+    """
+    if names := sorted(missing):
+        raise UserError(f"{where}: missing keys: {_abbreviate(names)}; provide weights of this architecture")
+    if names := sorted(unexpected):
+        raise UserError(
+            f"{where}: unexpected keys: {_abbreviate(names)}; provide weights of this architecture"
+        )
 
 
-def check_shapes(what: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raises UserError for the first tensor of another shape; the names are known to be the same."""
+def _abbreviate(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_shapes(where: str, expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> None:
+    """Require that tensors of the same names have the same shapes.
+
+    Raises:
+        UserError: a shape differs; the message names the first such tensor.
+    """
     for name, tensor in expected.items():
-        if tensor.shape != given[name].shape:
+        if tensor.shape != actual[name].shape:
             raise UserError(
-                f"{what}: does not fit: {name} is {list(given[name].shape)}, not {list(tensor.shape)}"
+                f"{where}: {name} has shape {list(actual[name].shape)}, expected {list(tensor.shape)}; "
+                "provide weights of this architecture"
             )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What the loaders have to say is said once and in one line, by the errors raised here."""
+    """Silence the logs and progress bars of diffusers and transformers; the loaders here raise `UserError` instead."""
     verbosity = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
     progress = transformers_logging.is_progress_bar_enabled()
     for library, _ in verbosity:

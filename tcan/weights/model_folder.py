@@ -1,4 +1,4 @@
-"""The folder of a trained model: saved, read, and put on the pretrained that it was trained on."""
+"""Save, load and export the folder of a trained model."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tcan import __version__
 from tcan.appa import save_appa
+from tcan.atomic_write import atomic_write
 from tcan.errors import UserError, first_line
 from tcan.model import TCAN
 from tcan.weights.common import check_keys, check_shapes, quiet
@@ -48,31 +49,32 @@ def save_model(
     stick_width: int,
     **more: Any,
 ) -> None:
-    """Writes what was trained, and the names and fingerprints of what it was trained on; nothing of the pretrained.
+    """Write the trained weights, and the sources and fingerprints of the pretrained models, but not their weights.
 
         tcan.json              pretrained, stage, lora_rank, lora_alpha, height, width, stick_width, library_version
-        appearance_unet/       a diffusers UNet without what follows its last feature
-        appa/                  a LoRA that any diffusers pipeline of the base can load
-        motion_adapter/        a diffusers MotionAdapter                                (from stage 2 on)
-        temporal_controlnet/   the ControlNet's temporal layers                         (from stage 2 on)
+        appearance_unet/       a diffusers UNet without the layers after its last feature
+        appa/                  a LoRA that diffusers pipelines of the pretrained UNet can load
+        motion_adapter/        a diffusers MotionAdapter                                (stage 2 only)
+        temporal_controlnet/   the ControlNet's temporal layers                         (stage 2 only)
 
-    The folder appears, or replaces the one of its name, when it is whole.
+    The write is atomic. An existing model folder is replaced.
 
     Args:
-        pretrained: `PretrainedModels.info`, and "pose" with the "source" of the pose network if animation is to find poses by itself.
-        height, width: of the images it was trained on, in pixels.
-        stick_width: of the pose images it was trained on, in pixels.
-        more: kept in tcan.json, such as mlflow_run_id.
+        pretrained: `PretrainedModels.info`. Add "pose" with the "source" of the pose network to detect poses in
+            animation.
+        height, width: size of the training images in pixels.
+        stick_width: stick width of the training pose images in pixels.
+        more: additional entries of tcan.json, such as mlflow_run_id.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or exists and is not a model folder.
     """
     folder = Path(folder)
     lora = tcan.denoiser.peft_config["default"]
     info = {
         "schema_version": SCHEMA_VERSION,
         "library_version": __version__,
-        "pretrained": {part: dict(base) for part, base in pretrained.items()},
+        "pretrained": {part: dict(entry) for part, entry in pretrained.items()},
         "stage": stage,
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
@@ -81,7 +83,7 @@ def save_model(
         "stick_width": stick_width,
         **more,
     }
-    with _written_whole(folder) as partial:
+    with _atomic_model_folder(folder) as partial:
         tcan.appearance_unet.save_pretrained(partial / "appearance_unet")
         save_appa(tcan.denoiser, partial / "appa")
         if stage == 2:
@@ -95,42 +97,47 @@ def save_model(
 
 
 def export_model(model: str | os.PathLike, folder: str | os.PathLike, pose: str | None = None) -> None:
-    """Writes a model folder that needs no other: what was trained, as `save_model`, and all that it was trained on.
+    """Write a self-contained model folder: the trained weights as in `save_model`, and all pretrained models.
 
         pretrained/{vae,unet,controlnet,motion_adapter,text_encoder,scheduler,pose}/    in diffusers' layout
 
-    tcan.json names them as `./pretrained/...`, so the folder may be moved. One base at a time is in memory.
+    tcan.json refers to them as `./pretrained/...`, so the folder can be moved. One pretrained model at a time is in
+    memory.
 
     Args:
         model: a model folder.
-        pose: the pose network to take where the model folder names none.
+        folder: the folder to write.
+        pose: source of the pose network, if the model folder names none.
 
     Raises:
-        UserError: no whole model folder, a base that can't be loaded or isn't the one it was trained on, no pose
-            network named, a folder that can't be written, is the model's own, or holds something else.
+        UserError: the model folder is incomplete; a pretrained model cannot be loaded or has another fingerprint; no
+            pose network is named; `folder` is `model`, exists and is not a model folder, or cannot be written.
     """
     model, folder = Path(model), Path(folder)
     info = read_model_info(model)
     if folder.resolve() == model.resolve():
-        raise UserError(f"{folder}: is the model's own folder; name another one")
+        raise UserError(f"{folder}: is the model folder itself; choose another output folder")
     if "pose" not in info["pretrained"]:
         if pose is None:
-            raise UserError(f"{model}: names no pose network; give one to export with it")
+            raise UserError(f"{model}: names no pose network; pass one to include in the export")
         info["pretrained"]["pose"] = {"source": pose}
     read_parts(model, info, untrained_model(model, info))
-    with _written_whole(folder) as partial, quiet():
-        for part, base in info["pretrained"].items():
+    with _atomic_model_folder(folder) as partial, quiet():
+        for part, entry in info["pretrained"].items():
             target = partial / "pretrained" / part
             if part == "scheduler":
-                load_scheduler(base["source"]).save_pretrained(target)
+                load_scheduler(entry["source"]).save_pretrained(target)
             elif part == "pose":
-                load_pose_detector(base["source"]).save_pretrained(target)
+                load_pose_detector(entry["source"]).save_pretrained(target)
             else:
-                network = load_part(part, base["source"])
-                given = {"source": base["source"], "fingerprint": pretrained_fingerprint(part, network)}
-                check_base(model, part, base, given)
+                network = load_part(part, entry["source"])
+                actual = {
+                    "source": entry["source"],
+                    "fingerprint": pretrained_fingerprint(part, network),
+                }
+                check_fingerprint(model, part, entry, actual)
                 network.save_pretrained(target)
-            base["source"] = f"./pretrained/{part}"
+            entry["source"] = f"./pretrained/{part}"
         for part in _trained_parts(info):
             shutil.copytree(model / part, partial / part)
         _write_info(info, partial)
@@ -141,65 +148,60 @@ def _write_info(info: Mapping[str, Any], folder: Path) -> None:
 
 
 @contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name, and the place, of `folder` when all is written.
+def _atomic_model_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `folder` at the end of the block.
 
     Raises:
-        UserError: it can't be written, or something else than a model is there, which would be lost.
+        UserError: `folder` cannot be written, or exists, is not empty and is not a model folder.
     """
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_free and not (folder / MODEL_FILE).is_file():
-        raise UserError(f"{folder}: is there already and no model folder; name another one")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+        raise UserError(f"{folder}: already exists and is not a model folder; choose another path")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(partial, folder)
+        with atomic_write(folder) as partial:
+            partial.mkdir(parents=True)
+            yield partial
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{folder}: cannot write the model ({first_line(error)}); check the folder and the disk"
+            f"{folder}: cannot write the model ({first_line(error)}); check the path and the free disk space"
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_model_info(folder: str | os.PathLike) -> dict[str, Any]:
-    """What tcan.json says; the sources of pretrained that lie in the folder itself as absolute paths.
+    """Read tcan.json. Sources of pretrained models inside the folder are returned as absolute paths.
 
     Raises:
-        UserError: the folder is missing or no model folder, or of another version.
+        UserError: the folder does not exist, is not a model folder, or has another schema version.
     """
     file = Path(folder) / MODEL_FILE
     try:
         info = json.loads(file.read_text())
     except (OSError, ValueError):
         raise UserError(
-            f"{folder}: no model folder (no readable {MODEL_FILE} in it); give what tcan train wrote"
+            f"{folder}: not a model folder (no readable {MODEL_FILE}); pass the model folder of tcan train"
         ) from None
     if info.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
-            f"{file}: schema version {info.get('schema_version')}, this library reads {SCHEMA_VERSION}"
+            f"{file}: schema version {info.get('schema_version')}, expected {SCHEMA_VERSION}; train the model again, or "
+            "use the version of tcan that wrote it"
         )
-    for base in info["pretrained"].values():
-        if base["source"].startswith("./"):
-            base["source"] = str((Path(folder) / base["source"]).resolve())
+    for entry in info["pretrained"].values():
+        if entry["source"].startswith("./"):
+            entry["source"] = str((Path(folder) / entry["source"]).resolve())
     return info
 
 
 def load_model(folder: str | os.PathLike, pretrained: PretrainedModels) -> TCAN:
-    """TCAN of a model folder on the given pretrained, in their dtype and on their device, in eval mode.
+    """Load a model folder onto pretrained models, in their dtype and on their device, in eval mode.
 
     Raises:
-        UserError: no model folder, a base that isn't the one it was trained on, a file that is missing or doesn't fit.
+        UserError: not a model folder; a pretrained model has another fingerprint than in training; a file is missing or
+            does not match the architecture.
     """
     folder = Path(folder)
     info = read_model_info(folder)
     for part, trained_on in info["pretrained"].items():
-        check_base(folder, part, trained_on, pretrained.info.get(part, {}))
+        check_fingerprint(folder, part, trained_on, pretrained.info.get(part, {}))
     tcan = TCAN(
         pretrained.unet,
         pretrained.controlnet,
@@ -212,29 +214,39 @@ def load_model(folder: str | os.PathLike, pretrained: PretrainedModels) -> TCAN:
     return tcan.to(pretrained.empty_prompt.device, pretrained.empty_prompt.dtype).eval()
 
 
-def check_base(
-    folder: Path | str, part: str, trained_on: Mapping[str, str], given: Mapping[str, str]
+def check_fingerprint(
+    folder: Path | str, part: str, trained_on: Mapping[str, str], actual: Mapping[str, str]
 ) -> None:
-    """Raises UserError when a base isn't the one that the model of the folder was trained on."""
-    if "fingerprint" in given and trained_on.get("fingerprint") != given["fingerprint"]:
+    """Require that a pretrained model is the one that the model in `folder` was trained on.
+
+    Args:
+        folder: start of the error message.
+        part: name of the pretrained model, such as "unet".
+        trained_on, actual: "source" and "fingerprint", in training and now. Without a fingerprint in `actual`, nothing
+            is checked.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
+    if "fingerprint" in actual and trained_on.get("fingerprint") != actual["fingerprint"]:
         raise UserError(
             f"{folder}: was trained on another {part}: {trained_on['source']} ({trained_on.get('fingerprint')}), "
-            f"not {given['source']} ({given['fingerprint']}); give that one (of the mini "
-            "weights: the version of this package that had it), or train on this one"
+            f"not {actual['source']} ({actual['fingerprint']}); use the {part} of the training (for mini: the package "
+            "version that contained it), or train again"
         )
 
 
 def _trained_parts(info: Mapping[str, Any]) -> dict[str, str]:
-    """The parts that a model folder holds, and their files: after stage 1 the temporal layers are those of the pretrained."""
+    """The parts in a model folder and their files. After stage 1, the temporal layers are the pretrained ones."""
     stage1 = ("appearance_unet", "appa")
     return {part: file for part, file in MODEL_PARTS.items() if info["stage"] == 2 or part in stage1}
 
 
 def read_parts(folder: Path, info: Mapping[str, Any], tcan: TCAN) -> dict[str, dict[str, Tensor]]:
-    """What `TCAN.load_parts` takes, read from a model folder; names and shapes are exactly this model's.
+    """Read the argument of `TCAN.load_parts` from a model folder, with exactly the names and shapes of `tcan`.
 
     Raises:
-        UserError: a file that is missing or doesn't fit.
+        UserError: a file is missing or does not match the architecture.
     """
     expected, parts = tcan.parts(), {}
     for part, file in _trained_parts(info).items():
@@ -242,22 +254,22 @@ def read_parts(folder: Path, info: Mapping[str, Any], tcan: TCAN) -> dict[str, d
             weights = load_file(folder / file)
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{folder / file}: cannot be read ({first_line(error)}); the folder isn't whole"
+                f"{folder / file}: cannot be read ({first_line(error)}); the model folder is incomplete, copy it again"
             ) from None
         if part == "appa":
             weights = {name.removeprefix("unet."): tensor for name, tensor in weights.items()}
-        own = expected[part]
-        check_keys(f"{folder / file}", own.keys() - weights.keys(), weights.keys() - own.keys())
-        check_shapes(f"{folder / file}", own, weights)
+        reference = expected[part]
+        check_keys(f"{folder / file}", reference.keys() - weights.keys(), weights.keys() - reference.keys())
+        check_shapes(f"{folder / file}", reference, weights)
         parts[part] = weights
     return parts
 
 
 def untrained_model(folder: Path, info: Mapping[str, Any]) -> TCAN:
-    """A TCAN of the sizes of a model folder on torch's meta device: names and shapes, no memory, no pretrained.
+    """Build a TCAN with the sizes of a model folder on the meta device, without pretrained models.
 
     Raises:
-        UserError: a configuration that can't be read.
+        UserError: a configuration cannot be read.
     """
     try:
         with torch.device("meta"), quiet():
@@ -277,4 +289,6 @@ def untrained_model(folder: Path, info: Mapping[str, Any]) -> TCAN:
             controlnet = ControlNetModel.from_unet(unet)
             return TCAN(unet, controlnet, adapter, prompt, info["lora_rank"], info["lora_alpha"])
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be read ({first_line(error)}); the folder isn't whole") from None
+        raise UserError(
+            f"{folder}: cannot be read ({first_line(error)}); the model folder is incomplete, copy it again"
+        ) from None

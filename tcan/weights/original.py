@@ -1,15 +1,15 @@
-"""The single files that people have, in the layouts of the projects they come from, at SD1.5's sizes.
+"""Load single-file checkpoints in the original layouts of their projects, at SD1.5's sizes.
 
-| file, such as | holds | may hold besides, unused |
+| file, for example | parts | ignored keys |
 |---|---|---|
-| `v1-5-pruned-emaonly.safetensors`, any SD1.5 fine-tune | `unet`, `vae`, `text_encoder`, each or some | the schedule's tables, `model_ema.`, CLIP's `position_ids` |
+| `v1-5-pruned-emaonly.safetensors`, any SD1.5 fine-tune | one or more of `unet`, `vae`, `text_encoder` | tables of the noise schedule, `model_ema.`, CLIP's `position_ids` |
 | `vae-ft-mse-840000-ema-pruned.ckpt` | `vae` | `loss.`, `model_ema.` |
-| `control_v11p_sd15_openpose.pth` | `controlnet` | - |
-| `mm_sd_v15_v2.ckpt` | `motion_adapter` | the middle block's modules, which TCAN doesn't have |
-| `body_pose_model.pth` | `pose` | - |
+| `control_v11p_sd15_openpose.pth` | `controlnet` | none |
+| `mm_sd_v15_v2.ckpt` | `motion_adapter` | motion modules of the middle block, which TCAN does not have |
+| `body_pose_model.pth` | `pose` | none |
 
-Any other name is an error. Names become diffusers' by diffusers' own converters, the architectures are those of
-`tcan/sd15`; nothing is downloaded.
+Any other key is an error. diffusers' converters rename the keys. `tcan/sd15` contains the architectures; nothing is
+downloaded.
 """
 
 import pickle
@@ -38,20 +38,20 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tcan.errors import UserError, first_line
 from tcan.weights.common import check_keys, check_shapes, quiet
 
-SD15 = Path(__file__).parents[1] / "sd15"  # the architectures: configurations without weights
+SD15 = Path(__file__).parents[1] / "sd15"  # configurations without weights
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One part in its project's own layout.
+    """Original layout of one part.
 
     Args:
-        title: what a person calls it.
-        mark: a name that only this layout has, without prefix.
-        prefixes: of its names, any of them; "" where the part is a file of its own.
-        unused: of its names without prefix, those that it may have and TCAN has no use for.
-        convert: diffusers' converter, (weights, config) -> weights by diffusers' names; None: not a diffusers part.
+        title: name for messages.
+        mark: a key, without prefix, that identifies this layout.
+        prefixes: possible prefixes of the keys; "" if the file contains only this part.
+        unused: regular expression of keys, without prefix, that are allowed and ignored.
+        convert: diffusers' converter, (weights, config) -> weights with diffusers' keys. None: not a diffusers part.
     """
 
     title: str
@@ -97,7 +97,7 @@ LAYOUTS = {
     ),
     "pose": Layout("OpenPose body network", "Mconv1_stage2_L1.weight", ("",)),
 }
-# Of a Stable Diffusion checkpoint as a whole: tables of the noise schedule, averaged copies of the UNet.
+# Allowed and ignored in Stable Diffusion checkpoints: tables of the noise schedule, EMA copies of the UNet.
 UNUSED = (
     r"model_ema\..*|betas|logvar|scale_factor|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])"
@@ -105,10 +105,12 @@ UNUSED = (
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or of a pickle by their names, on the CPU, read when they are first used.
+    """Memory-map the tensors of a `.safetensors` file or a PyTorch pickle on the CPU, by name.
+
+    Pickles in PyTorch's format before 1.6, which is not a zip file, are read into memory.
 
     Raises:
-        UserError: no such file, or no file of weights; a pickle that holds code.
+        UserError: the file does not exist, is not a weights file, or is a pickle that contains code.
     """
     try:
         if path.suffix == ".safetensors":
@@ -116,29 +118,30 @@ def open_weights(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(_Inert, name) for name in _INERT]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; check the path") from None
     except pickle.UnpicklingError as error:
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{path}: cannot be opened as weights alone: it holds {foreign[1]}, which may be any code; give a "
-                ".safetensors of it"
+                f"{path}: contains {foreign[1]}, which could execute code; provide the weights as .safetensors"
             ) from None
         raise UserError(
-            f"{path}: is not a file of weights (neither safetensors nor torch's pickle)"
+            f"{path}: not a weights file (neither safetensors nor a PyTorch pickle); provide another file"
         ) from None
-    except Exception as error:  # of bytes that are no pickle, the reader may raise anything
+    except Exception as error:  # torch.load can raise any exception on a file that is not a pickle
         raise UserError(
-            f"{path}: is not a file of weights, or not a whole one ({first_line(error)})"
+            f"{path}: not a weights file, or incomplete ({first_line(error)}); copy or download it again"
         ) from None
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]  # beside it a trainer's own state
+        content = content["state_dict"]  # trainers save their state next to it
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path}: is not a file of weights: it holds other things than tensors")
+        raise UserError(
+            f"{path}: not a weights file: contains values other than tensors; provide another file"
+        )
     return content
 
 
 class _Inert:
-    """Takes the place of what old Lightning checkpoints hold beside the weights: keeps its arguments from doing anything."""
+    """Replaces the other objects in old Lightning checkpoints when they are unpickled; ignores all arguments and state."""
 
     def __init__(self, *arguments: Any):
         pass
@@ -154,35 +157,34 @@ _INERT = (
 )
 
 
-def parts_of(path: Path, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """A file's weights by part, under the names they have in it, without what is declared as unused.
+def split_parts(path: Path, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Split the weights of a file into parts, with the file's keys, without the keys declared as unused.
 
     Raises:
-        UserError: none of the known layouts; a name that none of them has, naming the first few.
+        UserError: the layout is unknown, or the file contains unexpected keys; the message lists the first three.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     foreign = dict(weights)
     for part, layout in LAYOUTS.items():
         for prefix in layout.prefixes:
             if prefix + layout.mark in foreign:
-                own = {name: foreign.pop(name) for name in list(foreign) if name.startswith(prefix)}
+                found = {name: foreign.pop(name) for name in list(foreign) if name.startswith(prefix)}
                 parts[part] = {
                     name: tensor
-                    for name, tensor in own.items()
+                    for name, tensor in found.items()
                     if not re.fullmatch(layout.unused, name.removeprefix(prefix))
                 }
     if not parts:
         titles = ", ".join(layout.title for layout in LAYOUTS.values())
         raise UserError(
-            f"{path}: is none of the files known here ({titles}, in their original layouts); of diffusers' layout give "
-            "the folder"
+            f"{path}: unknown layout; provide one of {titles} in the original layout, or a folder in diffusers' layout"
         )
     check_keys(str(path), (), (name for name in foreign if not re.fullmatch(UNUSED, name)))
     return parts
 
 
 def build(part: str) -> Any:
-    """The network of a part at SD1.5's size, without memory for its parameters."""
+    """Build the network of a part at SD1.5's size, with parameters on the meta device."""
     folder = SD15 / part
     with init_empty_weights(), quiet():
         if part == "text_encoder":
@@ -196,26 +198,29 @@ def build(part: str) -> Any:
         return network.from_config(network.load_config(folder))
 
 
-def convert(part: str, what: str, weights: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
-    """One part's weights (`parts_of`) under the names, and with the shapes, of its network.
+def convert(part: str, where: str, weights: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
+    """Convert the weights of one part (of `split_parts`) to the keys and shapes of its network, without reading values.
 
-    Only names and shapes are looked at.
+    Args:
+        where: start of error messages.
 
     Raises:
-        UserError: a name or shape that doesn't fit, `what` in front.
+        UserError: a key or shape does not match the network.
     """
     layout = LAYOUTS[part]
     assert layout.convert is not None
-    # Converted are stand-ins, one for each name: so that what became of a name can be told, and what was passed over.
-    stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
-    names = {id(tensor): name for name, tensor in stand_ins.items()}
+    # Convert placeholders, to learn which key becomes which, and which keys the converter ignores.
+    placeholders = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
+    names = {id(tensor): name for name, tensor in placeholders.items()}
     try:
-        converted = layout.convert(stand_ins, config=network.config)
-    except KeyError as error:  # half of a pair
-        raise UserError(f"{what}: does not fit: lacks {error.args[0]}") from None
-    if part == "text_encoder" and not hasattr(network, "text_model"):  # transformers 5.6 dropped this level
+        converted = layout.convert(placeholders, config=network.config)
+    except KeyError as error:  # the converter expects a key that the file lacks
+        raise UserError(
+            f"{where}: missing keys: {error.args[0]}; provide weights of this architecture"
+        ) from None
+    if part == "text_encoder" and not hasattr(network, "text_model"):  # transformers >= 5.6
         converted = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
-    # A converter gives None for what isn't there, and a view for a 1x1 convolution that is a matrix in diffusers.
+    # Converters return None for absent keys, and a view where diffusers uses a matrix instead of a 1x1 convolution.
     found = {
         name: (names[id(tensor if tensor._base is None else tensor._base)], tensor.shape)
         for name, tensor in converted.items()
@@ -225,42 +230,51 @@ def convert(part: str, what: str, weights: dict[str, Tensor], network: Any) -> d
     computed = {name for name in expected if name.endswith(".pos_embed.pe")}
     tables = {name for name in weights if name.endswith(".pos_encoder.pe")}
     check_keys(
-        what,
+        where,
         expected.keys() - found.keys() - computed,
-        weights.keys() - tables - {own for own, _ in found.values()} | (found.keys() - expected.keys()),
+        weights.keys() - tables - {original for original, _ in found.values()}
+        | (found.keys() - expected.keys()),
     )
-    result = {name: weights[own].reshape(shape) for name, (own, shape) in found.items()}
-    check_shapes(what, {name: expected[name] for name in result}, result)
+    result = {name: weights[original].reshape(shape) for name, (original, shape) in found.items()}
+    check_shapes(where, {name: expected[name] for name in result}, result)
     return result
 
 
 def load_original(part: str, path: Path) -> Any:
-    """One part out of a single file, as a network in float32 on the CPU.
+    """Load one part of a single file as a network in float32 on the CPU.
 
     Raises:
-        UserError: as `open_weights`, `parts_of` and `convert`; a file that doesn't hold this part; motion modules with
-            other positions than AnimateDiff v2's.
+        UserError: as `open_weights`, `split_parts` and `convert`; the file does not contain this part; the position
+            tables of motion modules differ from those of AnimateDiff v2.
     """
-    parts = parts_of(path, open_weights(path))
+    parts = split_parts(path, open_weights(path))
     if part not in parts:
         titles = ", ".join(LAYOUTS[found].title for found in parts)
-        raise UserError(f"{part}: {path} holds no {LAYOUTS[part].title}, but: {titles}")
-    what = f"{part} from {path}"
+        raise UserError(
+            f"{part}: {path} contains {titles}; provide a file that contains the {LAYOUTS[part].title}"
+        )
+    where = f"{part} from {path}"
     network = build(part)
-    weights = convert(part, what, parts[part], network)
+    weights = convert(part, where, parts[part], network)
     for name, tensor in parts[part].items():
         if name.endswith(".pos_encoder.pe"):
-            _check_positions(f"{what}: {name}", tensor, network.config.motion_max_seq_length)
+            _check_positions(f"{where}: {name}", tensor, network.config.motion_max_seq_length)
     network.load_state_dict(weights, strict=False, assign=True)
     return network.to(torch.float32).eval()
 
 
-def _check_positions(what: str, table: Tensor, frames: int) -> None:
-    """diffusers computes the table of positions, and so leaves out the file's: it must be the same."""
+def _check_positions(where: str, table: Tensor, frames: int) -> None:
+    """Require that a position table equals the one that diffusers computes and uses instead of the file's.
+
+    Raises:
+        UserError: another length or other values.
+    """
     expected = SinusoidalPositionalEmbedding(table.shape[-1], frames).pe
     if table.shape != expected.shape:
         raise UserError(
-            f"{what}: is for {table.shape[1]} frames, not {frames}; give mm_sd_v15_v2 or one made from it"
+            f"{where}: supports {table.shape[1]} frames, expected {frames}; provide mm_sd_v15_v2 or a fine-tune of it"
         )
     if not torch.allclose(table.float(), expected, rtol=0, atol=5e-3):  # bf16 has 3 digits
-        raise UserError(f"{what}: is not AnimateDiff's sinusoidal positions")
+        raise UserError(
+            f"{where}: differs from AnimateDiff's sinusoidal positions; provide mm_sd_v15_v2 or a fine-tune of it"
+        )

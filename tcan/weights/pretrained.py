@@ -1,4 +1,4 @@
-"""The frozen pretrained: where each comes from, and that it is what it should be."""
+"""Load the frozen pretrained models strictly, from files, folders or the Hugging Face Hub."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,17 +29,17 @@ NETWORKS: dict[str, Any] = {
 
 @dataclass
 class PretrainedModels:
-    """The frozen, pretrained networks that TCAN stands on."""
+    """The frozen pretrained models that TCAN is built from."""
 
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     controlnet: ControlNetModel
     motion_adapter: MotionAdapter
     empty_prompt: Tensor
-    """The text encoder's answer to the empty prompt, `[1, T, D]`; all that is kept of the text encoder."""
+    """Last hidden state of the text encoder for the empty prompt, `[1, T, D]`. The text encoder itself is not kept."""
     scheduler: DDIMScheduler
     info: dict[str, dict[str, str]]
-    """Per part its "source" as asked for and its "fingerprint" (of the text encoder: the empty prompt's)."""
+    """For each part, its "source" as requested and its "fingerprint" (for the text encoder, of the empty prompt)."""
 
 
 def load_pretrained(
@@ -53,21 +53,20 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> PretrainedModels:
-    """Loads every base, strictly: a key that a file lacks, or has too many, is an error.
+    """Load every pretrained model strictly: missing and unexpected keys are errors.
 
-    Args: for each part one of
-        "mini": the weights that this package holds;
-        a single file that holds the part in its original layout (`tcan.weights.original`), such as an SD1.5 checkpoint;
-        a local folder in diffusers' layout, of the part itself or with the part as a subfolder of its name;
-        a hub id `owner/name[/subfolder][@revision]`.
-    The scheduler may also be "sd15", SD1.5's noise schedule, which is what a single file stands for as well.
+    Fingerprints are computed from the stored weights, before the cast to `dtype`. They do not depend on the layout.
 
-    Fingerprints are those of the stored weights, before they are cast to `dtype`: the same for the same weights in
-    whatever layout.
+    Args: for each part, one of
+        "mini": the weights in this package;
+        a single file that contains the part in its original layout (`tcan.weights.original`), e.g. an SD1.5 checkpoint;
+        a local folder in diffusers' layout: of the part itself, or with the part in a subfolder of its name;
+        a Hugging Face Hub id `owner/name[/subfolder][@revision]`.
+    The scheduler can also be "sd15", SD1.5's noise schedule. A single file as the scheduler means the same.
 
     Raises:
-        UserError: a source that isn't there, isn't readable, isn't this part, or whose keys don't fit; parts that
-            don't fit each other.
+        UserError: a source does not exist, is not readable or does not contain the part; its keys do not match the
+            architecture; the parts are not compatible with each other.
     """
     sources = {
         "vae": vae,
@@ -93,19 +92,19 @@ def load_pretrained(
         "source": portable_source(text_encoder),
         "fingerprint": pretrained_fingerprint("text_encoder", encoder),
     }
-    check_together({part: dict(module.config) for part, module in loaded.items()}, prompt.shape[-1])
+    check_compatible({part: dict(module.config) for part, module in loaded.items()}, prompt.shape[-1])
     info["scheduler"] = {"source": portable_source(scheduler)}
     schedule = load_scheduler(scheduler)
     return PretrainedModels(**loaded, empty_prompt=prompt.to(device, dtype), scheduler=schedule, info=info)
 
 
-def check_together(configs: Mapping[str, Mapping[str, Any]], prompt_width: int | None = None) -> None:
-    """Parts, by their diffusers configurations, that are of one architecture; those not given are not looked at.
+def check_compatible(configs: Mapping[str, Mapping[str, Any]], prompt_width: int | None = None) -> None:
+    """Require that parts have the same architecture, given their diffusers configurations. Missing parts are skipped.
 
     Raises:
-        UserError: two parts that don't fit, and in what.
+        UserError: two parts are not compatible; the message names the differing values.
     """
-    same = (
+    equal = (
         ("unet", "block_out_channels", "controlnet", "block_out_channels"),
         ("unet", "cross_attention_dim", "controlnet", "cross_attention_dim"),
         ("unet", "layers_per_block", "controlnet", "layers_per_block"),
@@ -115,118 +114,129 @@ def check_together(configs: Mapping[str, Mapping[str, Any]], prompt_width: int |
         ("unet", "norm_num_groups", "motion_adapter", "motion_norm_num_groups"),
         ("unet", "in_channels", "vae", "latent_channels"),
     )
-    for one, key, other, other_key in same:
-        if one in configs and other in configs:
-            a, b = configs[one][key], configs[other][other_key]
+    for part, key, other, other_key in equal:
+        if part in configs and other in configs:
+            a, b = configs[part][key], configs[other][other_key]
             if (list(a) if isinstance(a, list | tuple) else a) != (
                 list(b) if isinstance(b, list | tuple) else b
             ):
-                raise UserError(f"{other} does not fit {one}: its {other_key} is {b}, the {one}'s {key} {a}")
+                raise UserError(
+                    f"{other}: not compatible with the {part}: {other_key} is {b}, but the {part}'s {key} is {a}; "
+                    "use parts of one architecture"
+                )
     if prompt_width and "unet" in configs and prompt_width != configs["unet"]["cross_attention_dim"]:
         raise UserError(
-            f"text_encoder does not fit unet: it gives {prompt_width} numbers a token, the unet's cross_attention_dim is "
-            f"{configs['unet']['cross_attention_dim']}"
+            f"text_encoder: not compatible with the unet: its width is {prompt_width}, but the unet's "
+            f"cross_attention_dim is {configs['unet']['cross_attention_dim']}; use parts of one architecture"
         )
 
 
 def locate(source: str, part: str, config_name: str = "config.json") -> tuple[str, dict[str, str]]:
-    """A base's source as `from_pretrained` takes it: the folder or hub id, and `subfolder` and `revision` if any.
+    """Return a source as arguments of `from_pretrained`: the folder or Hub id, and `subfolder` and `revision` if given.
 
     Raises:
-        UserError: neither "mini", nor a folder that holds the part, nor a possible hub id.
+        UserError: the source is neither "mini", nor a folder that contains the part, nor a valid Hub id.
     """
     if source.endswith(SUFFIXES):
-        raise UserError(f"{part}: no such file: {source}")
+        raise UserError(f"{part}: no such file: {source}; check the path")
     folder = MINI if source == "mini" else Path(source).expanduser()
     if folder.is_dir():
         for candidate in (folder / part, folder):
             if (candidate / config_name).is_file():
                 return str(candidate), {}
         raise UserError(
-            f"{part}: no {config_name} in {folder} nor in {folder / part}; name a folder in diffusers' layout"
+            f"{part}: no {config_name} in {folder} or {folder / part}; provide a folder in diffusers' layout"
         )
     name, _, revision = source.partition("@")
-    owner, _, rest = name.partition("/")
-    repository, _, subfolder = rest.partition("/")
+    owner, _, path = name.partition("/")
+    repository, _, subfolder = path.partition("/")
     if source == "mini" or not repository or source.startswith((".", "/", "~")):
         raise UserError(
-            f"{part}: no folder {folder}; give mini, a folder in diffusers' layout, a file of weights, or a hub id owner/name"
+            f"{part}: no such folder: {folder}; provide mini, a folder in diffusers' layout, a weights file, or a "
+            "Hugging Face Hub id owner/name"
         )
     options = {"subfolder": subfolder} if subfolder else {}
     return f"{owner}/{repository}", options | ({"revision": revision} if revision else {})
 
 
 def portable_source(source: str) -> str:
-    """A source that means the same from another working folder: local paths become absolute."""
+    """Return a source that does not depend on the working directory: local paths become absolute."""
     path = Path(source).expanduser()
     return str(path.resolve()) if source not in ("mini", "sd15") and path.exists() else source
 
 
 def load_part(part: str, source: str) -> Any:
-    """One network of the pretrained, in float32 on the CPU: "vae", "unet", "controlnet", "motion_adapter", "text_encoder".
+    """Load one network in float32 on the CPU: "vae", "unet", "controlnet", "motion_adapter" or "text_encoder".
 
     Raises:
-        UserError: as `load_pretrained`.
+        UserError: as `load_pretrained`, except for compatibility between parts.
     """
     if Path(source).expanduser().is_file():
         return load_original(part, Path(source).expanduser())
-    where, options = locate(source, part)
+    path, options = locate(source, part)
     try:
         with quiet():
             module, report = NETWORKS[part].from_pretrained(
-                where, output_loading_info=True, torch_dtype=torch.float32, **options
+                path, output_loading_info=True, torch_dtype=torch.float32, **options
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{part}: cannot be loaded from {source}: {first_line(error)}") from None
-    # The positions of motion modules are computed, CLIP's were once stored: either way nothing is missed.
+        raise UserError(
+            f"{part}: cannot load {source} ({first_line(error)}); check the source and the connection"
+        ) from None
+    # Position tables of motion modules are computed at load time. Old CLIP files store position_ids, new ones do not.
     missing = (key for key in report["missing_keys"] if not key.endswith(".pos_embed.pe"))
     unexpected = (key for key in report["unexpected_keys"] if not key.endswith("embeddings.position_ids"))
     check_keys(f"{part} from {source}", missing, unexpected)
     if part == "motion_adapter" and module.mid_block is not None:
-        module.mid_block = None  # AnimateDiff's mm_sd_v15_v2 has temporal layers there, TCAN has none
+        module.mid_block = (
+            None  # AnimateDiff's mm_sd_v15_v2 has temporal layers in the middle block, TCAN does not
+        )
         module.register_to_config(use_motion_mid_block=False)
     return module
 
 
 def pretrained_fingerprint(part: str, network: Any) -> str:
-    """Of a base as `load_part` gives it; of the text encoder its answer to the empty prompt is all that counts."""
+    """Fingerprint of a network returned by `load_part`; for the text encoder, of its output for the empty prompt."""
     if part == "text_encoder":
         return fingerprint({"empty_prompt": encode_empty_prompt(network)})
     return fingerprint(network)
 
 
 def load_scheduler(source: str) -> DDIMScheduler:
-    """The noise schedule.
+    """Load the noise schedule. "sd15" and single files give SD1.5's schedule.
 
     Raises:
-        UserError: as `load_pretrained`.
+        UserError: as `load_part`.
     """
     path = Path(source).expanduser()
     if source == "sd15" or path.is_file():
         return DDIMScheduler.from_pretrained(SD15 / "scheduler")
-    where, options = locate(source, "scheduler", "scheduler_config.json")
+    folder, options = locate(source, "scheduler", "scheduler_config.json")
     try:
-        return DDIMScheduler.from_pretrained(where, **options)
+        return DDIMScheduler.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"scheduler: cannot be loaded from {source}: {first_line(error)}") from None
+        raise UserError(
+            f"scheduler: cannot load {source} ({first_line(error)}); check the source and the connection"
+        ) from None
 
 
 def load_pose_detector(source: str, device: torch.device | str = "cpu") -> OpenPose:
-    """The pose network: "mini", a folder of pretrained with the subfolder pose, or what `OpenPose.from_pretrained` takes.
+    """Load the pose network from "mini", a folder with the subfolder pose, or a source of `OpenPose.from_pretrained`.
 
     Raises:
         UserError: as `OpenPose.from_pretrained`.
     """
     folder = MINI if source == "mini" else Path(source).expanduser()
-    inside = (folder / "pose").is_dir() or source == "mini"
+    is_subfolder = (folder / "pose").is_dir() or source == "mini"
     with quiet():
-        return OpenPose.from_pretrained(folder / "pose" if inside else source, device=device)
+        return OpenPose.from_pretrained(folder / "pose" if is_subfolder else source, device=device)
 
 
 def encode_empty_prompt(text_encoder: CLIPTextModel) -> Tensor:
-    """The text encoder's answer to the empty prompt, `[1, T, D]`.
+    """Last hidden state of the text encoder for the empty prompt, `[1, T, D]`.
 
-    The tokenizer's work on it is so small that none is needed: begin, then end up to the full length. CLIP's vocabulary ends with these two. The ids in the configuration of SD1.5's text encoder name other tokens.
+    The tokens are built here, without a tokenizer: begin, followed by end up to the full length. They are the last two
+    ids of CLIP's vocabulary. The ids in the configuration of SD1.5's text encoder refer to other tokens.
     """
     config = text_encoder.config
     begin, end = config.vocab_size - 2, config.vocab_size - 1

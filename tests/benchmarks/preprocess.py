@@ -180,7 +180,7 @@ def job(num_videos: int) -> list[Row]:
                 os.makedirs(other, exist_ok=True)
                 os.link(file, f"{other}/{i}.mp4")
         write_video(
-            Path(hour) / "hour.mp4", 3600 * HOUR_FPS, 72, 128, fps=HOUR_FPS, enlarged=30, preset="ultrafast"
+            Path(hour) / "hour.mp4", 3600 * HOUR_FPS, 72, 128, fps=HOUR_FPS, upscale=30, preset="ultrafast"
         )
         config = load_config("--preprocess.min_person_fraction=0", f"--tracking.folder={folder}/mlflow")
         times, peaks, alone = {}, {}, []

@@ -1,9 +1,9 @@
-"""A cluster of several nodes on this machine, and jobs on it while its parts die.
+"""Preprocessing jobs on a local multi-node Ray cluster with injected faults.
 
     python -m tests.pipelines.faulty_cluster VIDEOS OUT CONFIGURATION...
 
-makes the datasets OUT/calm, OUT/FAULT for each of FAULTS, and OUT/store of VIDEOS/long.mp4 alone. A fault strikes once a
-decoder has handed on a clip and has more to come: in the middle of a video.
+Creates these datasets: OUT/uninterrupted, OUT/FAULT for each of FAULTS, and OUT/store from VIDEOS/long.mp4 only. A fault
+is injected after a decoder has sent a clip and before it has finished the video.
 """
 
 import sys
@@ -23,47 +23,47 @@ from pipelines.config_parser import load_config
 from pipelines.preprocess.decode import DECODER
 from pipelines.preprocess.job import preprocess
 
-STORE = 80 * 2**20  # about the least that Ray takes
+STORE = 80 * 2**20  # bytes, near the minimum that Ray accepts
 NODE = {"num_cpus": 1, "object_store_memory": STORE}
-A_CLIP = 16 * 64 * 64 * 3  # bytes
+CLIP_BYTES = 16 * 64 * 64 * 3
 
 
-def decoder_at_work() -> psutil.Process:
-    """A process that decodes a video for this one's cluster and has sent a clip, once there is one."""
+def busy_decoder() -> psutil.Process:
+    """Wait for and return a decoder process of this cluster that has sent a clip of its current video."""
     while True:
         for process in psutil.Process().children(recursive=True):
             try:
-                if str(DECODER) in process.cmdline() and process.io_counters().write_chars > A_CLIP:
+                if str(DECODER) in process.cmdline() and process.io_counters().write_chars > CLIP_BYTES:
                     return process
-            except psutil.Error:  # it has just ended
+            except psutil.Error:  # the process has just exited
                 continue
         time.sleep(0.005)
 
 
 def kill_decoder(cluster: Cluster) -> None:
-    decoder_at_work().kill()
+    busy_decoder().kill()
 
 
 def kill_actor(cluster: Cluster) -> None:
-    """The process that reads from the decoder: without GPUs that is where the models are."""
-    decoder = decoder_at_work().parent()
+    """Kill the actor that reads from the decoder. Without GPUs, this actor also runs the models."""
+    decoder = busy_decoder().parent()
     actor = decoder and decoder.parent()
     assert actor is not None and "MapWorker" in " ".join(actor.cmdline()), actor
     actor.kill()
 
 
 def kill_node(cluster: Cluster) -> None:
-    """Everything on the node where a decoder is."""
-    ancestors = {process.pid for process in decoder_at_work().parents()}
+    """Kill all processes on the node of a busy decoder."""
+    ancestors = {process.pid for process in busy_decoder().parents()}
     for node in cluster.worker_nodes:
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         if raylet.pid in ancestors:
             for process in [*raylet.children(recursive=True), raylet]:
-                with suppress(psutil.NoSuchProcess):  # it ended with the one before
+                with suppress(psutil.NoSuchProcess):  # it exited together with the previous process
                     process.kill()
             cluster.remove_node(node, allow_graceful=False)
             return
-    raise RuntimeError("the decoder is on no node of this cluster")
+    raise RuntimeError("decoder not found on any node of this cluster")
 
 
 FAULTS: dict[str, Callable[[Cluster], None]] = {
@@ -74,49 +74,51 @@ FAULTS: dict[str, Callable[[Cluster], None]] = {
 
 
 @contextmanager
-def fault(cluster: Cluster, strike: Callable[[Cluster], None]) -> Iterator[None]:
-    """Strikes while the block runs.
+def inject_fault(cluster: Cluster, inject: Callable[[Cluster], None]) -> Iterator[None]:
+    """Inject the fault while the block runs.
 
     Raises:
-        RuntimeError: the block was over before, or the fault failed.
+        RuntimeError: the block finished before the fault occurred, or the injection failed.
     """
-    struck = threading.Event()
+    injected = threading.Event()
 
     def run() -> None:
-        strike(cluster)
-        struck.set()
+        inject(cluster)
+        injected.set()
 
     threading.Thread(target=run, daemon=True).start()
     yield
-    if not struck.is_set():
-        raise RuntimeError(f"{strike.__name__}: nothing happened before the job was over")
+    if not injected.is_set():
+        raise RuntimeError(f"{inject.__name__}: the job finished before the fault occurred")
 
 
-class Neighbour:
-    """Another job's actor, which fills its node's object store but for `free` bytes, and uses what it put there, so that
-    Ray cannot move it to disk."""
+class StoreFiller:
+    """Actor of another job that fills the object store of its node except for `free` bytes.
+
+    It holds a reference to the stored array, so that Ray cannot spill the array to disk.
+    """
 
     def __init__(self, free: int) -> None:
         self.used = ray.get(ray.put(np.ones(STORE - free, np.uint8)))
 
     def wait(self) -> None:
-        """Until it is there."""
+        """Return once the store is filled."""
 
 
 @contextmanager
-def crowded(free: int) -> Iterator[None]:
-    """Leaves `free` bytes of each worker node's object store while the block runs."""
+def limited_store(free: int) -> Iterator[None]:
+    """Limit the free object store of each worker node to `free` bytes while the block runs."""
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    neighbours = [
-        ray.remote(num_cpus=0)(Neighbour)
+    fillers = [
+        ray.remote(num_cpus=0)(StoreFiller)
         .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         .remote(free)
         for node in nodes
     ]
-    ray.get([neighbour.wait.remote() for neighbour in neighbours])
+    ray.get([filler.wait.remote() for filler in fillers])
     yield
-    for neighbour in neighbours:
-        ray.kill(neighbour)
+    for filler in fillers:
+        ray.kill(filler)
 
 
 def main() -> None:
@@ -125,17 +127,17 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0})
     cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    preprocess(videos, f"{out}/calm", config)
-    for name, strike in FAULTS.items():
+    preprocess(videos, f"{out}/uninterrupted", config)
+    for name, inject in FAULTS.items():
         if name == "node":
             cluster.add_node(**NODE)
-        with fault(cluster, strike):
+        with inject_fault(cluster, inject):
             preprocess(videos, f"{out}/{name}", config)
-    # Without GPUs decoder and models are fused. As where there are some, the frames now cross the object store: 2.25 MiB
-    # of this video, which do not fit.
+    # Without GPUs, Ray fuses decoding and models into one operator. Disabling fusion sends the frames through the object
+    # store, as with GPUs. The 2.25 MiB of this video exceed the free space.
     cluster.add_node(**NODE)
     get_physical_ruleset().remove(FuseOperators)
-    with crowded(free=3 * 2**19):
+    with limited_store(free=3 * 2**19):
         preprocess(f"{videos}/long.mp4", f"{out}/store", config)
     ray.shutdown()
     cluster.shutdown()

@@ -196,7 +196,7 @@ def test_invalid_animate_input_is_one_line_user_error(
         ({"driving": None}, "no driving motion; pass a video with --driving or poses with --poses"),
         ({"driving": "missing.mp4"}, "no such video"),
         ({"driving": "renamed.mp4"}, "cannot be read as a video"),
-        ({"model": "missing"}, "no model folder"),
+        ({"model": "missing"}, "not a model folder"),
         ({"driving": "hero.png"}, "hero.png: an image, not a video; pass a driving video"),
         ({"out": "renamed.png/out.mp4"}, "renamed.png is not a writable folder"),
         ({"out": "out.avi"}, "unsupported suffix; use .mp4, .webm, .gif, or no suffix"),

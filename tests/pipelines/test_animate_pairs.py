@@ -146,4 +146,4 @@ def test_invalid_tables_are_user_errors(
         assert reason in error_of(capsys, "animate", *arguments)
     write_table(tmp_path / "good.csv", ("a.png", "b.mp4", "c.mp4"))
     arguments = ("--pairs", str(tmp_path / "good.csv"), "--model", str(tmp_path / "missing"))
-    assert "no model folder" in error_of(capsys, "animate", *arguments)
+    assert "not a model folder" in error_of(capsys, "animate", *arguments)

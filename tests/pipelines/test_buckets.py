@@ -1,4 +1,4 @@
-"""Sources and files in a bucket, on a real S3 server (moto's) of this machine."""
+"""Sources and datasets in a bucket, on a local S3 server (moto)."""
 
 import subprocess
 import sys
@@ -21,74 +21,72 @@ from tests.pipelines.faults import write_video
 from tests.pipelines.test_preprocess import OPTIONS, make_config
 
 
-def put(uri: str, content: bytes) -> None:
-    storage.write(uri, content)
-
-
-def test_sources_of_a_bucket_are_listed_and_identified(bucket: str, tmp_path: Path) -> None:
+def test_sources_in_a_bucket_are_listed_and_identified(bucket: str, tmp_path: Path) -> None:
     names = ["a.mp4", "deep/er/b c.MKV", "deep/舞.webm", "c.txt", "empty.mp4"]
     for name in names:
-        put(f"{bucket}/list/{name}", b"" if name == "empty.mp4" else name.encode())
-    put(f"{bucket}/list/these.txt", f"# mine\na.mp4\n{tmp_path}/x.mp4\ns3://other/y.mp4\n".encode())
+        storage.write(f"{bucket}/list/{name}", b"" if name == "empty.mp4" else name.encode())
+    storage.write(f"{bucket}/list/these.txt", f"# mine\na.mp4\n{tmp_path}/x.mp4\ns3://other/y.mp4\n".encode())
 
-    def found(what: str) -> list[str]:
-        return [name.removeprefix(f"{bucket}/list/") for name in list_sources(f"{bucket}/list{what}")]
+    def listed(source: str) -> list[str]:
+        return [name.removeprefix(f"{bucket}/list/") for name in list_sources(f"{bucket}/list{source}")]
 
-    assert found("") == found("/") == ["a.mp4", "deep/er/b c.MKV", "deep/舞.webm", "empty.mp4"]
-    assert found("/deep/*.MKV") == ["deep/er/b c.MKV"]
-    assert found("/a.mp4") == ["a.mp4"]
-    assert found("/these.txt") == [f"{tmp_path}/x.mp4", "a.mp4", "s3://other/y.mp4"]
-    for what, words in (("/nothing", "no such file"), ("/*.avi", "no file matches")):
-        with pytest.raises(UserError, match=words):
-            found(what)
+    assert listed("") == listed("/") == ["a.mp4", "deep/er/b c.MKV", "deep/舞.webm", "empty.mp4"]
+    assert listed("/deep/*.MKV") == ["deep/er/b c.MKV"]
+    assert listed("/a.mp4") == ["a.mp4"]
+    assert listed("/these.txt") == [f"{tmp_path}/x.mp4", "a.mp4", "s3://other/y.mp4"]
+    for source, message in (("/nothing", "no such file"), ("/*.avi", "no file matches")):
+        with pytest.raises(UserError, match=message):
+            listed(source)
     with pytest.raises(UserError, match="s3://nowhere: no such bucket"), writing("s3://nowhere/out"):
         pass
 
     (tmp_path / "a.mp4").write_bytes(b"a.mp4")
-    here, there, empty, gone = identify(
+    local, remote, empty, missing = identify(
         [
             str(tmp_path / "a.mp4"),
             f"{bucket}/list/a.mp4",
             f"{bucket}/list/empty.mp4",
-            f"{bucket}/list/gone.mp4",
+            f"{bucket}/list/missing.mp4",
         ],
         {},
     )
-    assert here.video_id == there.video_id and there.version is not None and there.version.startswith("5-")
-    assert (empty.problem, gone.problem) == ("empty file", "no such file")
-    # What is known is not read: the id is taken from there.
-    assert identify([there.path], {(there.path, there.version): "known"})[0].video_id == "known"
+    assert (
+        local.video_id == remote.video_id and remote.version is not None and remote.version.startswith("5-")
+    )
+    assert (empty.problem, missing.problem) == ("empty file", "no such file")
+    # Known versions are not read; their id comes from the mapping.
+    assert identify([remote.path], {(remote.path, remote.version): "known"})[0].video_id == "known"
 
 
-def test_a_file_appears_when_it_is_whole(bucket: str) -> None:
-    storage.write(f"{bucket}/whole/x", b"12")
-    storage.write(f"{bucket}/whole/x", b"345")
-    assert (storage.list_files(f"{bucket}/whole"), storage.read_bytes(f"{bucket}/whole/x")) == (
-        [f"{bucket}/whole/x"],
+def test_files_are_overwritten_and_deleted(bucket: str) -> None:
+    storage.write(f"{bucket}/files/x", b"12")
+    storage.write(f"{bucket}/files/x", b"345")
+    assert (storage.list_files(f"{bucket}/files"), storage.read_bytes(f"{bucket}/files/x")) == (
+        [f"{bucket}/files/x"],
         b"345",
     )
-    storage.delete(f"{bucket}/whole/x")
-    storage.delete(f"{bucket}/whole/x")
-    assert storage.list_files(f"{bucket}/whole") == []
+    storage.delete(f"{bucket}/files/x")
+    storage.delete(f"{bucket}/files/x")
+    assert storage.list_files(f"{bucket}/files") == []
     with pytest.raises(UserError, match=r"s3://no-such-bucket/x: cannot be written: .*bucket"):
         storage.write("s3://no-such-bucket/x", pa.py_buffer(b"1"))
 
 
-def test_nothing_but_whole_files_is_ever_seen(bucket: str) -> None:
-    """Of 40 MB in several parts, by somebody who looks all the while."""
-    seen, over = set(), threading.Event()
+def test_incomplete_uploads_are_never_visible(bucket: str) -> None:
+    """A thread lists the bucket during the multipart upload of a 40 MB file."""
+    seen, finished = set(), threading.Event()
     filesystem, path = storage.locate(f"{bucket}/seen")
 
-    def look() -> None:
-        while not over.is_set():
-            found = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
-            seen.add(tuple((item.path, item.size) for item in found))
+    def watch() -> None:
+        while not finished.is_set():
+            files = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+            seen.add(tuple((item.path, item.size) for item in files))
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     storage.write(f"{bucket}/seen/x", bytes(40 * 10**6))
-    over.set()
-    looking.join()
+    finished.set()
+    watcher.join()
     assert filesystem.get_file_info(f"{path}/x").size == 40 * 10**6
     assert () in seen and seen <= {(), ((f"{path}/x", 40 * 10**6),)}
 
@@ -101,16 +99,16 @@ def read_rows(dataset: str) -> dict[str, dict]:
     return {row["clip_id"]: row for row in rows}
 
 
-def times(dataset: str) -> dict[str, int]:
-    """When each of a dataset's files was written."""
+def modification_times(dataset: str) -> dict[str, int]:
+    """Modification time in ns of each file of a dataset."""
     names = [*clip_files(dataset), *rejected_files(dataset), f"{dataset}/dataset.json"]
     filesystem, _ = storage.locate(dataset)
-    found = filesystem.get_file_info([storage.locate(name)[1] for name in names])
-    return {item.path: item.mtime_ns for item in found}
+    files = filesystem.get_file_info([storage.locate(name)[1] for name in names])
+    return {item.path: item.mtime_ns for item in files}
 
 
 @pytest.mark.slow
-def test_a_bucket_of_videos_becomes_a_dataset_in_a_bucket(
+def test_preprocess_reads_and_writes_buckets_as_local_folders(
     bucket: str,
     pretrained_folder: Path,
     tmp_path: Path,
@@ -131,43 +129,41 @@ def test_a_bucket_of_videos_becomes_a_dataset_in_a_bucket(
     ]
     options.append(f"--tracking.folder={tmp_path / 'mlflow'}")
 
-    def job() -> None:
-        """In a process of its own: Ray's workers must be born after the server's address is known."""
+    def run_job() -> None:
+        """Run in a new process, because Ray workers must start after the server address is set."""
         command = [sys.executable, "-m", "pipelines.cli", "preprocess", videos, out, *options]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert process.returncode == 0, process.stdout + process.stderr
 
     for path in set(folder.iterdir()) - {last}:
-        put(f"{videos}/{path.name}", path.read_bytes())
-    job()
+        storage.write(f"{videos}/{path.name}", path.read_bytes())
+    run_job()
     counts = {"sources": 4, "videos": 2, "clips": 6, "frames": 80, "rejected": 1, "duplicates": 1}
     assert read_info(out)["counts"] == counts
-    before = times(out)
+    before = modification_times(out)
     config = make_config(pretrained_folder, tmp_path)
     assert preprocess(videos, out, config)["new_videos"] == 0
-    assert "nothing to add" in capsys.readouterr().out and times(out) == before
+    assert "nothing to add" in capsys.readouterr().out and modification_times(out) == before
 
-    put(f"{videos}/{last.name}", last.read_bytes())
-    job()
-    after = times(out)
+    storage.write(f"{videos}/{last.name}", last.read_bytes())
+    run_job()
+    after = modification_times(out)
     assert after.pop("corpus/data/set/dataset.json") > before.pop("corpus/data/set/dataset.json")
     assert after.items() > before.items() and len(after) == len(before) + 1
 
     for command in ("verify", "info"):
         assert cli.main(["dataset", command, out]) == 0
-    shown = capsys.readouterr().out
-    assert (
-        f"{out}: whole: 3 files, 3 videos, 9 clips" in shown
-        and "of 5 sources 1 rejected, 1 duplicates" in shown
-    )
+    output = capsys.readouterr().out
+    assert f"{out}: verified: 3 files, 3 videos, 9 clips" in output
+    assert "1 of 5 sources rejected, 1 duplicates" in output
     preprocess(str(folder), str(tmp_path / "out"), config)
-    rows, truth = read_rows(out), read_rows(str(tmp_path / "out"))
-    assert rows.keys() == truth.keys() and len(rows) == 9
+    rows, expected = read_rows(out), read_rows(str(tmp_path / "out"))
+    assert rows.keys() == expected.keys() and len(rows) == 9
     for clip, row in rows.items():
-        ours, theirs = decode_row(row), decode_row(truth[clip])
-        assert all(np.allclose(ours[name], theirs[name], atol=2e-3) for name in theirs), clip
-        assert row["source"] == truth[clip]["source"].replace(str(folder), videos)
+        remote, local = decode_row(row), decode_row(expected[clip])
+        assert all(np.allclose(remote[name], local[name], atol=2e-3) for name in local), clip
+        assert row["source"] == expected[clip]["source"].replace(str(folder), videos)
     stored = [video for split in ("train", "validation") for video in ClipStore(out, split).videos]
     assert sorted(len(video.number) for video in stored) == [40, 40, 40]
-    left = storage.list_files(f"{bucket}/data", recursive=True)
-    assert {name.removeprefix("s3://") for name in left} == times(out).keys()
+    existing = storage.list_files(f"{bucket}/data", recursive=True)
+    assert {name.removeprefix("s3://") for name in existing} == modification_times(out).keys()

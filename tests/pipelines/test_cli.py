@@ -175,6 +175,7 @@ def test_invalid_configuration_file_is_a_user_error(
             "train d --out o --train.zero_terminal_snr true",
             "train.zero_terminal_snr = True: requires v_prediction, not epsilon; set train.prediction_type v_prediction",
         ),
+        ("ui --port 65536", "--port 65536: must be from 1 to 65535; set e.g. 5000"),
         ("ui --train.stage2.lr 0", "train.stage2.lr = 0.0: must be above 0; set e.g. 1e-05"),
         ("ui --train.drop_reference 1.5", "train.drop_reference = 1.5: must be from 0 to 1; set e.g. 0.1"),
         ("ui --train.ema_decay 1", "train.ema_decay = 1.0: must be at least 0 and below 1; set e.g. 0.999"),
@@ -185,10 +186,10 @@ def test_invalid_configuration_file_is_a_user_error(
         ),
         ("weights chek x", "action: expected Literal['check'], got chek; see tcan weights --help"),
         ("weights check", "missing PATHS; see tcan weights --help"),
-        ("weights check no/such/thing", "no/such/thing: no such file or folder"),
+        ("weights check no/such/thing", "no/such/thing: no such file or folder; check the path"),
         (
             "export --model nothing --out x",
-            "nothing: no model folder (no readable tcan.json in it); give what tcan train wrote",
+            "nothing: not a model folder (no readable tcan.json); pass the model folder of tcan train",
         ),
         ("ui --size 100", "size = 100: must be above 0 and a multiple of 64; set e.g. 512"),
         (
@@ -199,7 +200,7 @@ def test_invalid_configuration_file_is_a_user_error(
             "preprocess v o --preprocess.canvas 120",
             "preprocess.canvas = 120: must be at least size = 128, the side of the training crops; change one of them",
         ),
-        ("ui --animate.guidance_scale -1", "animate.guidance_scale = -1.0: must be at least 0"),
+        ("ui --animate.guidance_scale -1", "animate.guidance_scale = -1.0: must be at least 0; set e.g. 7.5"),
         (
             "preprocess v o --preprocess.commit_seconds -1",
             "preprocess.commit_seconds = -1.0: must be at least 0; set e.g. 60",
@@ -208,11 +209,11 @@ def test_invalid_configuration_file_is_a_user_error(
             "train d --out o --train.pose_jitter 50",
             "train.pose_jitter = 50.0: must be from 0 to 1; set e.g. 0.01",
         ),
-        ("preprocess v ./v/", "./v/: is the folder of the videos; give another one for the dataset"),
+        ("preprocess v ./v/", "./v/: is the folder of the videos; give another folder for the dataset"),
         ("ui --seed -1", "seed = -1: must be from 0 to 2^63 - 1; set e.g. 0"),
         (
             "ui --animate.steps 5000",
-            "animate.steps = 5000: must be from 1 to 1000, the number of noise levels",
+            "animate.steps = 5000: must be from 1 to 1000, the number of noise levels; set e.g. 25",
         ),
     ],
 )
@@ -265,9 +266,9 @@ def test_user_error_in_a_ray_task_is_unwrapped(ray_cluster: None) -> None:
 
     @ray.remote
     def fail(is_user_error: bool) -> None:
-        raise UserError("the file is broken") if is_user_error else ValueError("a bug")
+        raise UserError("a.mp4: the file is broken; re-encode it") if is_user_error else ValueError("a bug")
 
-    for is_user_error, message in ((True, "the file is broken"), (False, None)):
+    for is_user_error, message in ((True, "a.mp4: the file is broken; re-encode it"), (False, None)):
         try:
             ray.get(fail.remote(is_user_error))
         except Exception as error:

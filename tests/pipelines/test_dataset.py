@@ -1,4 +1,4 @@
-"""`tcan dataset info|rejected|verify|preview`: a whole dataset is found whole, and whatever is changed in it is found."""
+"""`tcan dataset info|rejected|verify|preview`: intact datasets pass verification, and every kind of change is detected."""
 
 import io
 import json
@@ -18,20 +18,14 @@ from PIL import Image
 from pipelines import cli
 from pipelines.config_parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, file_name, read_info
+from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.dataset_commands import preview
-from pipelines.preprocess.shards import (
-    ShardWriter,
-    VideoAssembler,
-    forget_rejected,
-    read_contents,
-    write_info,
-    writing,
-)
+from pipelines.preprocess.shards import ShardWriter, forget_rejected, read_contents, write_info, writing
 from pipelines.preprocess.sources import Source
 from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
 from tcan.weights import load_part
-from tests.pipelines.test_preprocess import encoded_row, ending, person
+from tests.pipelines.test_preprocess import encoded_row, end_row, person
 
 IDS = ["0" * 16, "8" * 16, "f" * 16]
 IDENTITY = {"schema_version": 2, "validation_fraction": 0.1}
@@ -40,7 +34,10 @@ IDENTITY = {"schema_version": 2, "validation_fraction": 0.1}
 def write_dataset(
     folder: Path, vae_fingerprint: str = "", identity: dict = IDENTITY, parts: dict | None = None
 ) -> Path:
-    """Two videos of three clips, and a rejected one, with two people in each frame. parts: more of each clip."""
+    """Write two videos of three clips with two people per frame, and one rejected video.
+
+    parts: columns that are added to each clip.
+    """
     people = [np.stack([person(40, 20), person(10, 40)])] * 3
     with writing(str(folder)):
         writer = ShardWriter(str(folder), identity, 2**30, 1e9)
@@ -51,8 +48,8 @@ def write_dataset(
         for video in IDS[:2]:
             for start in (0, 3, 6):
                 assembler.add(encoded_row(video, start, people) | (parts or {}))
-            assembler.add(ending(video, 3))
-        assembler.add(ending(IDS[2], stage="decode"))
+            assembler.add(end_row(video, 3))
+        assembler.add(end_row(IDS[2], None, "decode"))
         writer.commit()
         contents = read_contents(str(folder), identity)
         info = {
@@ -63,23 +60,23 @@ def write_dataset(
     return folder
 
 
-def the_file(folder: Path, part: str = "clips") -> Path:
+def only_file(folder: Path, part: str = "clips") -> Path:
     (file,) = (folder / part).iterdir()
     return file
 
 
-def flip_a_byte(folder: Path) -> None:
-    file = the_file(folder)
+def flip_byte(folder: Path) -> None:
+    file = only_file(folder)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
 def rewrite(change: Callable[[list[dict]], None]) -> Callable[[Path], None]:
-    """Rows changed by someone who also gave the file its right name and wrote it into dataset.json."""
+    """Return a function that changes rows and updates the file name and dataset.json accordingly."""
 
     def tamper(folder: Path) -> None:
-        file = the_file(folder)
+        file = only_file(folder)
         table = pq.read_table(file)
         rows = table.to_pylist()
         change(rows)
@@ -103,77 +100,80 @@ def edit_info(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a byte": (flip_a_byte, "another digest"),
-    "a missing file": (lambda folder: the_file(folder, "rejected").unlink(), "rejected-.*: missing"),
-    "a foreign file": (
-        lambda folder: (folder / "clips" / "x.parquet").write_bytes(the_file(folder).read_bytes()),
-        "x.parquet: not of this dataset",
+    "changed byte": (flip_byte, "digest mismatch"),
+    "missing file": (lambda folder: only_file(folder, "rejected").unlink(), "rejected-.*: missing"),
+    "unknown file": (
+        lambda folder: (folder / "clips" / "x.parquet").write_bytes(only_file(folder).read_bytes()),
+        "x.parquet: not listed in dataset.json",
     ),
-    "other settings": (edit_info, "made with other settings"),
-    "a lost clip": (rewrite(lambda rows: rows.pop()), "says 6 clips, the files hold 5"),
-    "a doubled clip": (rewrite(lambda rows: rows.append(rows[0])), "frames that are in two clips"),
-    "a shape": (
+    "other settings": (edit_info, "created with other settings"),
+    "missing clip": (rewrite(lambda rows: rows.pop()), "6 clips listed, the files contain 5"),
+    "duplicate clip": (rewrite(lambda rows: rows.append(rows[0])), "clips overlap"),
+    "wrong shape": (
         rewrite(lambda rows: rows[0].update(latent_mean=b"\0" * 64)),
-        "a shape that is not of 3 frames",
+        "array shape does not match 3 frames",
     ),
-    "not a number": (
+    "NaN": (
         rewrite(lambda rows: rows[0].update(latent_logvar=np.full(3 * 4 * 64, np.nan, "<f2").tobytes())),
-        "not finite",
+        "NaN or inf values",
     ),
-    "a split": (rewrite(lambda rows: rows[0].update(split="train")), "in the split train"),
-    "an id": (rewrite(lambda rows: rows[0].update(start=1)), "an id that is not"),
-    "another main person": (
+    "wrong split": (rewrite(lambda rows: rows[0].update(split="train")), "wrong split train"),
+    "wrong id": (
+        rewrite(lambda rows: rows[0].update(start=1)),
+        "clip_id does not match video_id and start",
+    ),
+    "wrong main person": (
         rewrite(lambda rows: rows[0].update(main_person=[0, 0, 0])),
-        "keypoints that are not the main person's",
+        "keypoints differ from those of the main person",
     ),
-    "a lost person": (
+    "missing person": (
         rewrite(lambda rows: rows[0].update(people_per_frame=[2, 2, 1])),
-        "people that are not",
+        "people do not match people_per_frame",
     ),
 }
 
 
-def test_a_whole_dataset_is_found_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_intact_dataset_passes_verification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_dataset(tmp_path)
     assert cli.main(["dataset", "verify", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: whole: 2 files, 2 videos, 6 clips\n"
+    assert capsys.readouterr().out == f"{tmp_path}: verified: 2 files, 2 videos, 6 clips\n"
     assert cli.main(["dataset", "info", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "2 videos (1 train, 1 validation) in 6 clips, 18 frames, 0.0 minutes" in shown
-    assert "of 3 sources 1 rejected, 0 duplicates; 2 files" in shown and "1  decode: broken" in shown
+    output = capsys.readouterr().out
+    assert "2 videos (1 train, 1 validation) in 6 clips, 18 frames, 0.0 minutes" in output
+    assert "1 of 3 sources rejected, 0 duplicates; 2 files" in output and "1  decode: broken" in output
     assert cli.main(["dataset", "rejected", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"/{IDS[2]}\tdecode\tbroken\n"
 
 
-def test_lines_that_nobody_reads_are_no_error(tmp_path: Path) -> None:
+def test_closed_output_pipe_is_no_error(tmp_path: Path) -> None:
     write_dataset(tmp_path)
     command = shlex.join([sys.executable, "-m", "pipelines.cli", "dataset", "info", str(tmp_path)])
-    ended = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
     )
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (0, "")
 
 
-def test_one_damaged_file_is_one_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    the_file(write_dataset(tmp_path)).unlink()
+def test_missing_file_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only_file(write_dataset(tmp_path)).unlink()
     assert cli.main(["dataset", "verify", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("clips/clips-") and line.endswith(": missing")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
-    tamper, words = FAULTS[fault]
+def test_verify_detects_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
+    tamper, message = FAULTS[fault]
     tamper(write_dataset(tmp_path))
     capsys.readouterr()
     assert cli.main(["dataset", "verify", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"tcan: error: {tmp_path}: ")
-    assert re.search(words, captured.out), captured.out
+    assert re.search(message, captured.out), captured.out
 
 
-def test_rows_groups_can_be_fetched_singly_and_files_have_their_size(tmp_path: Path) -> None:
-    """Clips of 1 MB: two in a row group of 2 MiB, and files of 4 MB end with the video that fills them."""
+def test_row_groups_and_files_have_the_configured_size(tmp_path: Path) -> None:
+    """Clips of 1 MB: row groups of 2 MiB contain two clips; files end with the video that reaches 4 MB."""
     noise = np.random.default_rng(0)
     with writing(str(tmp_path)):
         writer = ShardWriter(str(tmp_path), {}, 4 * 10**6, 1e9)
@@ -192,11 +192,11 @@ def test_rows_groups_can_be_fetched_singly_and_files_have_their_size(tmp_path: P
     ] * 2
 
 
-def test_rejected_sources_are_forgotten_when_they_are_to_be_tried_again(tmp_path: Path) -> None:
+def test_forget_rejected_deletes_only_the_given_rejections_and_no_duplicates(tmp_path: Path) -> None:
     with writing(str(tmp_path)):
         writer = ShardWriter(str(tmp_path), {}, 2**30, 1e9)
-        for name, stage in {"a": "decode", "b": "pose", "elsewhere": "decode", "twin": "duplicate"}.items():
-            writer.add_rejected(Source(f"/{name}", name, "1-1"), stage, "broken")
+        for name, step in {"a": "decode", "b": "pose", "elsewhere": "decode", "twin": "duplicate"}.items():
+            writer.add_rejected(Source(f"/{name}", name, "1-1"), step, "broken")
             writer.commit()
         assert forget_rejected(str(tmp_path), {}, {"/a", "/b", "/twin"}) == 2
         assert set(read_contents(str(tmp_path), {}).rejected) == {
@@ -206,7 +206,7 @@ def test_rejected_sources_are_forgotten_when_they_are_to_be_tried_again(tmp_path
         assert forget_rejected(str(tmp_path), {}, {"/a", "/b"}) == 0
 
 
-def test_a_preview_shows_latents_and_poses(tmp_path: Path, pretrained_folder: Path) -> None:
+def test_preview_shows_latents_and_poses(tmp_path: Path, pretrained_folder: Path) -> None:
     write_dataset(tmp_path / "data", fingerprint(load_part("vae", str(pretrained_folder))))
     out = tmp_path / "preview.png"
     assert (
@@ -223,20 +223,20 @@ def test_a_preview_shows_latents_and_poses(tmp_path: Path, pretrained_folder: Pa
     )
     sheet = np.asarray(Image.open(out)).astype(int)
     assert sheet.shape == (6 * 64, 8 * 64, 3)
-    # The decoded latents are the same in all frames of a clip: what stands out from their median is the pose.
+    # All frames of a clip decode to the same image, so deviations from its median belong to the poses.
     first = sheet[:64, :64]
     main, other = first[12:52, 8:13], first[22:42, 38:43]
-    assert np.ptp(main, axis=-1).max() > 60  # in colour
-    assert np.abs(other - np.median(first, axis=(0, 1))).mean() > 10  # there, but grey
+    assert np.ptp(main, axis=-1).max() > 60  # in color
+    assert np.abs(other - np.median(first, axis=(0, 1))).mean() > 10  # in gray
 
     with pytest.raises(UserError, match="another VAE"):
         preview(str(write_dataset(tmp_path / "other", "feed")), str(out), load_config())
 
 
-def test_hands_and_faces_are_columns_where_they_were_asked_for(
+def test_hands_and_faces_are_stored_if_enabled(
     tmp_path: Path, pretrained_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of wide images, whose square begins elsewhere: a face lies on its body's joint, and on the preview."""
+    """In wide frames, face and hand points are cropped like the body joint that they are copied from, also in the preview."""
     identity = IDENTITY | {"hand_fingerprint": "feed", "face_fingerprint": "beef"}
     people = np.tile(np.stack([person(100, 40), person(90, 10)]), (3, 1, 1))
     latent = np.zeros((3, 4, 8, 16), "<f2").tobytes()
@@ -247,7 +247,7 @@ def test_hands_and_faces_are_columns_where_they_were_asked_for(
     parts |= {"hands": hands.tobytes(), "faces": faces.tobytes()}
     vae = fingerprint(load_part("vae", str(pretrained_folder)))
     write_dataset(tmp_path / "data", vae, identity, parts)
-    table = pq.read_table(the_file(tmp_path / "data"))
+    table = pq.read_table(only_file(tmp_path / "data"))
     assert table.schema.names == [*CLIP_SCHEMA.names, "hands", "faces"]
     clip = decode_row(table.to_pylist()[0])
     assert clip["people"][0, 0, 0] < 64
@@ -257,25 +257,25 @@ def test_hands_and_faces_are_columns_where_they_were_asked_for(
     assert cli.main(["dataset", "verify", str(tmp_path / "data")]) == 0
 
     out = tmp_path / "preview.png"
-    preview_of = [
+    command = [
         "dataset",
         "preview",
         str(tmp_path / "data"),
         f"--out={out}",
         f"--pretrained.vae={pretrained_folder}",
     ]
-    assert cli.main(preview_of) == 0
+    assert cli.main(command) == 0
     x, y = clip["people"][0, 0, :2].astype(int)
     assert (np.asarray(Image.open(out))[y, x] == 255).all()
 
-    write_dataset(tmp_path / "plain", vae)
-    assert pq.read_schema(the_file(tmp_path / "plain")).remove_metadata().equals(CLIP_SCHEMA)
+    write_dataset(tmp_path / "disabled", vae)
+    assert pq.read_schema(only_file(tmp_path / "disabled")).remove_metadata().equals(CLIP_SCHEMA)
     write_dataset(tmp_path / "fewer", vae, identity, parts | {"hands": hands[1:].tobytes()})
     assert cli.main(["dataset", "verify", str(tmp_path / "fewer")]) == 2
-    assert "hands or faces that are not its people's" in capsys.readouterr().out
+    assert "hands or faces do not match the number of people" in capsys.readouterr().out
 
 
-def test_an_unfinished_or_missing_dataset_is_one_line(tmp_path: Path) -> None:
+def test_missing_or_unfinished_dataset_is_a_user_error(tmp_path: Path) -> None:
     assert cli.main(["dataset", "verify", str(tmp_path)]) == 2
     write_dataset(tmp_path)
     (tmp_path / "dataset.json").unlink()
@@ -283,22 +283,22 @@ def test_an_unfinished_or_missing_dataset_is_one_line(tmp_path: Path) -> None:
         read_info(tmp_path)
 
 
-def test_missing_and_damaged_files_are_one_line(
+def test_missing_and_damaged_files_are_user_errors_on_one_line(
     tmp_path: Path, pretrained_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_dataset(tmp_path / "data", fingerprint(load_part("vae", str(pretrained_folder))))
     (file,) = (data / "clips").glob("*.parquet")
-    whole = file.read_bytes()
+    content = file.read_bytes()
     commands = (
         ["info", str(data)],
         ["preview", str(data), f"--out={tmp_path}/a.png", f"--pretrained.vae={pretrained_folder}"],
     )
-    for damage, words in (
-        (lambda: file.write_bytes(whole[:-50]), f"{file}: cannot be read"),
-        (file.unlink, f"{data}: 1 of its files are missing, such as clips/"),
+    for damage, message in (
+        (lambda: file.write_bytes(content[:-50]), f"{file}: cannot be read"),
+        (file.unlink, f"{data}: 1 files are missing, such as clips/"),
     ):
         damage()
         for command in commands:
             assert cli.main(["dataset", *command]) == 2
             error = capsys.readouterr().err
-            assert error.startswith(f"tcan: error: {words}") and error.count("\n") == 1
+            assert error.startswith(f"tcan: error: {message}") and error.count("\n") == 1

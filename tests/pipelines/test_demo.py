@@ -1,4 +1,4 @@
-"""The whole way with the shipped weights: few videos and few steps, every part real."""
+"""End-to-end demo with the shipped weights, few videos and few steps."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from tcan.video import read_video
 pytestmark = pytest.mark.slow
 
 
-def small(*more: str) -> Config:
+def small_config(*more: str) -> Config:
     steps = ["--train.stage1.steps", "3", "--train.stage2.steps", "2", "--animate.steps", "2"]
     return load_config(*steps, "--evaluate.frames", "4", *more)
 
@@ -38,14 +38,14 @@ def out(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
             "HELD_OUT_FRAMES": 20,
         }.items():
             patch.setattr(demo_module, name, value)
-        demo(out, small())
+        demo(out, small_config())
         modified = {path: path.stat().st_mtime_ns for path in (out / "run" / "model").rglob("*")}
-        demo(out, small())  # goes on from what is there: everything
+        demo(out, small_config())  # everything is finished, so the rerun must not rewrite the model
         assert modified == {path: path.stat().st_mtime_ns for path in (out / "run" / "model").rglob("*")}
     return out
 
 
-def test_what_the_demo_leaves(out: Path):
+def test_demo_writes_videos_evaluations_and_contact_sheet(out: Path):
     for character in ("dance", "bizarre"):
         frames, fps = read_video(out / "animated" / f"{character}.mp4")
         assert frames.shape == (20, 128, 3 * 128, 3) and fps == 24
@@ -56,13 +56,11 @@ def test_what_the_demo_leaves(out: Path):
     assert np.asarray(Image.open(out / "sheet.png")).std() > 10
 
 
-def test_the_runs_point_at_each_other(out: Path):
+def test_mlflow_runs_are_linked_by_tags(out: Path):
     client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow/mlflow.db")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     by_kind = {run.data.tags["tcan.kind"]: run for run in runs if "tcan.kind" in run.data.tags}
-    assert [run.info.status for run in runs] == [
-        "FINISHED"
-    ] * 5  # preprocess, two stages, two evaluations: once each
+    assert [run.info.status for run in runs] == ["FINISHED"] * 5  # preprocess, two stages, two evaluations
     stage1, stage2 = by_kind["stage1"], by_kind["stage2"]
     assert stage1.data.tags["tcan.dataset_run"] == by_kind["preprocess"].info.run_id
     assert stage2.data.tags["tcan.stage1_run"] == stage1.info.run_id
@@ -71,24 +69,24 @@ def test_the_runs_point_at_each_other(out: Path):
     assert [metric.step for metric in losses] == [1, 2, 3] and all(0 < metric.value < 2 for metric in losses)
 
 
-def test_nobody_to_animate(out: Path, tmp_path: Path):
+def test_inputs_without_person_raise_user_error(out: Path, tmp_path: Path):
     clip = sample_clip("dance", 3, 16)
-    behind, _ = sample_background("dance", np.random.default_rng(3), clip.frames.shape[1])
-    write_clip(clip, tmp_path / "somebody")
-    write_clip(Clip(np.stack([behind] * 16), clip.keypoints, clip.mask), tmp_path / "nobody")
-    Image.fromarray(behind).save(tmp_path / "nobody.png")
-    Image.fromarray(clip.frames[0]).save(tmp_path / "somebody.png")
+    background, _ = sample_background("dance", np.random.default_rng(3), clip.frames.shape[1])
+    write_clip(clip, tmp_path / "person")
+    write_clip(Clip(np.stack([background] * 16), clip.keypoints, clip.mask), tmp_path / "empty")
+    Image.fromarray(background).save(tmp_path / "empty.png")
+    Image.fromarray(clip.frames[0]).save(tmp_path / "person.png")
     model, target = out / "run" / "model", tmp_path / "result.mp4"
-    with pytest.raises(UserError, match=r"nobody\.png: no person"):
-        animate(Animation(tmp_path / "nobody.png", target, tmp_path / "somebody.mp4"), model, small())
-    with pytest.raises(UserError, match=r"nobody\.mp4: no person"):
-        animate(Animation(tmp_path / "somebody.png", target, tmp_path / "nobody.mp4"), model, small())
+    with pytest.raises(UserError, match=r"empty\.png: no person"):
+        animate(Animation(tmp_path / "empty.png", target, tmp_path / "person.mp4"), model, small_config())
+    with pytest.raises(UserError, match=r"empty\.mp4: no person"):
+        animate(Animation(tmp_path / "person.png", target, tmp_path / "empty.mp4"), model, small_config())
     assert not target.exists()
     with pytest.raises(UserError, match="none of the 1 videos can be used"):
         evaluate(
-            tmp_path / "nobody.mp4",
+            tmp_path / "empty.mp4",
             model,
             tmp_path / "evaluation",
-            small("--tracking.folder", f"{tmp_path}/runs"),
+            small_config("--tracking.folder", f"{tmp_path}/runs"),
         )
     assert not (tmp_path / "evaluation" / "evaluation.json").exists()

@@ -1,4 +1,4 @@
-"""`tcan evaluate`: metrics and controls of results that are known beforehand."""
+"""`tcan evaluate`: metrics and control metrics of synthetic results with known values."""
 
 import csv
 from pathlib import Path
@@ -23,8 +23,8 @@ from tcan.pose import draw_poses
 from tcan.video import read_video
 
 
-def perfect(seed: int, num_frames: int = 6) -> Evaluated:
-    """A puppet reconstructed without a fault."""
+def perfect_result(seed: int, num_frames: int = 6) -> Evaluated:
+    """Puppet video whose result equals its ground truth."""
     clip = sample_clip("dance", seed, num_frames, every=6)
     poses = clip.keypoints
     drawn = draw_poses(poses, 128, 128, 2)
@@ -35,26 +35,26 @@ def perfect(seed: int, num_frames: int = 6) -> Evaluated:
 
 @pytest.fixture(scope="module")
 def videos() -> list[Evaluated]:
-    videos = [perfect(seed) for seed in (1, 2, 3)]
+    videos = [perfect_result(seed) for seed in (1, 2, 3)]
     compute_metrics(videos)
     return videos
 
 
-def test_perfect_results_and_their_controls(videos: list[Evaluated]) -> None:
+def test_perfect_results_have_ideal_metrics_and_worse_controls(videos: list[Evaluated]) -> None:
     for video in videos:
-        m = video.metrics
-        assert (m["l1"], m["psnr"], m["ssim"]) == (0, np.inf, pytest.approx(1, abs=1e-4))
-        assert m["pose_5"] == m["pose_5_wrists"] == m["pose_5_true"] == 1
-        assert m["flicker"] == m["flicker_source"]
-        assert np.isfinite(m["psnr_still"]) and m["l1_still"] > 0
-        assert m["pose_5_other"] < 0.6 and m["pose_5_mean_pose"] < 0.6
-        assert m["colour_distance"] < m["colour_distance_other"]
-        assert m["identified_chance"] == pytest.approx(1 / 3)
+        metrics = video.metrics
+        assert (metrics["l1"], metrics["psnr"], metrics["ssim"]) == (0, np.inf, pytest.approx(1, abs=1e-4))
+        assert metrics["pose_5"] == metrics["pose_5_wrists"] == metrics["pose_5_true"] == 1
+        assert metrics["flicker"] == metrics["flicker_source"]
+        assert np.isfinite(metrics["psnr_still"]) and metrics["l1_still"] > 0
+        assert metrics["pose_5_other"] < 0.6 and metrics["pose_5_mean_pose"] < 0.6
+        assert metrics["colour_distance"] < metrics["colour_distance_other"]
+        assert metrics["identified_chance"] == pytest.approx(1 / 3)
     assert np.mean([video.metrics["identified"] for video in videos]) > 0.9
 
 
-def test_a_result_that_stands_still() -> None:
-    videos = [perfect(seed) for seed in (1, 2)]
+def test_static_result_has_no_flicker_and_low_pose_score() -> None:
+    videos = [perfect_result(seed) for seed in (1, 2)]
     for video in videos:
         video.result = np.repeat(video.truth[:1], len(video.truth), axis=0)
         video.found = np.repeat(video.poses[:1], len(video.poses), axis=0)
@@ -64,18 +64,20 @@ def test_a_result_that_stands_still() -> None:
         assert video.metrics["pose_5"] < 0.7
 
 
-def test_one_video_has_no_control_by_another() -> None:
-    video = perfect(1)
+def test_single_video_has_nan_cross_video_controls() -> None:
+    video = perfect_result(1)
     compute_metrics([video])
     assert np.isnan(video.metrics["pose_5_other"]) and np.isnan(video.metrics["colour_distance_other"])
     assert "another" not in table(means([video.metrics]))
 
 
-def test_means_leave_out_what_a_video_lacks() -> None:
+def test_means_ignore_missing_and_nan_metrics() -> None:
     assert means([{"a": 1.0, "b": float("nan")}, {"a": 3.0, "b": 2.0, "c": 5.0}]) == {"a": 2, "b": 2, "c": 5}
 
 
-def test_what_is_written(videos: list[Evaluated], tmp_path: Path) -> None:
+def test_csv_contact_sheet_and_comparison_have_expected_contents(
+    videos: list[Evaluated], tmp_path: Path
+) -> None:
     _write_csv(videos, tmp_path / "videos.csv")
     with open(tmp_path / "videos.csv") as file:
         rows = list(csv.DictReader(file))
@@ -85,7 +87,7 @@ def test_what_is_written(videos: list[Evaluated], tmp_path: Path) -> None:
     assert read_video(tmp_path / "one.mp4")[0].shape == (6, 128, 4 * 128, 3)
 
 
-def test_bad_input(tmp_path: Path) -> None:
+def test_invalid_video_sources_raise_user_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for videos, reason in ((tmp_path / "empty", "no videos"), (tmp_path / "missing", "no such")):
         with pytest.raises(UserError, match=reason):

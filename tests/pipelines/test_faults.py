@@ -1,5 +1,8 @@
-"""Processes and a machine that die in the middle of a job, on a real cluster of several nodes, a store and a disk that are
-too small: nothing is lost, nothing comes twice, and what is made is what a calm job makes."""
+"""Fault tolerance of preprocessing on a multi-node Ray cluster.
+
+Faults: killed decoder, actor and node, small object store, full disk. The resulting dataset must equal that of an
+uninterrupted job, without lost or duplicated clips.
+"""
 
 import os
 import re
@@ -27,7 +30,7 @@ CLIPS = {"0.mp4": 5, "1.mp4": 5, "2.mp4": 5, "long.mp4": 12}
 
 
 def write_videos(folder: Path) -> Path:
-    """Good ones of several clips, a broken one and a copy."""
+    """Write valid videos of several clips, a broken file and a copy."""
     for seed, (name, clips) in enumerate(CLIPS.items()):
         write_video(folder / name, 16 * clips, seed=seed)
     (folder / "text.mp4").write_text("no video")
@@ -35,11 +38,11 @@ def write_videos(folder: Path) -> Path:
     return folder
 
 
-def assert_same(out: Path, calm: Path, videos: Path) -> None:
-    """Every source kept, rejected or a duplicate, and the clips are those of the calm job."""
-    assert read_info(out)["counts"] == read_info(calm)["counts"]
+def assert_same_dataset(out: Path, uninterrupted: Path, videos: Path) -> None:
+    """Check that each source is kept, rejected or a duplicate, and that the clips equal those of the other dataset."""
+    assert read_info(out)["counts"] == read_info(uninterrupted)["counts"]
     rows = read_clips(out)
-    assert_same_clips(out, rows, read_clips(calm))
+    assert_same_clips(out, rows, read_clips(uninterrupted))
     rejected = [row for file in (out / "rejected").iterdir() for row in pq.read_table(file).to_pylist()]
     assert Counter(row["source"] for row in rejected) + Counter({row["source"] for row in rows}) == Counter(
         list_sources(str(videos))
@@ -55,13 +58,13 @@ def assert_same_clips(out: Path, rows: list[dict], truth: list[dict]) -> None:
         assert {key: row[key] for key in ("clip_id", "source", "split", "main_person")} == {
             key: other[key] for key in ("clip_id", "source", "split", "main_person")
         }
-        ours, theirs = decode_row(row), decode_row(other)
-        assert all(np.allclose(ours[name], theirs[name], atol=2e-3) for name in theirs), row["clip_id"]
+        found, expected = decode_row(row), decode_row(other)
+        assert all(np.allclose(found[name], expected[name], atol=2e-3) for name in expected), row["clip_id"]
     assert not [path for path in out.rglob("*") if path.name.startswith(".")]
 
 
 @pytest.fixture(scope="module")
-def made(pretrained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def datasets(pretrained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     write_videos(folder / "videos")
     command = [sys.executable, "-m", "tests.pipelines.faulty_cluster", str(folder / "videos"), str(folder)]
@@ -72,25 +75,25 @@ def made(pretrained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     ]
     command += [f"--tracking.folder={folder / 'mlflow'}"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["decoder", "actor", "node"])
-def test_what_dies_changes_nothing(made: Path, fault: str) -> None:
-    assert_same(made / fault, made / "calm", made / "videos")
+def test_killed_process_or_node_leaves_dataset_unchanged(datasets: Path, fault: str) -> None:
+    assert_same_dataset(datasets / fault, datasets / "uninterrupted", datasets / "videos")
 
 
 @pytest.mark.slow
-def test_a_store_that_is_too_small_changes_nothing(made: Path) -> None:
-    truth = [row for row in read_clips(made / "calm") if row["source"].endswith("long.mp4")]
-    assert_same_clips(made / "store", read_clips(made / "store"), truth)
+def test_small_object_store_leaves_clips_unchanged(datasets: Path) -> None:
+    truth = [row for row in read_clips(datasets / "uninterrupted") if row["source"].endswith("long.mp4")]
+    assert_same_clips(datasets / "store", read_clips(datasets / "store"), truth)
 
 
-def workers() -> list[str]:
-    """Processes of this one's Ray in which a job's actors live."""
+def actor_processes() -> list[str]:
+    """Names of the Ray Data actor processes below this process."""
     names = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
@@ -99,7 +102,7 @@ def workers() -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_job_whose_disk_is_full_ends_and_goes_on_when_there_is_room(
+def test_full_disk_ends_the_job_and_rerun_resumes(
     small_disk: Path,
     tmp_path: Path,
     pretrained_folder: Path,
@@ -120,16 +123,16 @@ def test_a_job_whose_disk_is_full_ends_and_goes_on_when_there_is_room(
         r"tcan: error: .*/clips.*: cannot be written: no space left on device; free disk space .*\n", error
     )
     for _ in range(300):
-        if not workers():
+        if not actor_processes():
             break
         time.sleep(0.1)
-    assert not workers()
+    assert not actor_processes()
     survived = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert survived and all(path.suffix == ".parquet" for path in survived)
     assert 0 < len(read_clips(out)) < sum(CLIPS.values())
 
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
     assert cli.main(job) == 0
-    assert cli.main(["preprocess", str(videos), str(tmp_path / "calm"), *options]) == 0
+    assert cli.main(["preprocess", str(videos), str(tmp_path / "uninterrupted"), *options]) == 0
     assert survived.items() <= {path: path.read_bytes() for path in out.rglob("*.parquet")}.items()
-    assert_same(out, tmp_path / "calm", videos)
+    assert_same_dataset(out, tmp_path / "uninterrupted", videos)

@@ -1,4 +1,4 @@
-"""Preprocessing, on real H.264 files and a real Ray: nothing lost, nothing twice, and what plain pyarrow reads back."""
+"""Preprocessing of real video files with Ray: sources, decoding, shards, and complete jobs read back with pyarrow."""
 
 import dataclasses
 import json
@@ -42,10 +42,10 @@ from pipelines.preprocess.schemas import DECODED_SCHEMA, ENCODED_SCHEMA
 from pipelines.preprocess.shards import Contents, ShardWriter, read_contents, writing
 from pipelines.preprocess.sources import Source, identify, list_sources
 from pipelines.puppets.world import Clip, sample_clip, write_clip
+from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.pose.hands import FaceDetector
 from tcan.pose.openpose_loading import open_pose_module
-from tcan.crop import fit_image
 from tcan.video import write_video as write_frames
 from tcan.weights import load_part
 from tests.pipelines.faults import KEPT, SIZE, disc_frames, rotate, trim, write_corpus, write_video
@@ -60,7 +60,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[str, str]]]:
-    """Good, odd and broken files, and what is to become of each."""
+    """Folder of valid, unusual and broken files, and the expected outcome of each."""
     folder = tmp_path_factory.mktemp("videos")
     return folder, write_corpus(folder)
 
@@ -75,7 +75,7 @@ def make_config(pretrained: Path, folder: Path, *options: str) -> Config:
 
 
 @dataclasses.dataclass
-class Made:
+class Preprocessed:
     videos: Path
     expected: dict[str, tuple[str, str]]
     out: Path
@@ -85,16 +85,16 @@ class Made:
 
 
 @pytest.fixture(scope="session")
-def made(
+def job(
     corpus: tuple[Path, dict],
     pretrained_folder: Path,
     ray_cluster: None,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Made:
-    folder = tmp_path_factory.mktemp("made")
+) -> Preprocessed:
+    folder = tmp_path_factory.mktemp("job")
     config = make_config(pretrained_folder, folder)
     summary = preprocess(str(corpus[0]), str(folder / "out"), config)
-    return Made(*corpus, folder / "out", config, pretrained_folder, summary)
+    return Preprocessed(*corpus, folder / "out", config, pretrained_folder, summary)
 
 
 def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -110,67 +110,67 @@ def read_clips(out: Path) -> list[dict]:
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_a_pattern_a_list_and_a_file_name_sources(tmp_path: Path) -> None:
+def test_list_sources_accepts_folder_pattern_list_and_file(tmp_path: Path) -> None:
     for name in ("a.mp4", "deep/er/b.MKV", "odd [1].mp4", "c.txt", "d.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     (tmp_path / "deep" / "loop").symlink_to(tmp_path)
 
-    def names(what: str) -> list[str]:
-        return [os.path.relpath(path, tmp_path) for path in list_sources(what)]
+    def names(source: str) -> list[str]:
+        return [os.path.relpath(path, tmp_path) for path in list_sources(source)]
 
     assert names(str(tmp_path)) == ["a.mp4", "deep/er/b.MKV", "odd [1].mp4"]
     assert names(str(tmp_path / "**/*.MKV"))[0] == "deep/er/b.MKV"
     assert names(str(tmp_path / "odd [1].mp4")) == ["odd [1].mp4"]
-    (tmp_path / "list.txt").write_text(f"# mine\n\na.mp4\n{tmp_path}/d.json\nmissing.mp4\na.mp4\n")
+    (tmp_path / "list.txt").write_text(f"# comment\n\na.mp4\n{tmp_path}/d.json\nmissing.mp4\na.mp4\n")
     assert names(str(tmp_path / "list.txt")) == ["a.mp4", "d.json", "missing.mp4"]
 
 
-def test_missing_or_empty_sources_are_one_line(tmp_path: Path) -> None:
+def test_missing_or_empty_sources_raise_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.txt").write_text("# nothing\n")
-    for what, words in {
+    for source, message in {
         "nowhere": "no such file or folder",
         "empty": "no videos in this folder",
         "*.mp4": "no file matches",
         "list.txt": "names no videos",
     }.items():
-        with pytest.raises(UserError, match=words) as error:
-            list_sources(str(tmp_path / what))
+        with pytest.raises(UserError, match=message) as error:
+            list_sources(str(tmp_path / source))
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file_is_a_source_with_a_problem(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
+def test_unreadable_file_is_listed_with_its_problem(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("x")
     (tmp_path / "a.mp4").chmod(0)
     assert "cannot be read" in str(identify([str(tmp_path / "a.mp4")], {})[0].problem)
 
 
-def test_what_is_done_depends_on_path_and_content() -> None:
+def test_plan_skips_finished_sources_by_path_and_content() -> None:
     done = Contents(
         videos={"1": "/a"},
         rejected={
             ("/bad", "2"): ("decode", ""),
             ("/gone", None): ("list", ""),
-            ("/twin", "5"): ("duplicate", "/again"),
+            ("/copy", "5"): ("duplicate", "/original"),
         },
     )
     sources = [
         Source("/a", "1"),  # done
-        Source("/again", "5"),  # its rejection was forgotten, that of its twin was not
-        Source("/twin", "5"),  # done
+        Source("/original", "5"),  # no longer recorded as rejected, although its duplicate still is
+        Source("/copy", "5"),  # done
         Source("/bad", "2"),  # done
         Source("/bad too", "2"),
         Source("/gone", problem="no such file"),  # done
-        Source("/bad", "3"),  # another content now
+        Source("/bad", "3"),  # content changed
         Source("/moved", "1"),
         Source("/new", "4"),
         Source("/new too", "4"),
     ]
     pending, rejected = plan(sources, done)
     assert [(source.path, source.video_id) for source in pending] == [
-        ("/again", "5"),
+        ("/original", "5"),
         ("/bad", "3"),
         ("/new", "4"),
     ]
@@ -186,25 +186,23 @@ def test_what_is_done_depends_on_path_and_content() -> None:
 DECODE = {"canvas": SIZE, "fps": None, "clip_frames": 16, "min_clip_frames": 8, "timeout": 120.0}
 
 
-def test_clips_are_the_video_cut_up(tmp_path: Path) -> None:
+def test_clips_contain_consecutive_frames_of_the_video(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 40)
     *clips, end = decode_clips(str(path), **DECODE)
     assert [(clip["start"], clip["num_frames"]) for clip in clips] == [(0, 16), (16, 16), (32, 8)]
     assert end == {"num_clips": 3}
     frames = np.frombuffer(b"".join(clip["frames"] for clip in clips), np.uint8).reshape(40, SIZE, SIZE, 3)
-    with av.open(
-        str(path)
-    ) as container:  # another reader's frames; decoders differ by a rounding in the colours
+    with av.open(str(path)) as container:  # decoders differ by rounding in colour conversion
         truth = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert np.abs(frames.astype(int) - truth).mean() < 2
-    others = [np.abs(frames.astype(int) - np.roll(truth, shift, axis=0)).mean() for shift in (-1, 1)]
-    assert np.abs(frames.astype(int) - truth).mean() < min(others)
-    # A rest that is too short is dropped.
+    shifted_errors = [np.abs(frames.astype(int) - np.roll(truth, shift, axis=0)).mean() for shift in (-1, 1)]
+    assert np.abs(frames.astype(int) - truth).mean() < min(shifted_errors)
+    # A remainder that is too short is dropped.
     *clips, end = decode_clips(str(path), **DECODE | {"min_clip_frames": 9})
     assert ([clip["num_frames"] for clip in clips], end) == ([16, 16], {"num_clips": 2})
 
 
-def test_the_crop_is_the_centre_square_scaled(tmp_path: Path) -> None:
+def test_crop_is_the_scaled_centre_square(tmp_path: Path) -> None:
     path = write_video(tmp_path / "wide.mp4", 16, height=128, width=320)
     clip, _ = decode_clips(str(path), **DECODE)
     assert clip["crop"] == [96, 0, 224, 128]
@@ -215,26 +213,26 @@ def test_the_crop_is_the_centre_square_scaled(tmp_path: Path) -> None:
     assert np.abs(frame - truth).mean() < 2
 
 
-def test_whole_images_keep_their_shape_up_to_a_limit(tmp_path: Path) -> None:
-    for name, height, width, sent in (
-        ("wide", 64, 150, (64, 144, [3, 0, 147, 64])),  # 150 is no multiple of 8
+def test_full_frames_keep_aspect_ratio_up_to_limit(tmp_path: Path) -> None:
+    for name, height, width, expected in (
+        ("wide", 64, 150, (64, 144, [3, 0, 147, 64])),  # 150 is not a multiple of 8
         ("tall", 160, 80, (128, 64, [0, 0, 80, 160])),
         ("very wide", 64, 320, (64, 192, [64, 0, 256, 64])),
         ("square", 96, 96, (64, 64, [0, 0, 96, 96])),
     ):
         path = write_video(tmp_path / f"{name}.mp4", 16, height=height, width=width)
         clip, _ = decode_clips(str(path), **DECODE | {"full_frame": True})
-        assert (clip["height"], clip["width"], np.round(clip["crop"], 3).tolist()) == sent
-        x0, y0, x1, y1 = sent[2]
+        assert (clip["height"], clip["width"], np.round(clip["crop"], 3).tolist()) == expected
+        x0, y0, x1, y1 = expected[2]
         frame = Image.fromarray(decord.VideoReader(str(path))[0].asnumpy()[y0:y1, x0:x1])
-        truth = np.asarray(frame.resize(sent[1::-1], Image.Resampling.LANCZOS), int)
+        truth = np.asarray(frame.resize(expected[1::-1], Image.Resampling.LANCZOS), int)
         assert (
             np.abs(np.frombuffer(clip["frames"], np.uint8)[: truth.size].reshape(truth.shape) - truth).max()
             <= 1
         )
 
 
-def test_resampling_takes_the_frame_of_that_time(tmp_path: Path) -> None:
+def test_resampling_selects_frame_at_each_timestamp(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 40, fps=30)
     clip, _ = decode_clips(str(path), **DECODE | {"fps": 10.0})
     frames = np.frombuffer(clip["frames"], np.uint8).reshape(-1, SIZE, SIZE, 3)
@@ -249,11 +247,11 @@ def test_resampling_takes_the_frame_of_that_time(tmp_path: Path) -> None:
         ("ten bits.mp4", {"pix_fmt": "yuv420p10le"}),
         ("grey.mkv", {"pix_fmt": "gray"}),
         ("odd.mkv", {"height": 49, "width": 71, "pix_fmt": "yuv444p"}),
-        ("turned.mp4", {"height": 64, "width": 128}),
+        ("rotated.mp4", {"height": 64, "width": 128}),
     ],
 )
-def test_odd_videos_look_as_they_should(tmp_path: Path, name: str, options: dict) -> None:
-    """Against the images that were drawn: their shapes, places, colours and the way up."""
+def test_unusual_encodings_decode_to_the_drawn_frames(tmp_path: Path, name: str, options: dict) -> None:
+    """Compares shape, position, colour and orientation with the frames that were encoded."""
     path = write_video(tmp_path / name, 20, **options)
     size = {"height": SIZE, "width": SIZE} | {
         key: options[key] for key in ("height", "width") if key in options
@@ -261,7 +259,7 @@ def test_odd_videos_look_as_they_should(tmp_path: Path, name: str, options: dict
     truth = np.stack(disc_frames(20, **size))
     if name.startswith("grey"):
         truth = np.repeat(truth @ [[0.299], [0.587], [0.114]], 3, axis=-1).astype(np.uint8)
-    if name.startswith("turned"):
+    if name.startswith("rotated"):
         rotate(path)
         truth = np.rot90(truth, k=-1, axes=(1, 2))  # clockwise
     clip, _ = decode_clips(str(path), **DECODE)
@@ -270,8 +268,8 @@ def test_odd_videos_look_as_they_should(tmp_path: Path, name: str, options: dict
     assert np.abs(frames - truth).mean() < 6, np.abs(frames - truth).mean()
 
 
-def test_a_variable_frame_rate_is_resampled_by_the_clock(tmp_path: Path) -> None:
-    times = [0, 40, 80, *range(400, 1200, 40)]  # the third frame stays for 320 ms
+def test_variable_frame_rate_is_resampled_by_timestamps(tmp_path: Path) -> None:
+    times = [0, 40, 80, *range(400, 1200, 40)]  # the third frame is shown for 320 ms
     path = write_video(tmp_path / "a.mp4", len(times), times=times)
     clip, _ = decode_clips(str(path), **DECODE | {"fps": 12.5})
     frames = np.frombuffer(clip["frames"], np.uint8).reshape(-1, SIZE, SIZE, 3).astype(int)
@@ -281,10 +279,11 @@ def test_a_variable_frame_rate_is_resampled_by_the_clock(tmp_path: Path) -> None
     assert len(frames) == 15
 
 
-def test_of_a_long_video_what_was_trimmed_off_is_not_shown(
+def test_trimmed_beginning_of_long_video_is_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_process, "AHEAD_BYTES", 40 * SIZE * SIZE * 3 - 1)  # so this one is long
+    # The video exceeds this limit, so it counts as long.
+    monkeypatch.setattr(decoder_process, "AHEAD_BYTES", 40 * SIZE * SIZE * 3 - 1)
     path = trim(write_video(tmp_path / "a.mp4", 40), 0.4)
     *clips, _ = decoder_process.decode(str(path), **DECODE)
     frames = np.concatenate([frames for _, frames in clips])
@@ -293,7 +292,7 @@ def test_of_a_long_video_what_was_trimmed_off_is_not_shown(
     assert closest == list(range(10, 40))
 
 
-def test_clips_end_where_the_scene_is_cut(tmp_path: Path) -> None:
+def test_clips_end_at_scene_cuts(tmp_path: Path) -> None:
     images = [
         np.full((SIZE, SIZE, 3), colour, np.uint8) for colour in ((200, 30, 30), (30, 30, 200), (30, 200, 30))
     ]
@@ -313,7 +312,7 @@ def test_clips_end_where_the_scene_is_cut(tmp_path: Path) -> None:
         )
 
 
-def test_videos_are_taken_by_their_length(tmp_path: Path) -> None:
+def test_videos_outside_duration_limits_are_rejected(tmp_path: Path) -> None:
     path = str(write_video(tmp_path / "a.mp4", 40))  # 1.6 s
     with pytest.raises(DecodeError, match=r"too short: 1\.6 s, less than 2 s"):
         list(decode_clips(path, **DECODE | {"min_seconds": 2.0}))
@@ -321,22 +320,22 @@ def test_videos_are_taken_by_their_length(tmp_path: Path) -> None:
         list(decode_clips(path, **DECODE | {"max_seconds": 1.5}))
 
 
-def test_a_decoder_that_takes_too_long_is_killed(tmp_path: Path) -> None:
+def test_decoder_timeout_raises_decode_error(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 40)
     with pytest.raises(DecodeError, match="no clip within"):
         list(decode_clips(str(path), **DECODE | {"timeout": 1e-5}))
 
 
-def test_a_reader_that_takes_its_time_is_not(tmp_path: Path) -> None:
+def test_slow_consumer_does_not_trigger_decoder_timeout(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 200, height=256, width=256)
     clips = decode_clips(str(path), **DECODE | {"canvas": 256, "timeout": 5.0})
     next(clips)
     time.sleep(6)
-    assert len(list(clips)) == 12 + 1  # the rest of 13, and how many they are
+    assert len(list(clips)) == 12 + 1  # the remaining 12 of 13 clips, and the end row
 
 
 def decoders() -> list[psutil.Process]:
-    """This process's, without those of its Ray; the first forks the others."""
+    """Decoder processes of this process, excluding those of Ray. The first one forks the others."""
     found = []
     for process in psutil.Process().children():
         with suppress(psutil.Error):
@@ -345,34 +344,36 @@ def decoders() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("at_work", [False, True])
+@pytest.mark.parametrize("after_first_clip", [False, True])
 @pytest.mark.parametrize("which", [0, -1])
-def test_a_decoder_that_was_killed_is_started_again(tmp_path: Path, at_work: bool, which: int) -> None:
+def test_killed_decoder_is_restarted_with_identical_clips(
+    tmp_path: Path, after_first_clip: bool, which: int
+) -> None:
     path = str(write_video(tmp_path / "a.mp4", 100, height=256, width=256))
     settings = DECODE | {"canvas": 256}
     sources = pa.table({"video_id": ["x"], "source": [path]})
     truth = [clip.to_pylist() for clip in decode(sources, **settings)]
     clips = decode(sources, **settings)
-    begun = [next(clips).to_pylist()] if at_work else []
-    assert len(decoders()) == 1 + at_work
+    first = [next(clips).to_pylist()] if after_first_clip else []
+    assert len(decoders()) == 1 + after_first_clip
     decoders()[which].kill()
-    assert begun + [clip.to_pylist() for clip in clips] == truth
+    assert first + [clip.to_pylist() for clip in clips] == truth
 
 
-def test_nothing_decodes_for_nobody(tmp_path: Path) -> None:
+def test_closing_the_iterator_ends_decoder_processes(tmp_path: Path) -> None:
     clips = decode_clips(str(write_video(tmp_path / "a.mp4", 100)), **DECODE)
     next(clips)
-    working = decoders()
-    assert len(working) == 2
+    processes = decoders()
+    assert len(processes) == 2
     clips.close()
-    assert psutil.wait_procs(working, timeout=10)[1] == []
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
 @pytest.mark.slow
-def test_a_long_video_is_not_decoded_ahead_of_its_reader(tmp_path: Path) -> None:
-    """660 MB of images, and a reader that takes its time."""
+def test_decoder_memory_is_bounded_with_slow_consumer(tmp_path: Path) -> None:
+    """The decoded frames occupy 660 MB."""
     path = write_video(
-        tmp_path / "a.mp4", 60, height=72, width=128, enlarged=20, codec="mpeg4", index_first=False
+        tmp_path / "a.mp4", 60, height=72, width=128, upscale=20, codec="mpeg4", index_first=False
     )
     peak = 0
     for _ in decode_clips(str(path), **DECODE):
@@ -386,10 +387,10 @@ def test_a_long_video_is_not_decoded_ahead_of_its_reader(tmp_path: Path) -> None
 # --- videos and shards -----------------------------------------------------------------------------------------------
 
 
-def ending(video: str, num_clips: int | None = None, stage: str | None = None) -> dict:
-    """The row that a video ends with."""
+def end_row(video: str, num_clips: int | None = None, step: str | None = None) -> dict:
+    """Build the row that marks the end of a video, or its rejection in `step`."""
     row = dict.fromkeys(ENCODED_SCHEMA.names)
-    return row | {"video_id": video, "num_clips": num_clips, "step": stage, "reason": stage and "broken"}
+    return row | {"video_id": video, "num_clips": num_clips, "step": step, "reason": step and "broken"}
 
 
 def encoded_row(video: str, start: int, people: list[np.ndarray]) -> dict:
@@ -403,14 +404,14 @@ def encoded_row(video: str, start: int, people: list[np.ndarray]) -> dict:
 
 
 def person(x: float, height: float) -> np.ndarray:
-    """[18, 3], upright at x."""
+    """Keypoints [18, 3] of an upright person at x, as a vertical line of `height` pixels around y = 32."""
     return np.stack(
         [np.full(18, x), np.linspace(32 - height / 2, 32 + height / 2, 18), np.ones(18)], axis=1
     ).astype("<f4")
 
 
-def test_hands_and_faces_are_found_for_everybody_of_a_clip(tmp_path: Path, pretrained_folder: Path) -> None:
-    """Networks of OpenPose's layout with random weights, which find bodies of a kind in noise."""
+def test_hands_and_faces_are_stored_for_every_person(tmp_path: Path, pretrained_folder: Path) -> None:
+    """The OpenPose networks have random weights, which produce arbitrary detections in noise."""
     networks = {
         "body_pose_model.pth": open_pose_module("model").bodypose_model(),
         "hand_pose_model.pth": open_pose_module("model").handpose_model(),
@@ -452,7 +453,7 @@ def test_hands_and_faces_are_found_for_everybody_of_a_clip(tmp_path: Path, pretr
     assert row["hands"] is None and row["faces"] is None
 
 
-def test_hands_that_the_pose_network_cannot_find_are_one_line(
+def test_unsupported_hands_option_prints_one_line_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_video(tmp_path / "a.mp4", 4)
@@ -461,7 +462,7 @@ def test_hands_that_the_pose_network_cannot_find_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_people_survive_packing() -> None:
+def test_pack_and_unpack_people_round_trip() -> None:
     people = [
         np.zeros((0, 18, 3), "<f4"),
         np.stack([person(1, 2), person(3, 4)]),
@@ -470,11 +471,10 @@ def test_people_survive_packing() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(people, unpack_people(*pack_people(people)), strict=True))
 
 
-def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Path) -> None:
+def test_videos_are_stored_completely_in_any_row_order(tmp_path: Path) -> None:
     both = np.stack([person(40, 20), person(10, 40)])
-    swapped = np.stack(
-        [person(40, 50), person(10, 30)]
-    )  # the other is larger here, but isn't who was followed
+    # The other person is larger here, but is not the tracked one.
+    swapped = np.stack([person(40, 50), person(10, 30)])
     empty = np.zeros((0, 18, 3), "<f4")
     ids = ["0" * 16, "f" * 16, "8" * 16, "9" * 16]
     with writing(str(tmp_path)):
@@ -486,15 +486,15 @@ def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Pat
         rows = [
             (encoded_row(ids[0], 2, [swapped, swapped]), None),
             (encoded_row(ids[1], 0, [both[:1]]), None),
-            (ending(ids[0], 2), None),  # may come before the clips
-            (encoded_row(ids[0], 2, [swapped, swapped]), None),  # the same again
+            (end_row(ids[0], 2), None),  # the end row may arrive before the clips
+            (encoded_row(ids[0], 2, [swapped, swapped]), None),  # duplicate row
             (encoded_row(ids[0], 0, [both, both]), "kept"),
-            (ending(ids[1], stage="decode"), "rejected"),
-            (encoded_row(ids[1], 1, [both[:1]]), None),  # too late
+            (end_row(ids[1], step="decode"), "rejected"),
+            (encoded_row(ids[1], 1, [both[:1]]), None),  # arrives after the rejection
             (encoded_row(ids[2], 0, [both, empty, empty]), None),
-            (ending(ids[2], 1), "rejected"),
+            (end_row(ids[2], 1), "rejected"),
             (encoded_row(ids[3], 0, [both[:1]]), None),
-            (ending(ids[3], 1), "rejected"),
+            (end_row(ids[3], 1), "rejected"),
         ]
         for row, outcome in rows:
             assert assembler.add(row) == outcome
@@ -514,7 +514,7 @@ def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Pat
     assert np.array_equal(decode_row(first)["keypoints"], np.stack([both[1], both[1]]))
     assert np.array_equal(decode_row(second)["keypoints"], np.stack([swapped[1], swapped[1]]))
     assert np.array_equal(decode_row(second)["reference_keypoints"], both[1])
-    for row, people in ((first, both), (second, swapped)):  # everybody is kept, the main one marked
+    for row, people in ((first, both), (second, swapped)):  # all people are stored; the main person is marked
         assert (row["people_per_frame"], row["main_person"]) == ([2, 2], [1, 1])
         assert np.array_equal(decode_row(row)["people"], np.concatenate([people, people]))
     assert (decode_row(second)["reference_latent_mean"] == 0).all() and (
@@ -522,11 +522,11 @@ def test_a_video_is_all_or_nothing_whatever_the_order_of_its_clips(tmp_path: Pat
     ).all()
 
 
-def test_the_square_holds_most_of_the_person() -> None:
-    """In images of 128 x 64 and 64 x 128; bodies are lines, so that what is in the square can be counted on them."""
+def test_square_covers_most_joints_of_the_person() -> None:
+    """Images are 128 x 64 and 64 x 128. Bodies are lines, so the joints inside the square are easy to count."""
 
-    def corner(places: list[float], tall: bool = False) -> int:
-        bodies = np.stack([person(x, 40) for x in places])
+    def corner(positions: list[float], tall: bool = False) -> int:
+        bodies = np.stack([person(x, 40) for x in positions])
         if tall:
             bodies[..., :2] = bodies[..., 1::-1]
         square = square_around(bodies, *((128, 64) if tall else (64, 128)))
@@ -535,24 +535,24 @@ def test_the_square_holds_most_of_the_person() -> None:
 
     for tall in (False, True):
         assert corner([20.0] * 10, tall) == 0  # at an edge
-        assert corner([70.0] * 10, tall) == 40  # in its middle, as near as the latents' grid allows
-        assert corner([20.0] * 4 + [110.0] * 6, tall) == 64  # there and away: where they are longer
-        assert corner([40.0] * 199 + [120.0], tall) == 8  # one frame mistaken
-    nobody = np.zeros((4, 18, 3), np.float32)
-    assert square_around(nobody, 64, 128) == Square(32, 0, 64)
+        assert corner([70.0] * 10, tall) == 40  # centred, up to the grid of the latents
+        assert corner([20.0] * 4 + [110.0] * 6, tall) == 64  # the person moves: the position with more frames
+        assert corner([40.0] * 199 + [120.0], tall) == 8  # one frame with a false detection
+    no_person = np.zeros((4, 18, 3), np.float32)
+    assert square_around(no_person, 64, 128) == Square(32, 0, 64)
 
-    # Seen is who is in the square, not who is beside it in the same image.
-    assert Square(0, 0, 64).shows(np.stack([person(20, 40), person(70, 40), nobody[0]])).tolist() == [
+    # Only people inside the square count as visible.
+    assert Square(0, 0, 64).shows(np.stack([person(20, 40), person(70, 40), no_person[0]])).tolist() == [
         True,
         False,
         False,
     ]
 
 
-def test_a_long_video_is_not_held_in_memory(tmp_path: Path) -> None:
+def test_assembler_memory_is_bounded_for_long_videos(tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
-    pool = pa.proxy_memory_pool(pa.default_memory_pool())  # its peak counts from now on
-    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())  # a new pool, whose peak starts at 0
+    original_pool = pa.default_memory_pool()
     pa.set_memory_pool(pool)
     tracemalloc.start()
     try:
@@ -566,19 +566,19 @@ def test_a_long_video_is_not_held_in_memory(tmp_path: Path) -> None:
                 latents = {name: noise.bytes(2**20) for name in ("latent_mean", "latent_logvar")}
                 assembler.add(encoded_row("0" * 16, 2 * clip, [person(32, 40)[None]] * 2) | latents)
                 del latents
-            assert assembler.add(ending("0" * 16, 32)) == "kept"
+            assert assembler.add(end_row("0" * 16, 32)) == "kept"
             writer.commit()
             peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
     finally:
         tracemalloc.stop()
-        pa.set_memory_pool(before)
+        pa.set_memory_pool(original_pool)
     (file,) = (tmp_path / "clips").iterdir()
     assert file.stat().st_size > 64 * 2**20 > 2 * peak, peak
     assert [row["start"] for row in read_clips(tmp_path)] == list(range(0, 64, 2))
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """A limit on file sizes fails writes as a full disk does, in the middle of a file."""
+def test_full_disk_raises_user_error_and_leaves_no_partial_file(tmp_path: Path) -> None:
+    """A limit on the file size makes a write fail in the middle of a file, as a full disk does."""
     noise = np.random.default_rng(0).bytes(200_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with writing(str(tmp_path)):
@@ -587,7 +587,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path)
         writer.add_video([{name: row.get(name) for name in CLIP_SCHEMA.names}])
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         try:
-            with pytest.raises(UserError, match="cannot be written: file too large; free disk space") as error:
+            with pytest.raises(
+                UserError, match="cannot be written: file too large; free disk space"
+            ) as error:
                 writer.commit()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -595,12 +597,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_two_jobs_do_not_write_to_one_dataset(tmp_path: Path) -> None:
+def test_concurrent_writers_to_one_dataset_are_rejected(tmp_path: Path) -> None:
     with writing(str(tmp_path)), pytest.raises(UserError, match="another preprocess"), writing(str(tmp_path)):
         pass
 
 
-def test_an_out_that_cannot_be_is_one_line(tmp_path: Path, pretrained_folder: Path) -> None:
+def test_invalid_output_folder_raises_user_error(tmp_path: Path, pretrained_folder: Path) -> None:
     write_video(tmp_path / "a.mp4", 8)
     (tmp_path / "file").touch()
     for out in ("file", "file/below"):
@@ -611,35 +613,40 @@ def test_an_out_that_cannot_be_is_one_line(tmp_path: Path, pretrained_folder: Pa
 # --- the job ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_source_is_kept_or_rejected_with_a_reason(made: Made) -> None:
-    info = read_info(made.out)
-    clips = read_clips(made.out)
-    rejected = [row for file in (made.out / "rejected").iterdir() for row in pq.read_table(file).to_pylist()]
-    # The byte that is no UTF-8 is a surrogate in Python's names, and an escape in the dataset.
-    sources = [source.replace("\udce9", r"\xe9") for source in list_sources(str(made.videos))]
-    assert len(made.expected) >= 30
-    assert {os.path.relpath(source, made.videos) for source in sources} == made.expected.keys()
+def test_every_source_is_kept_or_rejected_with_a_reason(job: Preprocessed) -> None:
+    info = read_info(job.out)
+    clips = read_clips(job.out)
+    rejected = [row for file in (job.out / "rejected").iterdir() for row in pq.read_table(file).to_pylist()]
+    # A byte that is not valid UTF-8 is a surrogate in Python file names and an escape sequence in the dataset.
+    sources = [source.replace("\udce9", r"\xe9") for source in list_sources(str(job.videos))]
+    assert len(job.expected) >= 30
+    assert {os.path.relpath(source, job.videos) for source in sources} == job.expected.keys()
     assert Counter(sources) == Counter({row["source"] for row in clips}) + Counter(
         row["source"] for row in rejected
     )
     found = {row["source"]: ("kept", "") for row in clips}
     found |= {row["source"]: (row["step"], row["reason"]) for row in rejected}
-    for source, (stage, reason) in found.items():
-        expected, words = made.expected[os.path.relpath(source, made.videos)]
-        assert stage == expected and reason.startswith(words) and "\n" not in reason, (source, stage, reason)
-    kept = sum(expected == KEPT for expected in made.expected.values())
+    for source, (step, reason) in found.items():
+        expected, reason_prefix = job.expected[os.path.relpath(source, job.videos)]
+        assert step == expected and reason.startswith(reason_prefix) and "\n" not in reason, (
+            source,
+            step,
+            reason,
+        )
+    kept = sum(expected == KEPT for expected in job.expected.values())
     counts = {"sources": len(sources), "videos": kept, "rejected": len(sources) - kept - 1, "duplicates": 1}
-    # 40 frames give clips of 16, 16 and 8; 20 one of 16, since the rest is too short; the 8K video has 8 frames.
+    # 40 frames give clips of 16, 16 and 8. 20 frames give one clip of 16; the remainder is too short. The 8K video has
+    # 8 frames.
     counts |= {"clips": kept + 2, "frames": 40 + (kept - 2) * 16 + 8}
     assert info["counts"] == counts
-    assert {key: made.summary[key] for key in counts} == counts
-    assert sum(made.summary["reasons"].values()) == len(sources) - kept
-    assert info["settings"] == dataclasses.asdict(made.config.preprocess)
+    assert {key: job.summary[key] for key in counts} == counts
+    assert sum(job.summary["reasons"].values()) == len(sources) - kept
+    assert info["settings"] == dataclasses.asdict(job.config.preprocess)
 
 
-def test_latents_read_back_are_the_vaes_own(made: Made) -> None:
-    vae = AutoencoderKL.from_pretrained(made.pretrained / "vae").eval()
-    rows = [row for row in read_clips(made.out) if Path(row["source"]).name in ("a.mp4", "with sound.mp4")]
+def test_stored_latents_match_vae_output(job: Preprocessed) -> None:
+    vae = AutoencoderKL.from_pretrained(job.pretrained / "vae").eval()
+    rows = [row for row in read_clips(job.out) if Path(row["source"]).name in ("a.mp4", "with audio.mp4")]
     assert len(rows) == 4
     for row in rows:
         reader = decord.VideoReader(row["source"])
@@ -664,18 +671,18 @@ def test_latents_read_back_are_the_vaes_own(made: Made) -> None:
         assert (row["height"], row["width"], row["fps"]) == (SIZE, SIZE, 25)
 
 
-def test_a_second_run_adds_nothing_and_one_more_video_only_itself(
-    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_rerun_adds_nothing_and_new_video_is_appended(
+    job: Preprocessed, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    out = shutil.copytree(made.out, tmp_path / "out")
+    out = shutil.copytree(job.out, tmp_path / "out")
     before = files_of(out)
-    again = preprocess(str(made.videos), str(out), made.config)
+    again = preprocess(str(job.videos), str(out), job.config)
     assert files_of(out) == before
     assert "nothing to add" in capsys.readouterr().out
     assert (again["new_videos"], again["new_rejected"]) == (0, 0)
 
     new = write_video(tmp_path / "new.mp4", 20, seed=9)
-    more = preprocess(str(new), str(out), made.config)
+    more = preprocess(str(new), str(out), job.config)
     after = files_of(out)
     old = before.keys() - {"dataset.json"}
     assert {name: after[name] for name in old} == {name: before[name] for name in old}
@@ -684,53 +691,56 @@ def test_a_second_run_adds_nothing_and_one_more_video_only_itself(
     assert "changed" not in capsys.readouterr().out
 
     write_video(new, 20, seed=10)
-    changed = preprocess(str(new), str(out), made.config)
-    assert f"{out}: 1 changed sources; clips of their earlier versions remain in the dataset" in capsys.readouterr().out
+    changed = preprocess(str(new), str(out), job.config)
+    assert (
+        f"{out}: 1 changed sources; clips of their earlier versions remain in the dataset"
+        in capsys.readouterr().out
+    )
     assert (changed["new_videos"], changed["videos"]) == (1, again["videos"] + 2)
 
 
-def test_other_settings_are_refused_with_the_difference(made: Made) -> None:
-    before = files_of(made.out)
+def test_different_settings_are_rejected_with_the_difference(job: Preprocessed) -> None:
+    before = files_of(job.out)
     other = dataclasses.replace(
-        made.config, preprocess=dataclasses.replace(made.config.preprocess, clip_frames=8)
+        job.config, preprocess=dataclasses.replace(job.config.preprocess, clip_frames=8)
     )
     with pytest.raises(UserError, match="clip_frames 16, not 8"):
-        preprocess(str(made.videos), str(made.out), other)
-    assert files_of(made.out) == before
+        preprocess(str(job.videos), str(job.out), other)
+    assert files_of(job.out) == before
 
 
-def test_a_run_is_recorded(made: Made) -> None:
+def test_mlflow_run_records_counts_and_artifacts(job: Preprocessed) -> None:
     from mlflow import MlflowClient
 
     from pipelines import tracking
 
-    client = MlflowClient(tracking.resolve_uri(made.config.tracking))
-    run = client.get_run(read_info(made.out)["mlflow_run_id"])
+    client = MlflowClient(tracking.resolve_uri(job.config.tracking))
+    run = client.get_run(read_info(job.out)["mlflow_run_id"])
     assert run.info.status == "FINISHED" and run.data.tags["tcan.kind"] == "preprocess"
-    for name, count in read_info(made.out)["counts"].items():
+    for name, count in read_info(job.out)["counts"].items():
         assert run.data.metrics[name] == count
     assert {"dataset.json", "clips.png"} <= {
         artifact.path for artifact in client.list_artifacts(run.info.run_id)
     }
 
 
-def test_nothing_usable_is_one_line_and_no_dataset(made: Made, tmp_path: Path) -> None:
+def test_no_usable_source_raises_and_writes_no_dataset(job: Preprocessed, tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "text.mp4").write_text("no video")
     for _ in range(2):
         with pytest.raises(
             UserError, match=r"none of 1 sources can be used: .*text.mp4: decode: not a video"
         ):
-            preprocess(str(tmp_path / "videos"), str(tmp_path / "out"), made.config)
+            preprocess(str(tmp_path / "videos"), str(tmp_path / "out"), job.config)
         with pytest.raises(UserError, match="not finished"):
             read_info(tmp_path / "out")
 
 
-def test_the_person_is_where_the_puppet_is(ray_cluster: None, tmp_path: Path) -> None:
+def test_detected_keypoints_match_puppet_keypoints(ray_cluster: None, tmp_path: Path) -> None:
     clip = sample_clip("dance", seed=5, num_frames=20)
     (tmp_path / "videos").mkdir()
     write_clip(clip, tmp_path / "videos" / "puppet")
-    write_video(tmp_path / "videos" / "nobody.mp4", 20, height=128, width=128)
+    write_video(tmp_path / "videos" / "empty.mp4", 20, height=128, width=128)
     config = load_config(f"--tracking.folder={tmp_path / 'mlflow'}")
     summary = preprocess(str(tmp_path / "videos"), str(tmp_path / "out"), config)
     assert (summary["videos"], summary["rejected"]) == (1, 1)
@@ -744,8 +754,11 @@ def test_the_person_is_where_the_puppet_is(ray_cluster: None, tmp_path: Path) ->
     assert mirrored[visible].mean() < 0.7
 
 
-def write_aside(folder: Path) -> dict[str, np.ndarray]:
-    """A puppet in the right half of a wide video and in the upper half of a tall one; their true keypoints by name."""
+def write_off_centre_videos(folder: Path) -> dict[str, np.ndarray]:
+    """Write a puppet at the right of a wide video and at the top of a tall video.
+
+    Returns the ground-truth keypoints by file name.
+    """
     clip = sample_clip("dance", seed=5, num_frames=20, size=256)
     folder.mkdir()
     truth = {}
@@ -761,11 +774,11 @@ def inside(keypoints: np.ndarray, crop: list[float]) -> np.ndarray:
     return ((keypoints[..., :2] >= crop[:2]) & (keypoints[..., :2] < crop[2:])).all(-1)
 
 
-def test_who_is_at_the_side_is_whole_in_the_canvas(
+def test_person_crop_contains_person_away_from_the_centre(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Source pixels are 1.6 times the canvas's, which is larger than what training takes of it."""
-    truth = write_aside(tmp_path / "videos")
+    """The source resolution is 1.6 times that of the canvas, and the canvas is larger than the default training size."""
+    truth = write_off_centre_videos(tmp_path / "videos")
     options = ["--preprocess.canvas=160", f"--tracking.folder={tmp_path / 'mlflow'}"]
     config = load_config(*options)
     out = tmp_path / "person"
@@ -786,7 +799,7 @@ def test_who_is_at_the_side_is_whole_in_the_canvas(
                 decoded = vae.decode(torch.from_numpy(latent[None].astype(np.float32))).sample[0]
             image = (decoded.movedim(0, -1).numpy() + 1) * 127.5
             square = Image.fromarray(video[i].asnumpy()).resize((160, 160), box=tuple(crop))
-            differences = [  # in its place, and a latent beside it
+            differences = [  # at the stored crop, and shifted by one latent
                 np.abs(np.roll(square, shift, axis=(0, 1)).astype(int) - image)[16:-16, 16:-16].mean()
                 for shift in ((0, 0), (0, 8), (0, -8), (8, 0), (-8, 0))
             ]
@@ -811,15 +824,18 @@ def test_who_is_at_the_side_is_whole_in_the_canvas(
     capsys.readouterr()
     assert cli.main(["train", str(out), f"--out={tmp_path}/model", "--size=192"]) == 2
     error = capsys.readouterr().err
-    assert "its canvas of 160 x 160 pixels is below the training size 192" in error and error.count("\n") == 1
+    assert (
+        "its canvas of 160 x 160 pixels is smaller than the training size 192" in error
+        and error.count("\n") == 1
+    )
 
 
 @pytest.fixture
 def driver(tmp_path: Path, pretrained_folder: Path) -> Iterator[subprocess.Popen]:
-    """A job of its own process and Ray, which commits every video as soon as it is done."""
+    """Preprocessing job in a separate process with its own Ray instance; commits each video once it is finished."""
     for i in range(12):
         write_video(tmp_path / "videos" / f"{i}.mp4", 48, seed=20 + i)
-    # Of the last one, which is not done when the job dies.
+    # A copy of the last video in the sorted list, which is not finished when the job is killed.
     shutil.copyfile(tmp_path / "videos" / "9.mp4", tmp_path / "videos" / "9 again.mp4")
     script = tmp_path / "driver.py"
     script.write_text(
@@ -840,7 +856,7 @@ def driver(tmp_path: Path, pretrained_folder: Path) -> Iterator[subprocess.Popen
 
 
 @pytest.mark.slow
-def test_a_killed_job_is_finished_by_the_next(
+def test_rerun_after_kill_completes_the_dataset(
     driver: subprocess.Popen, tmp_path: Path, pretrained_folder: Path, ray_cluster: None
 ) -> None:
     out = tmp_path / "out"
@@ -851,7 +867,7 @@ def test_a_killed_job_is_finished_by_the_next(
     driver.wait()
     survived = {name: file for name, file in files_of(out).items() if ".partial" not in name}
     assert not (out / "dataset.json").exists()
-    (out / "clips" / ".clips-0.parquet.partial").write_text("half")
+    (out / "clips" / ".clips-0.parquet.partial").write_text("incomplete")
 
     config = make_config(pretrained_folder, tmp_path)
     summary = preprocess(str(tmp_path / "videos"), str(out), config)

@@ -1,3 +1,5 @@
+"""Puppet world: determinism, ground truth, motion and files of synthetic clips."""
+
 import json
 
 import cv2
@@ -7,11 +9,13 @@ import pytest
 
 from pipelines.puppets.world import DISTRIBUTIONS, FPS, sample_clip, write_clip
 
-TOLERANCE = 0.05  # of the image's height: a joint nearer than that counts as found
+TOLERANCE = 0.05  # fraction of the image height; joints with a smaller error count as detected
 
 
-def joints_found(keypoints: np.ndarray, guess: np.ndarray, size: int) -> float:
-    return float((np.linalg.norm(keypoints[..., :2] - guess[..., :2], axis=-1) < TOLERANCE * size).mean())
+def detected_fraction(keypoints: np.ndarray, prediction: np.ndarray, size: int) -> float:
+    return float(
+        (np.linalg.norm(keypoints[..., :2] - prediction[..., :2], axis=-1) < TOLERANCE * size).mean()
+    )
 
 
 @pytest.fixture(scope="module", params=DISTRIBUTIONS)
@@ -20,47 +24,47 @@ def clips(request):
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_the_same_seed_gives_the_same_bytes(distribution):
-    once, again = (sample_clip(distribution, 5, 6) for _ in range(2))
-    assert once.frames.tobytes() == again.frames.tobytes()
-    assert once.keypoints.tobytes() == again.keypoints.tobytes()
+def test_equal_seeds_give_identical_clips(distribution):
+    clip, repeated = (sample_clip(distribution, 5, 6) for _ in range(2))
+    assert clip.frames.tobytes() == repeated.frames.tobytes()
+    assert clip.keypoints.tobytes() == repeated.keypoints.tobytes()
     other = sample_clip(distribution, 6, 6)
-    assert not np.array_equal(once.frames, other.frames)
+    assert not np.array_equal(clip.frames, other.frames)
 
 
-def test_shapes_and_types():
+def test_clip_has_documented_shapes_and_dtypes():
     clip = sample_clip("wide", 0, 3, size=96)
     assert clip.frames.shape == (3, 96, 96, 3) and clip.frames.dtype == np.uint8
     assert clip.keypoints.shape == (3, 18, 3) and clip.keypoints.dtype == np.float32
     assert clip.mask.shape == (3, 96, 96) and clip.mask.dtype == bool
 
 
-def test_a_longer_clip_begins_with_the_shorter_one():
+def test_shorter_clip_is_a_prefix_of_a_longer_one():
     np.testing.assert_array_equal(sample_clip("dance", 2, 4).frames, sample_clip("dance", 2, 9).frames[:4])
 
 
-def test_character_motion_and_background_have_their_own_seeds():
+def test_character_motion_and_background_seeds_are_independent():
     clip = sample_clip("dance", 1, 8)
     moved = sample_clip("dance", 1, 8, motion_seed=2)
     assert np.abs(clip.keypoints - moved.keypoints)[..., :2].max() > 10
-    somebody = (clip.mask.any(0) | moved.mask.any(0)).astype(np.uint8)
-    nobody = cv2.dilate(somebody, np.ones((5, 5), np.uint8)) == 0  # the edges are mixed with the background
-    nobody[80:] = False  # where the shadows are
-    np.testing.assert_array_equal(clip.frames[0][nobody], moved.frames[0][nobody])
-    elsewhere = sample_clip("dance", 1, 8, background_seed=2)
-    np.testing.assert_array_equal(clip.keypoints, elsewhere.keypoints)
-    np.testing.assert_array_equal(clip.mask, elsewhere.mask)
-    stranger = sample_clip("dance", 1, 8, character_seed=2)
-    assert not np.array_equal(clip.keypoints, stranger.keypoints)
+    puppets = (clip.mask.any(0) | moved.mask.any(0)).astype(np.uint8)
+    background = cv2.dilate(puppets, np.ones((5, 5), np.uint8)) == 0  # puppet edges blend into the background
+    background[80:] = False  # region of the shadows
+    np.testing.assert_array_equal(clip.frames[0][background], moved.frames[0][background])
+    other_background = sample_clip("dance", 1, 8, background_seed=2)
+    np.testing.assert_array_equal(clip.keypoints, other_background.keypoints)
+    np.testing.assert_array_equal(clip.mask, other_background.mask)
+    other_character = sample_clip("dance", 1, 8, character_seed=2)
+    assert not np.array_equal(clip.keypoints, other_character.keypoints)
 
 
-def test_keypoints_scale_with_the_image():
+def test_keypoints_scale_with_the_image_size():
     small, large = sample_clip("wide", 3, 4, size=64), sample_clip("wide", 3, 4, size=512)
     np.testing.assert_allclose(small.keypoints[..., :2] * 8, large.keypoints[..., :2], atol=0.01)
     np.testing.assert_array_equal(small.keypoints[..., 2], large.keypoints[..., 2])
 
 
-def test_joints_lie_on_the_puppet(clips):
+def test_joints_are_inside_the_puppet_mask(clips):
     body = slice(0, 14)
     on, inside = [], []
     for clip in clips:
@@ -72,15 +76,13 @@ def test_joints_lie_on_the_puppet(clips):
     assert np.mean(on) > 0.995
 
 
-def test_right_and_left_are_the_dancers_own(clips):
+def test_right_shoulder_is_on_the_left_of_the_image(clips):
     keypoints = np.concatenate([clip.keypoints for clip in clips])
     right_shoulder, left_shoulder = keypoints[:, 2, 0], keypoints[:, 5, 0]
-    assert (
-        np.mean(right_shoulder < left_shoulder) > 0.97
-    )  # who faces the viewer has the right side at the left
+    assert np.mean(right_shoulder < left_shoulder) > 0.97  # for puppets that face the viewer
 
 
-def test_puppets_fill_the_image(clips):
+def test_puppets_fill_most_of_the_image_height(clips):
     tallest = []
     for clip in clips:
         rows = clip.mask.any(2)
@@ -88,21 +90,21 @@ def test_puppets_fill_the_image(clips):
     assert 0.68 < np.mean(tallest) < 0.92
 
 
-def test_the_mean_pose_finds_few_joints(clips):
-    """The control of every pose measure: who guesses without looking must not find the joints."""
+def test_predictions_without_looking_detect_few_joints(clips):
+    """Control for pose metrics: constant and shuffled predictions must score low."""
     keypoints = np.stack([clip.keypoints for clip in clips])
-    assert joints_found(keypoints, keypoints.mean((0, 1)), 64) < 0.25
-    assert joints_found(keypoints, keypoints.mean(1, keepdims=True), 64) < 0.25  # the clip's own mean pose
-    assert joints_found(keypoints, np.roll(keypoints, 1, axis=0), 64) < 0.4  # another clip's dance
+    assert detected_fraction(keypoints, keypoints.mean((0, 1)), 64) < 0.25
+    assert detected_fraction(keypoints, keypoints.mean(1, keepdims=True), 64) < 0.25  # mean pose per clip
+    assert detected_fraction(keypoints, np.roll(keypoints, 1, axis=0), 64) < 0.4  # poses of another clip
 
 
-def test_motion_is_smooth():
+def test_joint_speed_is_bounded():
     keypoints = sample_clip("dance", 4, 96).keypoints[..., :2]
     step = np.linalg.norm(np.diff(keypoints, axis=0), axis=-1)
     assert step.max() < 0.16 * 128
 
 
-def test_write_clip_round_trip(tmp_path):
+def test_written_clip_reads_back_with_frames_and_keypoints(tmp_path):
     clip = sample_clip("dance", 7, 12)
     write_clip(clip, tmp_path / "clip")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]

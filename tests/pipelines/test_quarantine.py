@@ -1,4 +1,4 @@
-"""A clip that ends the process of the models."""
+"""Clips that crash the model process are rejected after a fixed number of attempts."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ from pipelines.preprocess.quarantine import DEATHS, Quarantine, count_attempts
 from pipelines.preprocess.schemas import DECODED_SCHEMA, ENCODED_SCHEMA
 
 
-class Deadly:
-    """In the models' place: dies at frame 16 of "bad"."""
+class CrashingModel:
+    """Stand-in for the models that kills its process at frame 16 of video "bad"."""
 
     def __call__(self, clips: pa.Table) -> pa.Table:
         (row,) = clips.drop_columns(["frames"]).to_pylist()
@@ -21,7 +21,7 @@ class Deadly:
         return pa.Table.from_pylist([row], ENCODED_SCHEMA)
 
 
-def test_a_clip_that_is_always_deadly_is_given_up(ray_cluster: None) -> None:
+def test_clip_that_always_crashes_the_models_rejects_its_video(ray_cluster: None) -> None:
     clips = [
         {"video_id": video, "source": f"{video}.mp4", "start": start, "frames": b""}
         for video in ("bad", "good")
@@ -32,7 +32,7 @@ def test_a_clip_that_is_always_deadly_is_given_up(ray_cluster: None) -> None:
         ray.data.from_arrow([pa.Table.from_pylist([row], DECODED_SCHEMA) for row in clips + ends])
         .map_batches(
             Quarantine,
-            fn_constructor_args=(Deadly, count_attempts()),
+            fn_constructor_args=(CrashingModel, count_attempts()),
             batch_size=1,
             batch_format="pyarrow",
             concurrency=2,
@@ -44,12 +44,14 @@ def test_a_clip_that_is_always_deadly_is_given_up(ray_cluster: None) -> None:
     assert ("bad", 16) not in done
     lost = [row for row in rows if row["reason"] is not None]
     assert {(row["video_id"], row["source"], row["step"]) for row in lost} == {("bad", "bad.mp4", "models")}
-    assert f"the model process died {DEATHS} times at the clip from frame 16" in {row["reason"] for row in lost}
+    assert f"the model process died {DEATHS} times at the clip from frame 16" in {
+        row["reason"] for row in lost
+    }
     assert sorted(row["video_id"] for row in rows if row["num_clips"] == 3) == ["bad", "good"]
 
 
-def test_clips_that_were_done_may_come_again(ray_cluster: None) -> None:
-    """Ray makes anew what was lost with a machine."""
+def test_completed_attempts_are_not_counted_as_crashes(ray_cluster: None) -> None:
+    """Ray recomputes the blocks that were lost with a node, so completed clips are processed again."""
     attempts = count_attempts()
     for _ in range(2 * DEATHS):
         assert ray.get(attempts.begin.remote("a", 0))

@@ -1,4 +1,4 @@
-"""What is logged is read back through MLflow's own client from a real store."""
+"""Logged data is read back from a real store with the MLflow client."""
 
 import dataclasses
 import shutil
@@ -27,7 +27,7 @@ ROOT = Path(pipelines.__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """One store for all of these tests: making one takes MLflow seconds."""
+    """Configuration with one store for all tests of this module, because MLflow needs seconds to create a store."""
     return load_config("--tracking.folder", str(tmp_path_factory.mktemp("tracking") / "runs"))
 
 
@@ -35,7 +35,7 @@ def client_of(config: Config) -> MlflowClient:
     return MlflowClient(f"sqlite:///{config.tracking.folder}/mlflow.db")
 
 
-def test_a_registered_model_is_found(config: Config, tmp_path: Path) -> None:
+def test_registered_models_resolve_by_alias_version_and_run(config: Config, tmp_path: Path) -> None:
     contents = {}
     for number in (1, 2):
         folder = tmp_path / f"out{number}" / "model"
@@ -60,15 +60,15 @@ def test_a_registered_model_is_found(config: Config, tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_round_trip(config: Config, tmp_path: Path) -> None:
+def test_logged_metrics_params_and_artifacts_are_read_back(config: Config, tmp_path: Path) -> None:
     params = dataclasses.asdict(config)
-    (tmp_path / "film.mp4").write_bytes(b"film")
+    (tmp_path / "video.mp4").write_bytes(b"video")
     with tracking.run("train", "stage 1", config.tracking, params) as run:
         for step in range(3):
             run.metrics({"loss": 1 / (step + 1), "grad_norm": float(step)}, step=step)
         run.image(np.full((8, 8, 3), 200, np.uint8), "samples", step=2)
         run.image(np.full((8, 8, 3), 200, np.uint8), "sheets/all.png")
-        run.file(tmp_path / "film.mp4", "videos")
+        run.file(tmp_path / "video.mp4", "videos")
         assert client_of(config).get_run(run.id).info.status == "RUNNING"
     client = client_of(config)
     found = client.get_run(run.id)
@@ -81,12 +81,12 @@ def test_round_trip(config: Config, tmp_path: Path) -> None:
     assert found.data.params["train.workers"] == str(config.train.workers)
     artifacts = Path(config.tracking.folder) / "artifacts" / run.id / "artifacts"
     assert yaml.safe_load((artifacts / "config.yaml").read_text()) == params
-    assert (artifacts / "videos" / "film.mp4").read_bytes() == b"film"
+    assert (artifacts / "videos" / "video.mp4").read_bytes() == b"video"
     assert (artifacts / "sheets" / "all.png").exists()
     assert len(list((artifacts / "images").glob("samples+step+2+*.png"))) == 1
 
 
-def test_runs_point_at_each_other(config: Config) -> None:
+def test_parent_and_child_runs_are_linked(config: Config) -> None:
     with tracking.run("preprocess", "dataset", config.tracking, {}) as dataset:
         pass
     with tracking.run(
@@ -104,7 +104,7 @@ def test_runs_point_at_each_other(config: Config) -> None:
     )
 
 
-def test_a_parent_of_another_store_is_named(config: Config) -> None:
+def test_parent_run_of_another_store_is_recorded_as_tag(config: Config) -> None:
     elsewhere = "0" * 32
     with tracking.run("train", "stage 1", config.tracking, {}, {"dataset": elsewhere}) as run:
         pass
@@ -115,13 +115,13 @@ def test_a_parent_of_another_store_is_named(config: Config) -> None:
 @pytest.mark.parametrize(
     ("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
 )
-def test_status_of_a_run_that_was_cut_off(config: Config, error: type[BaseException], status: str) -> None:
+def test_exception_sets_run_status(config: Config, error: type[BaseException], status: str) -> None:
     with pytest.raises(error), tracking.run("train", "stage 1", config.tracking, {}) as run:
         raise error
     assert client_of(config).get_run(run.id).info.status == status
 
 
-def test_reopened_run_goes_on(config: Config) -> None:
+def test_reopened_run_continues_and_records_changed_params(config: Config) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
         tracking.run("train", "reopened", config.tracking, {"train": {"workers": 1, "lr": 0.1}}) as first,
@@ -145,8 +145,8 @@ def test_reopened_run_goes_on(config: Config) -> None:
     assert [found.info.run_id for found in named] == [first.id]
 
 
-def test_several_processes_log_to_one_run_at_once(config: Config, tmp_path: Path) -> None:
-    """Each with another working directory than the driver's, as Ray Train's workers have."""
+def test_processes_can_log_to_one_run_concurrently(config: Config, tmp_path: Path) -> None:
+    """The working directory of each process differs from that of the driver, as for Ray Train workers."""
     code = """
 import sys
 from pipelines import tracking
@@ -163,22 +163,23 @@ for step in range(30):
         for step in range(30):
             run.metrics({"loss_driver": step}, step=step)
         assert [worker.wait() for worker in workers] == [0, 0, 0]
-        assert client_of(config).get_run(run.id).info.status == "RUNNING"  # no worker has ended it
+        # Exiting workers must not end the run.
+        assert client_of(config).get_run(run.id).info.status == "RUNNING"
     for name in ("driver", "0", "1", "2"):
         history = client_of(config).get_metric_history(run.id, f"loss_{name}")
         assert [point.value for point in history] == list(range(30))
 
 
 @pytest.mark.slow
-def test_system_metrics(config: Config) -> None:
+def test_system_metrics_are_recorded(config: Config) -> None:
     with tracking.run("train", "stage 1", config.tracking, {}) as run:
         time.sleep(2.5 * tracking.SYSTEM_METRICS_SECONDS)
     history = client_of(config).get_metric_history(run.id, "system/cpu_utilization_percentage")
     assert len(history) >= 2
 
 
-def test_git_commit_whatever_the_working_directory(tmp_path: Path) -> None:
-    """In a fresh repository of these packages, asked from outside of it."""
+def test_git_commit_is_independent_of_working_directory(tmp_path: Path) -> None:
+    """The packages are copied to a new repository and queried from a directory outside of it."""
     repository, outside = tmp_path / "repository", tmp_path / "outside"
     outside.mkdir()
     for package in ("tcan", "pipelines"):
@@ -187,23 +188,21 @@ def test_git_commit_whatever_the_working_directory(tmp_path: Path) -> None:
         )
 
     def git(*arguments: str) -> str:
-        who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
         return subprocess.run(
-            ["git", *who, *arguments], cwd=repository, check=True, capture_output=True, text=True
+            ["git", *identity, *arguments], cwd=repository, check=True, capture_output=True, text=True
         ).stdout
 
     def origin() -> dict[str, str]:
         code = "import json; from pipelines import tracking; print(json.dumps(tracking._origin()))"
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", code], cwd=outside, env={"PYTHONPATH": str(repository), "PATH": "/usr/bin:/bin"},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        return yaml.safe_load(done.stdout)
+        return yaml.safe_load(completed.stdout)
 
     git("init", "--quiet")
-    assert (
-        "mlflow.source.git.commit" not in origin()
-    )  # a repository that doesn't track the package is not its own
+    assert "mlflow.source.git.commit" not in origin()  # the repository does not track the package yet
     git("add", ".")
     git("commit", "--quiet", "--message", "all")
     assert origin()["mlflow.source.git.commit"] == git("rev-parse", "HEAD").strip()
@@ -212,15 +211,19 @@ def test_git_commit_whatever_the_working_directory(tmp_path: Path) -> None:
     assert origin()["tcan.git_dirty"] == "true"
 
 
-def test_place_of_the_store(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_uri_precedence_is_config_environment_folder(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert tracking.resolve_uri(config.tracking) == f"sqlite:///{config.tracking.folder}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:1")
     assert tracking.resolve_uri(config.tracking) == "http://server:1"
-    named = dataclasses.replace(config.tracking, uri="http://named:2")
-    assert tracking.resolve_uri(named) == "http://named:2"
+    explicit = dataclasses.replace(config.tracking, uri="http://named:2")
+    assert tracking.resolve_uri(explicit) == "http://named:2"
 
 
-def test_what_cannot_be_reached(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_run_and_unreachable_server_raise_user_error(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with tracking.run("train", "stage 1", config.tracking, {}):
         pass
     with pytest.raises(UserError, match=f"run {'0' * 32}: not found in sqlite:///"):
@@ -239,7 +242,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_page_on_a_port_in_use(config: Config) -> None:
+def test_ui_on_occupied_port_raises_user_error(config: Config) -> None:
     with tracking.run("train", "stage 1", config.tracking, {}):
         pass
     with socket.socket() as other:
@@ -250,33 +253,33 @@ def test_page_on_a_port_in_use(config: Config) -> None:
             ui(config, port)
 
 
-def test_page_without_runs(tmp_path: Path) -> None:
+def test_ui_without_runs_raises_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path}: no recorded runs"):
         ui(load_config("--tracking.folder", str(tmp_path)), free_port())
 
 
 @pytest.mark.slow
-def test_page_shows_the_runs_until_interrupted(config: Config, tmp_path: Path) -> None:
-    (tmp_path / "film.mp4").write_bytes(b"film")
+def test_ui_serves_runs_and_artifacts_until_interrupted(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "video.mp4").write_bytes(b"video")
     with tracking.run("train", "stage 1", config.tracking, {}) as run:
-        run.file(tmp_path / "film.mp4")
+        run.file(tmp_path / "video.mp4")
     port = free_port()
-    page = subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", "ui", "--port", str(port), "--tracking.folder", config.tracking.folder],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
-    assert page.stdout is not None
+    assert server.stdout is not None
     address = f"http://127.0.0.1:{port}"
-    assert address in page.stdout.readline()
+    assert address in server.stdout.readline()
     try:
         assert "<html" in requests.get(address, timeout=30).text
         found = MlflowClient(address).get_run(run.id)
         assert found.info.run_name == "stage 1"
-        film = requests.get(f"{address}/get-artifact", {"path": "film.mp4", "run_uuid": run.id}, timeout=30)
-        assert film.content == b"film"
-        # A run recorded through that server keeps its artifacts there too.
-        through = dataclasses.replace(config.tracking, uri=address)
-        with tracking.run("train", "stage 2", through, {"seed": 1}) as second:
+        video = requests.get(f"{address}/get-artifact", {"path": "video.mp4", "run_uuid": run.id}, timeout=30)
+        assert video.content == b"video"
+        # Artifacts of a run that is recorded through this server are stored on the server.
+        server_config = dataclasses.replace(config.tracking, uri=address)
+        with tracking.run("train", "stage 2", server_config, {"seed": 1}) as second:
             pass
         assert (
             requests.get(
@@ -285,8 +288,8 @@ def test_page_shows_the_runs_until_interrupted(config: Config, tmp_path: Path) -
             == "seed: 1\n"
         )
     finally:
-        page.send_signal(signal.SIGINT)
-        assert page.wait(30) == 130
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 130
     with pytest.raises(requests.ConnectionError):
         requests.get(address, timeout=5)
-    assert page.stderr is not None and page.stderr.read() == ""
+    assert server.stderr is not None and server.stderr.read() == ""

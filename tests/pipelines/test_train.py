@@ -1,4 +1,4 @@
-"""Training: which sample comes when, and real runs of Ray Train workers with DeepSpeed engines."""
+"""Training: deterministic sampling, loss guards and settings, and runs with Ray Train workers and DeepSpeed engines."""
 
 import gzip
 import json
@@ -56,25 +56,28 @@ SIZE = 64
 ROOT = Path(__file__).parents[2]
 
 
-# --- a dataset whose latents say where they come from ----------------------------------------------------------------
+# --- dataset whose latents encode their origin -----------------------------------------------------------------------
 
 
 def write_dataset(
     folder: Path, videos: dict[str, list[tuple[int, int]]], height: int, width: int, vae: str = ""
 ) -> Path:
-    """videos: name -> clips (first frame, number of frames).
+    """Write a dataset whose latents encode frame, video and spatial position.
 
-    Latent channels: 0 the frame's number, 1 the video's, 2 the row, 3 the column; next to no variance. The reference
-    latent's frame number is -1.
+    Channels: 0 frame index, 1 video index, 2 row, 3 column. The variance is negligible. The reference latent has frame
+    index -1.
+
+    Args:
+        videos: for each name, its clips as (first frame, number of frames).
     """
     rows, columns = np.mgrid[: height // 8, : width // 8]
     clips = []
     for number, (name, spans) in enumerate(videos.items()):
         for start, length in spans:
             shape = (length, *rows.shape)
-            at = np.broadcast_to(np.arange(start, start + length)[:, None, None], shape)
-            places = [np.broadcast_to(part, shape) for part in (number, rows, columns)]
-            mean = np.stack([at, *places], axis=1).astype("<f2")
+            frames = np.broadcast_to(np.arange(start, start + length)[:, None, None], shape)
+            origin = [np.broadcast_to(part, shape) for part in (number, rows, columns)]
+            mean = np.stack([frames, *origin], axis=1).astype("<f2")
             reference = mean[0].copy()
             reference[0] = -1
             keypoints = np.zeros((length, 18, 3), "<f4")
@@ -91,9 +94,9 @@ def write_dataset(
             )  # fmt: skip
     (folder / "clips").mkdir(parents=True)
     table = pa.Table.from_pylist(clips, CLIP_SCHEMA)
-    half = len(clips) // 2
-    pq.write_table(table.slice(half), folder / "clips" / "a.parquet", row_group_size=2)
-    pq.write_table(table.slice(0, half), folder / "clips" / "b.parquet", row_group_size=3)
+    middle = len(clips) // 2
+    pq.write_table(table.slice(middle), folder / "clips" / "a.parquet", row_group_size=2)
+    pq.write_table(table.slice(0, middle), folder / "clips" / "b.parquet", row_group_size=3)
     info = {
         "schema_version": SCHEMA_VERSION, "counts": {}, "height": height, "width": width, "clip_frames": 16, "fps": 8,
         "vae_fingerprint": vae, "vae_scaling_factor": 0.5, "pose_fingerprint": "", "settings": {}, "mlflow_run_id": None,
@@ -102,7 +105,7 @@ def write_dataset(
     return folder
 
 
-def sampler(dataset: Path, stage: int, seed: int = 0, batch_size: int = 4, size: int = SIZE) -> Sampler:
+def make_sampler(dataset: Path, stage: int, seed: int = 0, batch_size: int = 4, size: int = SIZE) -> Sampler:
     return Sampler(
         ClipStore(dataset), stage, seed=seed, batch_size=batch_size, size=size, vae_scaling_factor=0.5, stick_width=2,
         frames=16, drop_reference=0.1,
@@ -119,37 +122,40 @@ def dataset(tmp_path_factory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data") / "dataset", videos, SIZE, SIZE)
 
 
-def mark(latents, channel: int) -> int:
-    """The number that `write_dataset` put into a channel; latents are scaled by 0.5."""
+def encoded_value(latents, channel: int) -> int:
+    """Value that `write_dataset` encoded in a channel; the latents are scaled by 0.5."""
     return round(float(latents[channel].mean()) * 2)
 
 
-# --- which sample comes when -----------------------------------------------------------------------------------------
+# --- sampling --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(("workers", "micro_batch"), [(1, 4), (2, 2), (2, 1), (4, 1), (1, 1)])
-def test_workers_share_one_global_batch(dataset, stage, workers, micro_batch):
+def test_worker_batches_form_the_same_global_batch(dataset, stage, workers, micro_batch):
     step = 5
-    expected = [sampler(dataset, stage).sample(step, index) for index in range(4)]
-    shares = [
-        sampler(dataset, stage).worker_batches(step, rank, workers, micro_batch) for rank in range(workers)
+    expected = [make_sampler(dataset, stage).sample(step, index) for index in range(4)]
+    worker_batches = [
+        make_sampler(dataset, stage).worker_batches(step, rank, workers, micro_batch)
+        for rank in range(workers)
     ]
-    # The optimizer's step is over accumulations, each over workers, each over the micro batch.
-    batches = [shares[rank][turn] for turn in range(len(shares[0])) for rank in range(workers)]
+    # Order of the global batch: accumulation steps, then workers, then samples of the micro batch.
+    batches = [
+        worker_batches[rank][turn] for turn in range(len(worker_batches[0])) for rank in range(workers)
+    ]
     for key in expected[0]:
-        together = torch.cat([getattr(batch, key) for batch in batches]).numpy()
-        np.testing.assert_array_equal(together, np.stack([sample[key] for sample in expected]))
+        global_batch = torch.cat([getattr(batch, key) for batch in batches]).numpy()
+        np.testing.assert_array_equal(global_batch, np.stack([sample[key] for sample in expected]))
 
 
-def test_sample_needs_no_history_but_the_seed(dataset):
-    used = sampler(dataset, 2)
+def test_sample_depends_only_on_seed_step_and_index(dataset):
+    used = make_sampler(dataset, 2)
     for step in range(6):
         used.batch(step, range(4))
     again, fresh, other = (
         used.sample(6, 1),
-        sampler(dataset, 2).sample(6, 1),
-        sampler(dataset, 2, seed=1).sample(6, 1),
+        make_sampler(dataset, 2).sample(6, 1),
+        make_sampler(dataset, 2, seed=1).sample(6, 1),
     )
     for key in again:
         np.testing.assert_array_equal(again[key], fresh[key])
@@ -158,66 +164,67 @@ def test_sample_needs_no_history_but_the_seed(dataset):
     assert not np.array_equal(again["noise"], used.sample(7, 1)["noise"])
 
 
-def test_stage1_takes_reference_and_target_apart(dataset):
-    source = sampler(dataset, 1, batch_size=1)
+def test_stage1_reference_and_target_have_minimum_distance(dataset):
+    source = make_sampler(dataset, 1, batch_size=1)
     frames = {
         0: [*range(100)],
         1: [*range(40)],
         2: [*range(24), *range(40, 57)],
-    }  # by video, in the dataset's order
+    }  # by video, in dataset order
     distances: dict[int, Counter] = {0: Counter(), 1: Counter(), 2: Counter()}
-    kept = []
+    reference_masks = []
     for step in range(900):
         sample = source.sample(step, 0)
-        video = mark(sample["reference"], 1)
-        assert mark(sample["latents"][0], 1) == video
+        video = encoded_value(sample["reference"], 1)
+        assert encoded_value(sample["latents"][0], 1) == video
         reference, target = (
-            frames[video].index(mark(s, 0)) for s in (sample["reference"], sample["latents"][0])
+            frames[video].index(encoded_value(s, 0)) for s in (sample["reference"], sample["latents"][0])
         )
         distances[video][(target - reference) % len(frames[video])] += 1
-        kept.append(bool(sample["reference_mask"]))
+        reference_masks.append(bool(sample["reference_mask"]))
         assert 0 <= sample["timestep"] < 1000
     assert set(distances[0]) == set(range(30, 70))  # U[30, L - 31], L = 100
     assert 0 not in distances[1] and len(distances[1]) > 35  # any other frame
     assert 0 not in distances[2] and len(distances[2]) > 35
-    assert 0.06 < 1 - np.mean(kept) < 0.14
+    assert 0.06 < 1 - np.mean(reference_masks) < 0.14
 
 
-def test_stage2_takes_consecutive_frames_and_the_first_as_reference(dataset):
-    source = sampler(dataset, 2, batch_size=1)
+def test_stage2_samples_consecutive_frames_with_first_frame_reference(dataset):
+    source = make_sampler(dataset, 2, batch_size=1)
     starts: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
     for step in range(600):
         sample = source.sample(step, 0)
-        numbers = [mark(frame, 0) for frame in sample["latents"]]
+        numbers = [encoded_value(frame, 0) for frame in sample["latents"]]
         assert numbers == list(range(numbers[0], numbers[0] + 16))
-        assert mark(sample["reference"], 0) == -1
-        assert mark(sample["reference"], 1) == mark(sample["latents"][0], 1)
+        assert encoded_value(sample["reference"], 0) == -1
+        assert encoded_value(sample["reference"], 1) == encoded_value(sample["latents"][0], 1)
         assert sample["reference_mask"]
-        starts[mark(sample["latents"][0], 1)].add(numbers[0])
-    assert starts[0] <= set(range(85)) and len(starts[0]) > 60  # across the borders of its clips
-    assert starts[2] == {*range(9), 40, 41}  # not across the gap
+        starts[encoded_value(sample["latents"][0], 1)].add(numbers[0])
+    assert starts[0] <= set(range(85)) and len(starts[0]) > 60  # windows may cross clip boundaries
+    assert starts[2] == {*range(9), 40, 41}  # windows must not cross the gap
 
 
-def test_other_references(dataset):
-    def option(stage, reference):
+def test_reference_option_selects_first_or_random_frame(dataset):
+    def sampler_with(stage, reference):
         return Sampler(
             ClipStore(dataset), stage, seed=0, batch_size=1, size=SIZE, vae_scaling_factor=0.5, stick_width=2, frames=16,
             drop_reference=0.1, reference=reference,
         )  # fmt: skip
 
-    first, spread = option(1, "first"), option(2, "random")
+    first, random = sampler_with(1, "first"), sampler_with(2, "random")
     references = set()
     for step in range(60):
         sample = first.sample(step, 0)
-        assert mark(sample["reference"], 0) == -1  # the video's first frame
-        assert mark(sample["latents"][0], 0) > 0
-        sample = spread.sample(step, 0)
-        assert mark(sample["reference"], 1) == mark(sample["latents"][0], 1)  # of the same video
-        references.add(mark(sample["reference"], 0))
+        assert encoded_value(sample["reference"], 0) == -1  # first frame of the video
+        assert encoded_value(sample["latents"][0], 0) > 0
+        sample = random.sample(step, 0)
+        # From the same video.
+        assert encoded_value(sample["reference"], 1) == encoded_value(sample["latents"][0], 1)
+        references.add(encoded_value(sample["reference"], 0))
     assert len(references) > 20 and min(references) >= 0
 
 
-def test_noise_offset_is_one_number_a_channel(dataset):
+def test_noise_offset_adds_one_constant_per_channel(dataset):
     def noise(step, offset):
         source = Sampler(
             ClipStore(dataset), 2, seed=0, batch_size=1, size=SIZE, vae_scaling_factor=0.5, stick_width=2, frames=16,
@@ -227,33 +234,33 @@ def test_noise_offset_is_one_number_a_channel(dataset):
 
     shifts = []
     for step in range(100):
-        plain, shifted = noise(step, 0.0), noise(step, 0.05)
-        shift = shifted["noise"] - plain["noise"]
+        baseline, shifted = noise(step, 0.0), noise(step, 0.05)
+        shift = shifted["noise"] - baseline["noise"]
         np.testing.assert_allclose(
             shift, np.broadcast_to(shift[:1, :, :1, :1], shift.shape), rtol=0, atol=1e-6
         )
         shifts.append(shift[0, :, 0, 0])
-        for key in plain.keys() - {"noise"}:
-            np.testing.assert_array_equal(plain[key], shifted[key])
+        for key in baseline.keys() - {"noise"}:
+            np.testing.assert_array_equal(baseline[key], shifted[key])
     assert np.std(shifts) == pytest.approx(0.05, rel=0.2) and abs(np.mean(shifts)) < 0.01
 
 
-def with_errors(dataset: Path, stage: int, **errors: float) -> Sampler:
+def sampler_with_pose_errors(dataset: Path, stage: int, **errors: float) -> Sampler:
     return Sampler(
         ClipStore(dataset), stage, seed=0, batch_size=1, size=SIZE, vae_scaling_factor=0.5, stick_width=2, frames=16,
         drop_reference=0.1, pose_errors=PoseErrors(**errors),
     )  # fmt: skip
 
 
-def test_errors_in_poses_are_as_often_and_as_large_as_asked_for(dataset):
-    """The dataset's poses have two joints, neck and right shoulder, at fixed places: a circle each, and a limb."""
+def test_pose_errors_have_requested_rates_and_sizes(dataset):
+    """The poses of the dataset have two joints at fixed positions: neck and right shoulder, connected by a limb."""
 
-    def drawn(**errors: float) -> tuple[np.ndarray, np.ndarray]:
-        """Of 640 frames where each joint is seen: its centre [640, 2, (y, x)], no number where it isn't."""
-        source, centres = with_errors(dataset, 2, **errors), []
+    def drawn(**errors: float) -> np.ndarray:
+        """Centres of the two drawn joints in 640 frames, [640, 2, (y, x)]; NaN where a joint is not drawn."""
+        source, centres = sampler_with_pose_errors(dataset, 2, **errors), []
         for frame in np.concatenate([source.sample(step, 0)["pose"] for step in range(40)]):
-            seen = [np.argwhere((frame == colour).all(-1)) for colour in ((255, 85, 0), (255, 170, 0))]
-            centres.append([places.mean(0) if len(places) else (np.nan, np.nan) for places in seen])
+            positions = [np.argwhere((frame == colour).all(-1)) for colour in ((255, 85, 0), (255, 170, 0))]
+            centres.append([pixels.mean(0) if len(pixels) else (np.nan, np.nan) for pixels in positions])
         return np.array(centres)
 
     true = np.array([[SIZE / 2, SIZE / 2], [SIZE / 2 + 5, SIZE / 2 - 15]])
@@ -261,49 +268,54 @@ def test_errors_in_poses_are_as_often_and_as_large_as_asked_for(dataset):
 
     missing = np.isnan(drawn(dropout=0.3)).any(-1)
     assert missing.mean(0) == pytest.approx([0.3, 0.3], abs=0.06)
-    assert (missing[:, 0] & missing[:, 1]).mean() == pytest.approx(0.09, abs=0.04)  # each joint by itself
+    # Joints are dropped independently.
+    assert (missing[:, 0] & missing[:, 1]).mean() == pytest.approx(0.09, abs=0.04)
 
     moved = drawn(jitter=0.03) - true
     assert np.nanstd(moved, (0, 1)) == pytest.approx([0.03 * SIZE] * 2, rel=0.1)
     assert abs(np.corrcoef(moved[:, 0, 0], moved[:, 1, 0])[0, 1]) < 0.1
-    assert abs(np.corrcoef(moved[:-1, 0, 0], moved[1:, 0, 0])[0, 1]) < 0.1  # nor from frame to frame
+    # Jitter is independent between frames.
+    assert abs(np.corrcoef(moved[:-1, 0, 0], moved[1:, 0, 0])[0, 1]) < 0.1
 
-    places = drawn(outliers=0.4)
-    gone = np.isnan(places).all((1, 2))
-    swapped = (abs(places - true[::-1]) < 0.5).all((1, 2))
-    # In half of the others two joints change places by chance.
-    assert (gone.mean(), swapped.mean()) == pytest.approx((0.2, 0.1), abs=0.05)
-    assert (abs(places[~gone & ~swapped] - true) < 0.5).all()
+    positions = drawn(outliers=0.4)
+    missing = np.isnan(positions).all((1, 2))
+    swapped = (abs(positions - true[::-1]) < 0.5).all((1, 2))
+    # 50% of the outlier poses are empty; the others are permuted, and 50% of the permutations of two joints are swaps.
+    assert (missing.mean(), swapped.mean()) == pytest.approx((0.2, 0.1), abs=0.05)
+    assert (abs(positions[~missing & ~swapped] - true) < 0.5).all()
 
 
-def test_errors_in_poses_come_from_seed_and_step_and_touch_nothing_else(dataset):
+def test_pose_errors_depend_only_on_seed_and_step_and_change_only_poses(dataset):
     errors = {"dropout": 0.2, "jitter": 0.05, "outliers": 0.2}
-    used = with_errors(dataset, 2, **errors)
+    used = sampler_with_pose_errors(dataset, 2, **errors)
     used.sample(4, 0)
     again, fresh, clean = (
         used.sample(5, 0),
-        with_errors(dataset, 2, **errors).sample(5, 0),
-        with_errors(dataset, 2).sample(5, 0),
+        sampler_with_pose_errors(dataset, 2, **errors).sample(5, 0),
+        sampler_with_pose_errors(dataset, 2).sample(5, 0),
     )
     np.testing.assert_array_equal(again["pose"], fresh["pose"])
     assert not np.array_equal(again["pose"], clean["pose"])
     for key in clean.keys() - {"pose"}:
         np.testing.assert_array_equal(again[key], clean[key])
-    stage1, plain = with_errors(dataset, 1, **errors).sample(5, 0), with_errors(dataset, 1).sample(5, 0)
-    np.testing.assert_array_equal(stage1["pose"], plain["pose"])  # an option of stage 2
+    stage1, baseline = (
+        sampler_with_pose_errors(dataset, 1, **errors).sample(5, 0),
+        sampler_with_pose_errors(dataset, 1).sample(5, 0),
+    )
+    np.testing.assert_array_equal(stage1["pose"], baseline["pose"])  # pose errors apply to stage 2 only
 
 
-def test_every_video_comes_once_a_pass(dataset):
-    source = sampler(dataset, 1, batch_size=2)
+def test_every_video_is_sampled_once_per_epoch(dataset):
+    source = make_sampler(dataset, 1, batch_size=2)
     ids = [source.video(*divmod(n, 2)).video_id for n in range(30)]
-    passes = [tuple(ids[n : n + 3]) for n in range(0, 30, 3)]
-    assert all(sorted(p) == ["gap", "long", "short"] for p in passes)
-    assert len(set(passes)) > 1
+    epochs = [tuple(ids[n : n + 3]) for n in range(0, 30, 3)]
+    assert all(sorted(epoch) == ["gap", "long", "short"] for epoch in epochs)
+    assert len(set(epochs)) > 1
 
 
-def test_crop_takes_latents_reference_and_pose_alike(tmp_path):
+def test_crop_is_identical_for_latents_reference_and_pose(tmp_path):
     wide = write_dataset(tmp_path / "wide", {"a": [(0, 40)]}, SIZE + 32, SIZE + 64)
-    source, corners = sampler(wide, 1), set()
+    source, corners = make_sampler(wide, 1), set()
     for step in range(40):
         sample = source.sample(step, 0)
         y, x = (round(float(sample["reference"][channel, 0, 0]) * 2) for channel in (2, 3))
@@ -318,7 +330,7 @@ def test_crop_takes_latents_reference_and_pose_alike(tmp_path):
     assert {y for y, _ in corners} == set(range(5)) and {x for _, x in corners} == set(range(9))
 
 
-def test_latents_are_drawn_from_the_posterior(tmp_path):
+def test_latents_are_sampled_from_the_posterior(tmp_path):
     folder = write_dataset(tmp_path / "set", {"a": [(0, 40)]}, SIZE, SIZE)
     for path in (folder / "clips").glob("*.parquet"):
         rows = pq.read_table(path).to_pylist()
@@ -326,28 +338,28 @@ def test_latents_are_drawn_from_the_posterior(tmp_path):
             row["latent_mean"] = np.full((40, 4, 8, 8), 3, "<f2").tobytes()
             row["latent_logvar"] = np.full((40, 4, 8, 8), np.log(4), "<f2").tobytes()
         pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
-    source = sampler(folder, 1)
+    source = make_sampler(folder, 1)
     values = np.stack([source.sample(step, 0)["latents"] for step in range(100)])
-    assert values.mean() == pytest.approx(3 * 0.5, abs=0.05)  # times the scaling factor
+    assert values.mean() == pytest.approx(3 * 0.5, abs=0.05)  # scaled by the VAE scaling factor
     assert values.std() == pytest.approx(2 * 0.5, abs=0.05)
 
 
 # --- guards, settings ------------------------------------------------------------------------------------------------
 
 
-def test_a_spike_is_told_from_the_mean_before_it_also_after_a_restart():
+def test_loss_guard_detects_spikes_also_after_restart():
     guard = LossGuard(10.0, {})
     assert guard.check(1e9) is None and guard.check(float("nan")) == "the loss is nan"
     guard = LossGuard(10.0, {})
     assert [guard.check(0.1) for _ in range(25)] == [None] * 25
-    again = LossGuard(10.0, json.loads(json.dumps(guard.state)))
-    for one in (guard, again):
-        assert "20 times" in one.check(2.0) and "inf" in one.check(float("inf"))
-        assert one.check(0.9) is None  # below ten times; the spike itself didn't count
+    restored = LossGuard(10.0, json.loads(json.dumps(guard.state)))
+    for current in (guard, restored):
+        assert "20 times" in current.check(2.0) and "inf" in current.check(float("inf"))
+        assert current.check(0.9) is None  # below 10 times the mean, which excludes the spike
     assert LossGuard(0.0, guard.state).check(1e9) is None
 
 
-def test_a_deepspeed_json_adds_and_contradictions_are_named(tmp_path):
+def test_deepspeed_json_is_merged_and_conflicts_are_reported(tmp_path):
     keys = "--train.workers=2", "--train.zero_stage=2", f"--train.deepspeed={tmp_path / 'ds.json'}"
     config = load_config(*keys).train
     given = {
@@ -374,8 +386,8 @@ def test_a_deepspeed_json_adds_and_contradictions_are_named(tmp_path):
         read_settings(config.deepspeed)
 
 
-def test_operations_of_frozen_and_trained_layers_are_counted_once():
-    """Against multiplications and additions written out: forward, gradient of the input, gradient of the weight."""
+def test_flops_of_frozen_and_trained_layers_match_closed_form():
+    """The closed form counts multiplications and additions of forward pass, input gradients and weight gradients."""
     batch, channels, side, classes = 2, 8, 6, 4
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, channels, 1),
@@ -385,7 +397,7 @@ def test_operations_of_frozen_and_trained_layers_are_counted_once():
     )
     network.requires_grad_(False)
     network[3].weight.requires_grad_(True)
-    make_memory_efficient(network)  # its convolutions have a backward pass of their own
+    make_memory_efficient(network)  # replaces the backward pass of the convolutions
     x = torch.randn(batch, 3, side, side, requires_grad=True)
 
     def products(convolution: torch.nn.Conv2d) -> int:
@@ -395,20 +407,20 @@ def test_operations_of_frozen_and_trained_layers_are_counted_once():
     linear = batch * network[3].weight.numel()
     expected = 6 * 2 * (2 * frozen + 3 * linear)
 
-    speed = FlopsMeter(micro_batches=6, workers=2, peak_flops=1e9)
+    meter = FlopsMeter(micro_batches=6, workers=2, peak_flops=1e9)
     for _ in range(2):
-        with speed.counted():
+        with meter.counted():
             network(x).sum().backward()
-    found = speed.metrics(seconds=0.5)
+    found = meter.metrics(seconds=0.5)
     assert found["tflops_per_second"] == pytest.approx(expected / 0.5 / 1e12, rel=1e-12)
     assert found["mfu"] == pytest.approx(expected / 0.5 / 2e9, rel=1e-12)
 
 
-def test_a_bar_on_a_terminal_leaves_lines_whole():
-    """As the terminal shows it: each line is what stands in it at its end."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    with os.fdopen(theirs, "w") as terminal, pytest.MonkeyPatch.context() as patch:
+def test_progress_bar_keeps_printed_lines_intact():
+    """Emulates a terminal: after a carriage return, new text replaces the line."""
+    reader_fd, terminal_fd = pty.openpty()
+    termios.tcsetwinsize(terminal_fd, (24, 80))
+    with os.fdopen(terminal_fd, "w") as terminal, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         patch.setattr(sys, "stderr", terminal)
         with progress("stage 1", 12) as show:
@@ -416,23 +428,23 @@ def test_a_bar_on_a_terminal_leaves_lines_whole():
             print("stage 1, step 5: the loss is nan: step skipped", flush=True)
             time.sleep(0.2)
             show(8, "loss 0.2500")
-            show(6, "loss 0.3000")  # from an older checkpoint
-            print("a worker's words", file=sys.stderr)
+            show(6, "loss 0.3000")  # resumed from an older checkpoint
+            print("output of a worker", file=sys.stderr)
             show(12, "loss 0.1250")
         print("stage 1: finished")
     shown = ""
-    with suppress(OSError):  # at its end
+    with suppress(OSError):  # end of the stream
         while True:
-            shown += os.read(ours, 1 << 16).decode(errors="ignore")
-    os.close(ours)
+            shown += os.read(reader_fd, 1 << 16).decode(errors="ignore")
+    os.close(reader_fd)
     lines = [line.rstrip().split("\r")[-1].rstrip() for line in shown.split("\n")]
-    assert lines[:2] == ["stage 1, step 5: the loss is nan: step skipped", "a worker's words"]
+    assert lines[:2] == ["stage 1, step 5: the loss is nan: step skipped", "output of a worker"]
     assert re.fullmatch(r"stage 1: 100%\|█+\| 12/12, 00:00 remaining, loss 0.1250", lines[2])
     assert lines[3:] == ["stage 1: finished", ""]
     assert re.search(r"\r *stage 1:  33%\|█+.? +\| 4/12, .* remaining, loss 0.5000", shown)
 
 
-def test_who_hangs_is_named(monkeypatch):
+def test_monitor_reports_the_hung_worker(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monitor = RunMonitor()
@@ -452,18 +464,18 @@ def test_who_hangs_is_named(monkeypatch):
     assert monitor.heartbeat(0, 7, "") and monitor.abort_reason() == monitor.register(0, 3) == "first"
 
 
-def test_out_of_memory_says_what_to_change():
+def test_out_of_memory_message_lists_settings_to_change():
     config = load_config("--train.zero_stage=1").train
-    said = out_of_memory(torch.OutOfMemoryError("CUDA out of memory"), config, config.stage1, 1)
+    message = out_of_memory(torch.OutOfMemoryError("CUDA out of memory"), config, config.stage1, 1)
     for key in ("train.stage1.micro_batch (8)", "train.gradient_checkpointing", "train.zero_stage (1)"):
-        assert key in said
+        assert key in message
     assert out_of_memory(RuntimeError("something else"), config, config.stage1, 1) is None
     with pytest.raises(RuntimeError) as error:
-        torch.empty(1 << 60)  # a CPU's own words
+        torch.empty(1 << 60)  # message of the CPU allocator
     assert out_of_memory(error.value, config, config.stage1, 1)
 
 
-def test_a_frozen_tensor_that_moves_is_named():
+def test_changed_frozen_tensor_is_reported_by_name():
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     module[0].requires_grad_(False)
     frozen = FrozenFingerprint(module)
@@ -475,7 +487,7 @@ def test_a_frozen_tensor_that_moves_is_named():
         frozen.check()
 
 
-def test_what_never_became_a_checkpoint_is_swept_away(tmp_path):
+def test_incomplete_checkpoints_are_removed(tmp_path):
     import ray
 
     names = ["step_000003_aa", "step_000006_bb"]
@@ -486,8 +498,8 @@ def test_what_never_became_a_checkpoint_is_swept_away(tmp_path):
         "pending_validation_specs": [],
         **{f"{how}_checkpoint_dir_names": [] for how in ("validated", "timed_out_validation", "failed_validation")},
     }  # fmt: skip
-    half, others = "step_000009_cc", ["model", "run.json"]
-    for name in (*names, half, *others):
+    incomplete, others = "step_000009_cc", ["model", "run.json"]
+    for name in (*names, incomplete, *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
@@ -495,31 +507,31 @@ def test_what_never_became_a_checkpoint_is_swept_away(tmp_path):
     assert {path.name for path in tmp_path.glob("*/")} == {*names, *others}
 
 
-@pytest.mark.parametrize("left", [None, "", '{"ray_version": "2'])
-def test_a_list_of_checkpoints_that_a_full_disk_cut_off_is_made_anew(tmp_path, left):
+@pytest.mark.parametrize("snapshot", [None, "", '{"ray_version": "2'])
+def test_truncated_checkpoint_list_is_regenerated(tmp_path, snapshot):
     import ray.train
 
-    def share(folder: str, rank: int, cut: int | None = None) -> None:
+    def write_shard(folder: str, rank: int, size: int | None = None) -> None:
         path = tmp_path / folder / f"trained-{rank:05d}-of-00002.safetensors"
         path.parent.mkdir(exist_ok=True)
         save_file({"weight": torch.zeros(99)}, path)
-        os.truncate(path, cut or path.stat().st_size)
+        os.truncate(path, size or path.stat().st_size)
         (path.parent / "state.json").write_text(json.dumps({"step": 3}))
 
     for folder in ("step_000003_aa", "step_000006_bb", "step_000009_cc", "step_000012_dd"):
-        share(folder, 0)
+        write_shard(folder, 0)
     for folder in ("step_000003_aa", "step_000006_bb"):
-        share(folder, 1)
-    share("step_000009_cc", 1, cut=200)
-    if left is not None:
-        (tmp_path / "checkpoint_manager_snapshot.json").write_text(left)
+        write_shard(folder, 1)
+    write_shard("step_000009_cc", 1, size=200)
+    if snapshot is not None:
+        (tmp_path / "checkpoint_manager_snapshot.json").write_text(snapshot)
     remove_incomplete(str(tmp_path))
     assert {path.name for path in tmp_path.glob("*/")} == {"step_000003_aa", "step_000006_bb"}
     known = ray.train.Result.from_path(str(tmp_path))
     assert known.checkpoint.path.endswith("step_000006_bb") and len(known.best_checkpoints) == 2
 
 
-def test_the_average_is_that_of_the_weights():
+def test_ema_matches_reference_and_ignores_skipped_steps():
     weight = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = AdamW([weight], 0.9, lr=0.1)
     optimizer.init_state([weight])
@@ -532,28 +544,28 @@ def test_the_average_is_that_of_the_weights():
         if optimizer.skip:
             assert weight.item() == before
             continue
-        taken = step - step // 5
-        decay = min(0.9, (1 + taken) / (10 + taken))
+        num_updates = step - step // 5
+        decay = min(0.9, (1 + num_updates) / (10 + num_updates))
         expected = decay * expected + (1 - decay) * weight.item()
     assert optimizer.state[weight]["ema"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_losses_of_two_runs_are_compared(tmp_path, monkeypatch, capsys):
+def test_compare_losses_exit_status_depends_on_tolerance(tmp_path, monkeypatch, capsys):
     for name, values in (("a", {1: 0.5, 2: 0.25}), ("b", {1: 0.5, 2: 0.2501, 3: 0.1})):
         (tmp_path / name).write_text(json.dumps(values))
     for tolerance, status in (("1e-3", 0), ("1e-4", 1)):
         files = [str(tmp_path / "a"), str(tmp_path / "b")]
         monkeypatch.setattr(sys, "argv", ["compare_losses", *files, "--tolerance", tolerance])
         assert compare_losses.main() == status
-        assert "2 steps in both, 1 in one alone; differ most at step 2" in capsys.readouterr().out
+        assert "2 common steps, 1 in one run only; largest difference at step 2" in capsys.readouterr().out
 
 
-# --- real runs -------------------------------------------------------------------------------------------------------
+# --- complete runs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
-    """Random pretrained, a good deal smaller than mini."""
+    """Pretrained models with random weights, smaller than the shipped `mini` models."""
     folder = tmp_path_factory.mktemp("pretrained")
     torch.manual_seed(0)
     channels = (16, 32, 32, 32)
@@ -622,12 +634,12 @@ def arguments(pretrained: Path, folder: Path, *more: str) -> list[str]:
     return [*(f"--{key}={value}" for key, value in keys.items()), *more]
 
 
-def configured(pretrained: Path, folder: Path, *more: str) -> Config:
+def make_config(pretrained: Path, folder: Path, *more: str) -> Config:
     return load_config(*arguments(pretrained, folder, *more))
 
 
 def weights(model: Path) -> dict[str, bytes]:
-    """Part/tensor -> its bytes."""
+    """Raw bytes of each tensor, by part/tensor name."""
     return {
         f"{path.parent.name}/{name}": tensor.numpy().tobytes()
         for path in model.rglob("*.safetensors")
@@ -636,7 +648,7 @@ def weights(model: Path) -> dict[str, bytes]:
 
 
 def losses(config: Config, out: Path, stage: int, key: str = "loss") -> dict[int, list[float]]:
-    """Step -> all values of its loss in the MLflow run."""
+    """All recorded values of a metric in the MLflow run of a stage, by step."""
     from mlflow import MlflowClient
 
     run_id = json.loads((out / f"stage{stage}" / "run.json").read_text())["mlflow_run_id"]
@@ -648,30 +660,30 @@ def losses(config: Config, out: Path, stage: int, key: str = "loss") -> dict[int
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory, pretrained, clips, ray_cluster) -> tuple[Config, Path]:
-    """Both stages, two workers, undisturbed."""
+def uninterrupted(tmp_path_factory, pretrained, clips, ray_cluster) -> tuple[Config, Path]:
+    """Both stages trained with two workers, without faults."""
     from pipelines.train.job import train
 
-    folder = tmp_path_factory.mktemp("calm")
-    config = configured(pretrained, folder, "--train.profile_steps=2")
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = make_config(pretrained, folder, "--train.profile_steps=2")
     assert train(clips, folder / "out", config) == folder / "out" / "model"
     return config, folder / "out"
 
 
-def strike(storage: Path, blows: list[signal.Signals], over: threading.Event) -> None:
-    """After the first checkpoint a worker gets the first signal, after the next one a worker the next, and so on."""
+def signal_workers(storage: Path, signals: list[signal.Signals], finished: threading.Event) -> None:
+    """Send the next signal to a worker after each new checkpoint, until all are sent or training is finished."""
     seen = ""
-    while blows and not over.wait(0.05):
+    while signals and not finished.wait(0.05):
         snapshot = storage / "checkpoint_manager_snapshot.json"
         if snapshot.exists() and (now := snapshot.read_text()) != seen:
             seen = now
             if workers := workers_of(psutil.Process()):
-                workers[-1].send_signal(blows.pop(0))
+                workers[-1].send_signal(signals.pop(0))
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory, pretrained, clips) -> dict[int, dict[str, dict]]:
-    """What `tests.engines` found: by number of workers, by engine."""
+def engine_results(tmp_path_factory, pretrained, clips) -> dict[int, dict[str, dict]]:
+    """Results of `tests.engines`, by number of workers and engine."""
     folder = tmp_path_factory.mktemp("engines")
     found = {}
     for workers in (2, 1):
@@ -679,10 +691,10 @@ def engines(tmp_path_factory, pretrained, clips) -> dict[int, dict[str, dict]]:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "tests.engines"]
-        rest = [workers, port, folder, pretrained, clips]
+        worker_args = [workers, port, folder, pretrained, clips]
         processes = [
             subprocess.Popen(
-                [*command, *map(str, [rank, *rest])], cwd=ROOT, stderr=subprocess.PIPE, text=True
+                [*command, *map(str, [rank, *worker_args])], cwd=ROOT, stderr=subprocess.PIPE, text=True
             )
             for rank in range(workers)
         ]
@@ -693,69 +705,74 @@ def engines(tmp_path_factory, pretrained, clips) -> dict[int, dict[str, dict]]:
 
 
 @pytest.mark.slow
-def test_every_zero_stage_takes_the_same_steps(engines):
-    for name, found in engines[2].items():
-        # fp32: only the order of sums differs. bf16 has 8 bits of mantissa; its losses were seen to be 5e-4 from fp32's.
+def test_all_zero_stages_produce_the_same_losses(engine_results):
+    for name, found in engine_results[2].items():
+        # fp32 differs only in summation order. bf16 has an 8-bit mantissa.
+        # The measured bf16 losses differ from fp32 by 5e-4.
         tolerance = 1e-5 if "fp32" in name else 2e-3
-        assert found["losses"] == pytest.approx(engines[2]["zero2-fp32"]["losses"], rel=tolerance), name
+        assert found["losses"] == pytest.approx(engine_results[2]["zero2-fp32"]["losses"], rel=tolerance), (
+            name
+        )
 
 
 @pytest.mark.slow
-def test_only_what_is_trained_is_in_the_optimizer_and_in_checkpoints(engines, pretrained):
-    for name, found in engines[2].items():
+def test_optimizer_and_checkpoints_contain_only_trained_parameters(engine_results, pretrained):
+    for name, found in engine_results[2].items():
         assert found["in_checkpoint"] == sorted(found["trained"]), name
         assert found["trained"] and all(
             "motion_modules" in key or "temporal" in key for key in found["trained"]
         ), name
         numel = sum(int(np.prod(shape)) for shape in found["trained"].values())
-        # Sharded, two workers hold half each; a shard may be padded.
-        held = found["in_optimizer"] * (1 if "zero0" in name else 2)
-        assert numel <= held < 1.05 * numel + 64 * len(found["trained"]), name
+        # With sharding, each of the two workers stores 50%; a shard may be padded.
+        stored = found["in_optimizer"] * (1 if "zero0" in name else 2)
+        assert numel <= stored < 1.05 * numel + 64 * len(found["trained"]), name
 
 
 @pytest.mark.slow
-def test_one_worker_goes_on_from_the_checkpoint_of_two(engines):
-    assert len(engines[1]) > len(engines[2])  # also as another ZeRO stage
-    for name, found in engines[1].items():
+def test_checkpoint_of_two_workers_resumes_with_one_worker(engine_results):
+    assert len(engine_results[1]) > len(engine_results[2])  # some are also resumed with another ZeRO stage
+    for name, found in engine_results[1].items():
         tolerance = 1e-5 if "fp32" in name else 2e-3
-        before = engines[2][name.split(" as ")[0]]["losses"]
+        before = engine_results[2][name.split(" as ")[0]]["losses"]
         assert found["losses"] == pytest.approx(before[-len(found["losses"]) :], rel=tolerance), name
 
 
 @pytest.mark.slow
-def test_both_stages_train_their_own_parts(calm):
-    config, out = calm
+def test_each_stage_trains_only_its_own_parts(uninterrupted):
+    config, out = uninterrupted
     for stage in (1, 2):
         curve = losses(config, out, stage)
         assert sorted(curve) == list(range(1, STEPS[stage] + 1))
         assert all(len(values) == 1 and np.isfinite([*values]).all() for values in curve.values())
         bands = ["", "_t000-249", "_t250-499", "_t500-749", "_t750-999"]
-        judged = [losses(config, out, stage, f"validation_loss{band}")[STEPS[stage]][0] for band in bands]
-        assert judged[0] == pytest.approx(np.mean(judged[1:]), rel=1e-5)
+        validation_losses = [
+            losses(config, out, stage, f"validation_loss{band}")[STEPS[stage]][0] for band in bands
+        ]
+        assert validation_losses[0] == pytest.approx(np.mean(validation_losses[1:]), rel=1e-5)
     first, final = weights(out / "stage1" / "model"), weights(out / "model")
     of_stage1 = {"appa", "appearance_unet"}
     assert {name.split("/")[0] for name in first} == of_stage1
     assert {name.split("/")[0] for name in final} == of_stage1 | {"motion_adapter", "temporal_controlnet"}
-    assert all(final[name] == first[name] for name in first)  # stage 2 left them alone
+    assert all(final[name] == first[name] for name in first)  # stage 2 does not change the stage 1 weights
     assert json.loads((out / "model" / "tcan.json").read_text())["stage"] == 2
     assert len([*(out / "stage1").glob("step_*")]) == config.train.num_checkpoints
 
 
 @pytest.mark.slow
-def test_the_losses_are_those_committed(calm):
-    """What changes them on purpose writes tests/golden anew: `{step: loss}` of the run `calm`, by stage."""
-    config, out = calm
+def test_losses_match_golden_files(uninterrupted):
+    """After an intended change, regenerate tests/golden from the run `uninterrupted`: one `{step: loss}` file per stage."""
+    config, out = uninterrupted
     for stage in (1, 2):
         golden = compare_losses.losses(ROOT / "tests" / "golden" / f"stage{stage}.json", store="")
         found = {step: values[0] for step, values in losses(config, out, stage).items()}
         assert found.keys() == golden.keys()
         difference, step = compare_losses.largest_difference(found, golden)
-        assert difference < 1e-3, (stage, step)  # another processor's rounding moves them by far less
+        assert difference < 1e-3, (stage, step)  # rounding differences between CPUs are much smaller
 
 
 @pytest.mark.slow
-def test_operations_a_second_are_recorded(calm, pretrained):
-    config, out = calm
+def test_recorded_flops_match_flop_counter(uninterrupted, pretrained):
+    config, out = uninterrupted
     parts = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
     known = load_pretrained(**dict.fromkeys(parts, str(pretrained)))
     model = TCAN(known.unet, known.controlnet, known.motion_adapter, known.empty_prompt)
@@ -766,19 +783,19 @@ def test_operations_a_second_are_recorded(calm, pretrained):
             diffusion_loss(
                 model, known.scheduler, latents, latents, torch.tensor([5]), pose, latents[:, 0]
             ).backward()
-        rates, seconds = (losses(config, out, stage, key) for key in ("tflops_per_second", "step_seconds"))
-        of_each_step = [1e12 * rates[step][0] * seconds[step][0] for step in range(1, STEPS[stage] + 1)]
-        assert of_each_step == pytest.approx(of_each_step[:1] * STEPS[stage], rel=1e-9)
-        # A sample of stage 1 whose reference is dropped takes a little less.
-        assert of_each_step[0] == pytest.approx(4 * counter.get_total_flops(), rel=0.02)
-        assert not losses(config, out, stage, "mfu")  # of a CPU there is no telling
+        tflops, seconds = (losses(config, out, stage, key) for key in ("tflops_per_second", "step_seconds"))
+        flops_per_step = [1e12 * tflops[step][0] * seconds[step][0] for step in range(1, STEPS[stage] + 1)]
+        assert flops_per_step == pytest.approx(flops_per_step[:1] * STEPS[stage], rel=1e-9)
+        # Stage-1 samples with a dropped reference need slightly fewer FLOPs.
+        assert flops_per_step[0] == pytest.approx(4 * counter.get_total_flops(), rel=0.02)
+        assert not losses(config, out, stage, "mfu")  # the peak FLOP/s of a CPU is unknown
 
 
 @pytest.mark.slow
-def test_a_trace_shows_the_steps_asked_for(calm, tmp_path):
+def test_profiler_trace_contains_the_requested_steps(uninterrupted, tmp_path):
     from mlflow import MlflowClient
 
-    config, out = calm
+    config, out = uninterrupted
     client = MlflowClient(tracking.resolve_uri(config.tracking))
     for stage in (1, 2):
         run_id = json.loads((out / f"stage{stage}" / "run.json").read_text())["mlflow_run_id"]
@@ -794,8 +811,8 @@ def test_a_trace_shows_the_steps_asked_for(calm, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_model_is_found_in_the_registry(calm):
-    config, out = calm
+def test_finished_models_are_registered(uninterrupted):
+    config, out = uninterrupted
     found = {}
     for stage, name in ((1, "tcan-stage1"), (2, "tcan")):
         run_id = json.loads((out / f"stage{stage}" / "run.json").read_text())["mlflow_run_id"]
@@ -807,7 +824,7 @@ def test_a_finished_model_is_found_in_the_registry(calm):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_and_names_the_videos(tmp_path, pretrained, clips, ray_cluster):
+def test_nan_loss_stops_with_video_names_or_skips_the_step(tmp_path, pretrained, clips, ray_cluster):
     from pipelines.train.job import train
 
     bad = shutil.copytree(clips, tmp_path / "bad")
@@ -818,13 +835,13 @@ def test_a_loss_that_is_no_number_stops_and_names_the_videos(tmp_path, pretraine
                 row["latent_mean"] = np.full((16, 4, 8, 8), np.nan, "<f2").tobytes()
         pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
     keys = ("--train.workers=1", "--train.stage1.batch_size=2", "--train.stage1.checkpoint_every=1")
-    with pytest.raises(UserError, match=r"the loss is nan; videos .*c.*; .*train.on_bad_loss") as stopped:
-        train(bad, tmp_path / "out", configured(pretrained, tmp_path, *keys), stage="1")
-    step = int(re.search(r"step (\d+)", str(stopped.value))[1])
-    assert ("no checkpoint yet" if step == 1 else f"checkpoint is of step {step - 1}") in str(stopped.value)
-    # Each video comes once in three steps of two: a third of the steps are left out.
+    with pytest.raises(UserError, match=r"the loss is nan; videos .*c.*; .*train.on_bad_loss") as error:
+        train(bad, tmp_path / "out", make_config(pretrained, tmp_path, *keys), stage="1")
+    step = int(re.search(r"step (\d+)", str(error.value))[1])
+    assert ("no checkpoint yet" if step == 1 else f"checkpoint is of step {step - 1}") in str(error.value)
+    # Each video is sampled once in three steps of two samples, so 2 of 6 steps are skipped.
     keys += ("--train.on_bad_loss=skip", "--train.stage1.validate_every=0", "--train.stage1.steps=6")
-    config = configured(pretrained, tmp_path, *keys)
+    config = make_config(pretrained, tmp_path, *keys)
     train(bad, tmp_path / "out", config, stage="1")
     curve = losses(config, tmp_path / "out", 1)
     assert sorted(curve) == list(range(1, 7)) and sum(np.isnan(v).any() for v in curve.values()) == 2
@@ -832,10 +849,10 @@ def test_a_loss_that_is_no_number_stops_and_names_the_videos(tmp_path, pretraine
 
 
 @pytest.mark.slow
-def test_again_leaves_what_is_finished_alone(calm, clips, capsys):
+def test_rerun_of_finished_training_changes_no_file(uninterrupted, clips, capsys):
     from pipelines.train.job import train
 
-    config, out = calm
+    config, out = uninterrupted
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     train(clips, out, config)
     assert capsys.readouterr().out.count("skipped") == 2
@@ -846,30 +863,31 @@ def test_again_leaves_what_is_finished_alone(calm, clips, capsys):
 
 
 @pytest.mark.slow
-def test_a_worker_killed_and_one_that_hangs_change_nothing(
-    calm, tmp_path, pretrained, clips, ray_cluster, capfd
+def test_killed_and_hung_workers_leave_results_unchanged(
+    uninterrupted, tmp_path, pretrained, clips, ray_cluster, capfd
 ):
     from pipelines.train.job import train
 
-    # Images of every step take the time in which Ray Train comes to know of a checkpoint: else the end comes first.
-    slower = "--train.hang_timeout=30", "--train.stage1.sample_every=1"
-    config, over = configured(pretrained, tmp_path, *slower), threading.Event()
-    blows = [signal.SIGKILL, signal.SIGSTOP]
-    watcher = threading.Thread(target=strike, args=(tmp_path / "out" / "stage1", blows, over))
+    # Sample images at every step slow training down, so that Ray Train registers a checkpoint before the run ends.
+    slow_keys = "--train.hang_timeout=30", "--train.stage1.sample_every=1"
+    config, finished = make_config(pretrained, tmp_path, *slow_keys), threading.Event()
+    signals = [signal.SIGKILL, signal.SIGSTOP]
+    watcher = threading.Thread(target=signal_workers, args=(tmp_path / "out" / "stage1", signals, finished))
     watcher.start()
     try:
         train(clips, tmp_path / "out", config, stage="1")
     finally:
-        over.set()
+        finished.set()
         watcher.join()
-    assert not blows
+    assert not signals
     assert "hung after step" in capfd.readouterr().out
-    assert losses(config, tmp_path / "out", 1) == losses(*calm, 1)  # the same, and none recorded twice
-    assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
+    # Identical, and each step recorded once.
+    assert losses(config, tmp_path / "out", 1) == losses(*uninterrupted, 1)
+    assert weights(tmp_path / "out" / "stage1" / "model") == weights(uninterrupted[1] / "stage1" / "model")
 
 
 def checkpoints(storage: str) -> list[int]:
-    """The steps of those that Ray Train knows of: whole ones."""
+    """Steps of the complete checkpoints that Ray Train has registered."""
     try:
         snapshot = json.loads(read_bytes(f"{storage}/stage1/checkpoint_manager_snapshot.json"))
     except FileNotFoundError:
@@ -878,62 +896,67 @@ def checkpoints(storage: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_driver_ended_in_every_way_goes_on(calm, tmp_path, pretrained, clips, bucket):
-    """From checkpoints in a bucket."""
+def test_rerun_after_sigterm_sigint_and_sigkill_resumes(uninterrupted, tmp_path, pretrained, clips, bucket):
+    """Checkpoints are in a bucket."""
     from mlflow import MlflowClient
 
     training = Stage1(clips, tmp_path, arguments(pretrained, tmp_path, f"--train.storage={bucket}/run"))
 
-    def wait_for(driver: psutil.Popen, happened: Callable[[], Any]) -> None:
-        while not happened():
-            assert driver.poll() is None, training.said()
+    def wait_for(driver: psutil.Popen, condition: Callable[[], Any]) -> None:
+        while not condition():
+            assert driver.poll() is None, training.output()
             time.sleep(0.05)
 
-    at = 0
+    last_checkpoint = 0
     for count, (number, status) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130)), 1):
         driver = training.start(2, "--train.stage1.checkpoint_every=1000")
         wait_for(driver, lambda driver=driver: workers_of(driver))
         driver.send_signal(number)
-        assert driver.wait() == status, training.said()
-        assert training.said().count("stopped; rerun the command to resume") == count
-        before, at = at, max(checkpoints(f"{bucket}/run"))
-        assert before < at < STEPS[1]  # its own: no other was due
+        assert driver.wait() == status, training.output()
+        assert training.output().count("stopped; rerun the command to resume") == count
+        previous, last_checkpoint = last_checkpoint, max(checkpoints(f"{bucket}/run"))
+        assert previous < last_checkpoint < STEPS[1]  # written on the signal: no periodic checkpoint was due
     driver = training.start(2)
-    wait_for(driver, lambda: max(checkpoints(f"{bucket}/run")) > at)
+    wait_for(driver, lambda: max(checkpoints(f"{bucket}/run")) > last_checkpoint)
     driver.kill()
     driver.wait()
     training.finish(training.start(2))
 
     config = load_config(*arguments(pretrained, tmp_path))
-    assert losses(config, tmp_path / "out", 1) == losses(*calm, 1)
-    assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
+    assert losses(config, tmp_path / "out", 1) == losses(*uninterrupted, 1)
+    assert weights(tmp_path / "out" / "stage1" / "model") == weights(uninterrupted[1] / "stage1" / "model")
     client = MlflowClient(tracking.resolve_uri(config.tracking))
     assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_good_checkpoint(calm, tmp_path, pretrained, clips, small_disk):
-    """One with room for one checkpoint and half of the next."""
-    kept = next((calm[1] / "stage1").glob("step_*"))
-    room = 3 * sum(file.stat().st_size for file in kept.glob("trained-*")) // 2
-    subprocess.run(["mount", "-o", f"remount,size={room}", small_disk], check=True)
+def test_full_disk_preserves_the_last_complete_checkpoint(
+    uninterrupted, tmp_path, pretrained, clips, small_disk
+):
+    """The disk has space for 1.5 checkpoints."""
+    checkpoint = next((uninterrupted[1] / "stage1").glob("step_*"))
+    size = 3 * sum(file.stat().st_size for file in checkpoint.glob("trained-*")) // 2
+    subprocess.run(["mount", "-o", f"remount,size={size}", small_disk], check=True)
     keys = arguments(pretrained, tmp_path, f"--train.storage={small_disk}")
     training = Stage1(clips, tmp_path, keys)
 
-    assert training.start(2, "--train.max_failures=0").wait() == 2, training.said()
-    assert training.said().splitlines()[-1].startswith("tcan: error: the disk is full"), training.said()
+    assert training.start(2, "--train.max_failures=0").wait() == 2, training.output()
+    assert training.output().splitlines()[-1].startswith("tcan: error: the disk is full"), training.output()
     assert checkpoints(str(small_disk)) == [3]
     assert [folder.name.split("_")[1] for folder in (small_disk / "stage1").glob("step_*")] == ["000003"]
 
     subprocess.run(["mount", "-o", "remount,size=1g", small_disk], check=True)
     training.finish(training.start(2))
-    assert losses(load_config(*keys), tmp_path / "out", 1) == losses(*calm, 1)
-    assert weights(tmp_path / "out" / "stage1" / "model") == weights(calm[1] / "stage1" / "model")
+    assert losses(load_config(*keys), tmp_path / "out", 1) == losses(*uninterrupted, 1)
+    assert weights(tmp_path / "out" / "stage1" / "model") == weights(uninterrupted[1] / "stage1" / "model")
 
 
 @pytest.mark.slow
-def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, pretrained, clips, ray_cluster):
-    """One or two workers of two CPUs where there are two in all; checkpoints in a storage of their own."""
+def test_fewer_workers_produce_the_same_losses(uninterrupted, tmp_path, pretrained, clips, ray_cluster):
+    """Allows one or two workers of two CPUs each on two CPUs in total, so one starts.
+
+    Checkpoints are in a separate storage.
+    """
     from pipelines.train.job import train
 
     keys = (
@@ -941,7 +964,7 @@ def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, pretrai
         "--train.cpus_per_worker=2",
         f"--train.storage=file://{tmp_path}/storage",
     )
-    config = configured(pretrained, tmp_path, *keys)
+    config = make_config(pretrained, tmp_path, *keys)
     train(clips, tmp_path / "out", config)
     checkpoints = [*(tmp_path / "storage" / "stage1").glob("step_*")]
     assert len(checkpoints) == config.train.num_checkpoints
@@ -949,33 +972,38 @@ def test_fewer_workers_than_wanted_follow_the_same_curve(calm, tmp_path, pretrai
         assert [file.name for file in folder.glob("trained-*")] == ["trained-00000-of-00001.safetensors"]
     for stage in (1, 2):
         for key in ("loss", "validation_loss"):
-            one, two = losses(config, tmp_path / "out", stage, key), losses(*calm, stage, key)
-            assert one.keys() == two.keys()
-            assert [*map(max, one.values())] == pytest.approx([*map(max, two.values())], rel=1e-4)
+            one_worker, two_workers = (
+                losses(config, tmp_path / "out", stage, key),
+                losses(*uninterrupted, stage, key),
+            )
+            assert one_worker.keys() == two_workers.keys()
+            assert [*map(max, one_worker.values())] == pytest.approx(
+                [*map(max, two_workers.values())], rel=1e-4
+            )
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- invalid input ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, pretrained, clips, capsys):
+def test_invalid_input_raises_user_error_before_training(tmp_path, pretrained, clips, capsys):
     from pipelines.train.job import train
 
-    config = configured(pretrained, tmp_path)
+    config = make_config(pretrained, tmp_path)
     other = write_dataset(tmp_path / "other", {"a": [(0, 16)]}, SIZE, SIZE, vae="0123456789abcdef")
     with pytest.raises(UserError, match="another VAE"):
         train(other, tmp_path / "out", config)
     with pytest.raises(UserError, match="no dataset"):
         train(tmp_path / "nothing", tmp_path / "out", config)
     with pytest.raises(UserError, match="smaller than the training size"):
-        train(clips, tmp_path / "out", configured(pretrained, tmp_path, "--size=128"))
+        train(clips, tmp_path / "out", make_config(pretrained, tmp_path, "--size=128"))
     with pytest.raises(UserError, match="train stage 1 first"):
         train(clips, tmp_path / "out", config, stage="2")
-    for text, words in ((None, "cannot be read"), ("{", "cannot be read"), ("[1]", "must hold")):
-        file = tmp_path / "deepspeed.json"
+    for text, message in ((None, "cannot be read"), ("{", "cannot be read"), ("[1]", "must hold")):
+        file = tmp_path / "deepmeter.json"
         if text:
             file.write_text(text)
         keys = arguments(pretrained, tmp_path, f"--train.deepspeed={file}")
         line = error_of(capsys, "train", str(clips), "--out", str(tmp_path / "out"), *keys)
-        assert line.startswith(f"train.deepspeed = {file}: {words}")
+        assert line.startswith(f"train.deepspeed = {file}: {message}")
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
-"""Names and shapes of the original files of SD1.5's world, written down from their projects' own modules (CompVis'
-latent diffusion, ControlNet, AnimateDiff, CLIP), and files made of them.
+"""Keys and shapes of the original checkpoints around SD1.5, and files with these keys and shapes.
 
-Each tensor is one number, another one for each name, seen at its full shape: a checkpoint of gigabytes is a small file.
+The keys come from the modules of the projects: CompVis' latent diffusion, ControlNet, AnimateDiff, CLIP. Each tensor is
+one distinct value expanded to its full shape, so that a checkpoint of gigabytes is a small file.
 """
 
 import json
@@ -46,8 +46,8 @@ def spatial(at: str, width: int) -> Shapes:
     return shapes | pair(f"{at}.proj_out", width, width, 1, 1)
 
 
-def encoder_half() -> tuple[Shapes, list[int]]:
-    """Time embedding, input and middle blocks, and the channels of what each input block gives to its skip."""
+def encoder_blocks() -> tuple[Shapes, list[int]]:
+    """Time embedding, input and middle blocks, and the skip channels of each input block."""
     shapes = pair("time_embed.0", TIME, 320) | pair("time_embed.2", TIME, TIME)
     shapes |= pair("input_blocks.0.0", 320, 4, 3, 3)
     skips, number = [320], 1
@@ -67,7 +67,7 @@ def encoder_half() -> tuple[Shapes, list[int]]:
 
 
 def unet() -> Shapes:
-    shapes, skips = encoder_half()
+    shapes, skips = encoder_blocks()
     channels, number = 1280, 0
     for level, width in ((3, 1280), (2, 1280), (1, 640), (0, 320)):
         for i in range(3):
@@ -83,7 +83,7 @@ def unet() -> Shapes:
 
 
 def controlnet() -> Shapes:
-    shapes, skips = encoder_half()
+    shapes, skips = encoder_blocks()
     for i, width in enumerate(skips):
         shapes |= pair(f"zero_convs.{i}.0", width, width, 1, 1)
     hint = (3, 16, 16, 32, 32, 96, 96, 256, 320)
@@ -142,18 +142,18 @@ def text_encoder() -> Shapes:
 
 def motion_modules(middle: bool = True) -> Shapes:
     shapes: Shapes = {}
-    places = [
+    modules = [
         (f"down_blocks.{i}.motion_modules.{j}", w)
         for i, w in enumerate((320, 640, 1280, 1280))
         for j in (0, 1)
     ]
-    places += [
+    modules += [
         (f"up_blocks.{i}.motion_modules.{j}", w)
         for i, w in enumerate((1280, 1280, 640, 320))
         for j in (0, 1, 2)
     ]
-    for place, width in places + [("mid_block.motion_modules.0", 1280)] * middle:
-        at, block = f"{place}.temporal_transformer", f"{place}.temporal_transformer.transformer_blocks.0"
+    for module, width in modules + [("mid_block.motion_modules.0", 1280)] * middle:
+        at, block = f"{module}.temporal_transformer", f"{module}.temporal_transformer.transformer_blocks.0"
         shapes |= (
             pair(f"{at}.norm", width)
             | pair(f"{at}.proj_in", width, width)
@@ -168,7 +168,7 @@ def motion_modules(middle: bool = True) -> Shapes:
 
 
 def tensors(shapes: Shapes, first: int = 1) -> dict[str, Tensor]:
-    """For the i-th name the number `first + i`, at full shape; positions as they are."""
+    """The value `first + i` at full shape for the i-th key; position tables with their real values."""
     return {
         name: positions(*shape[1:])
         if name.endswith(".pe")
@@ -184,7 +184,7 @@ def positions(frames: int, width: int) -> Tensor:
 
 
 def checkpoint() -> Shapes:
-    """A whole SD1.5 file, with what else is found in such files."""
+    """A complete SD1.5 file, including the keys that are ignored."""
     shapes: Shapes = {}
     for prefix, part in (
         ("model.diffusion_model.", unet()),
@@ -211,7 +211,7 @@ def checkpoint() -> Shapes:
 
 
 def write_sparse_safetensors(shapes: Shapes, path: Path) -> None:
-    """fp16 zeros that take no room on a disk."""
+    """Write fp16 zeros as a sparse file, which uses almost no disk space."""
     header, end = {}, 0
     for name, shape in shapes.items():
         size = 2 * int(torch.tensor(shape).prod()) if shape else 2
@@ -224,7 +224,7 @@ def write_sparse_safetensors(shapes: Shapes, path: Path) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def numbers(state: dict[str, Tensor]) -> Iterator[float]:
-    """The one number of each tensor."""
+def values(state: dict[str, Tensor]) -> Iterator[float]:
+    """The single value of each tensor."""
     for tensor in state.values():
         yield tensor.flatten()[0].item()

@@ -1,6 +1,8 @@
 """Attention processors compared with explicit formulas."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
@@ -97,3 +99,22 @@ def test_temperature_divides_the_logits() -> None:
         TemperatureAttention()(attn, positions),
         **CLOSE,
     )
+
+
+def test_temporal_attention_is_split_at_the_kernel_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    attn = attention_layer(lora=False)
+    x = torch.randn(7, 3, WIDTH, dtype=torch.float64)
+    tau = torch.linspace(1, 3, 7, dtype=torch.float64)
+    processor = TemperatureAttention()
+    expected = processor(attn, x, temperature=tau)
+    calls = []
+    original = F.scaled_dot_product_attention
+
+    def count(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls.append(len(q))
+        return original(q, k, v)
+
+    monkeypatch.setattr("tcan.attention.MAX_SEQUENCES", 3)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", count)
+    torch.testing.assert_close(processor(attn, x, temperature=tau), expected)
+    assert calls == [3, 3, 1]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
@@ -79,3 +80,23 @@ def test_residual_blocks_do_not_save_normalized_inputs() -> None:
         before, after = saved_bytes(Block, x, trained)
         normalized = 8 * 2 * 5 * 4 * (8 + 12)  # outputs of norm1 and norm2
         assert before - after >= normalized
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_runs_like_the_torch_modules(trained: bool) -> None:
+    torch.manual_seed(0)
+    baseline = nn.Sequential(
+        nn.Conv2d(4, 32, 3, padding=1), ResnetBlock2D(in_channels=32, temb_channels=None, groups=8)
+    ).requires_grad_(trained)
+    ours = copy.deepcopy(baseline)
+    make_memory_efficient(ours)
+    results = []
+    for network in (baseline, ours):
+        x = torch.linspace(-1, 1, 2 * 4 * 8 * 8).view(2, 4, 8, 8).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = network[1](network[0](x), None)
+        out.float().square().sum().backward()
+        results.append((out, x.grad))
+    for expected, result in zip(*results, strict=True):
+        assert expected.dtype == result.dtype
+        torch.testing.assert_close(result, expected)

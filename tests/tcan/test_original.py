@@ -1,4 +1,4 @@
-"""The single files that people have: each loads, by its names and shapes alone, or is refused in one line."""
+"""Single-file checkpoints: each loads by names and shapes alone, or is rejected with a one-line error."""
 
 import collections
 import os
@@ -21,7 +21,7 @@ PREFIX = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
 }
-# What some of the original names mean, by diffusers' names.
+# Some original keys and their diffusers keys.
 PAIRS = {
     "unet": {
         "time_embed.2.bias": "time_embedding.linear_2.bias",
@@ -70,16 +70,16 @@ PAIRS = {
 }
 
 
-def save(weights: dict[str, Tensor], path: Path, **beside: object) -> Path:
-    torch.save({"state_dict": weights, **beside} if beside else weights, path)
+def save(weights: dict[str, Tensor], path: Path, **extra: object) -> Path:
+    torch.save({"state_dict": weights, **extra} if extra else weights, path)
     return path
 
 
 def check_values(part: str, weights: dict[str, Tensor], module: torch.nn.Module, prefix: str = "") -> None:
-    """Every number of the file is in the network once, the known ones at their place."""
+    """Every tensor of the file is in the network exactly once, and those in `PAIRS` under the expected name."""
     state = {name: t for name, t in module.state_dict().items() if not name.endswith("pos_embed.pe")}
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
-    assert collections.Counter(files.numbers(state)) == collections.Counter(files.numbers(weights))
+    assert collections.Counter(files.values(state)) == collections.Counter(files.values(weights))
     for original, name in PAIRS[part].items():
         if part == "text_encoder" and hasattr(module, "text_model"):
             name = f"text_model.{name}"
@@ -88,20 +88,22 @@ def check_values(part: str, weights: dict[str, Tensor], module: torch.nn.Module,
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """An SD1.5 .ckpt, and what is in it."""
+    """An SD1.5 .ckpt file and its weights."""
     weights = files.tensors(files.checkpoint())
     return save(weights, tmp_path_factory.mktemp("sd") / "sd15.ckpt", global_step=840000), weights
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_stable_diffusion_checkpoint(checkpoint: tuple[Path, dict[str, Tensor]], part: str) -> None:
+def test_stable_diffusion_checkpoint_loads_every_tensor(
+    checkpoint: tuple[Path, dict[str, Tensor]], part: str
+) -> None:
     path, weights = checkpoint
-    own = {name: tensor for name, tensor in weights.items() if name.startswith(PREFIX[part])}
-    own = {name: tensor for name, tensor in own.items() if not name.endswith("position_ids")}
-    check_values(part, own, load_part(part, str(path)), PREFIX[part])
+    selected = {name: tensor for name, tensor in weights.items() if name.startswith(PREFIX[part])}
+    selected = {name: tensor for name, tensor in selected.items() if not name.endswith("position_ids")}
+    check_values(part, selected, load_part(part, str(path)), PREFIX[part])
 
 
-def test_stable_diffusion_safetensors(tmp_path: Path) -> None:
+def test_stable_diffusion_safetensors_loads(tmp_path: Path) -> None:
     path = tmp_path / "sd15.safetensors"
     files.write_sparse_safetensors(files.checkpoint(), path)
     vae = load_part("vae", str(path))
@@ -109,21 +111,21 @@ def test_stable_diffusion_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["control_model.", ""])
-def test_openpose_controlnet(tmp_path: Path, prefix: str) -> None:
+def test_openpose_controlnet_loads_every_tensor(tmp_path: Path, prefix: str) -> None:
     weights = {prefix + name: tensor for name, tensor in files.tensors(files.controlnet()).items()}
     path = save(weights, tmp_path / "control_v11p_sd15_openpose.pth")
     check_values("controlnet", weights, load_part("controlnet", str(path)), prefix)
 
 
-def test_vae_in_its_original_layout(tmp_path: Path) -> None:
+def test_vae_in_original_layout_loads_every_tensor(tmp_path: Path) -> None:
     weights = files.tensors(files.vae())
     more = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
     path = save(weights | more, tmp_path / "vae-ft-mse-840000-ema-pruned.ckpt")
     check_values("vae", weights, load_part("vae", str(path)))
 
 
-def test_vae_in_diffusers_first_layout(tmp_path: Path) -> None:
-    """sd-vae-ft-mse on the hub names its attention as diffusers did then."""
+def test_vae_with_old_diffusers_attention_names_loads(tmp_path: Path) -> None:
+    """sd-vae-ft-mse on the Hub uses the attention names of early diffusers versions."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
@@ -141,7 +143,7 @@ def test_vae_in_diffusers_first_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("middle", [True, False])
-def test_motion_modules(tmp_path: Path, middle: bool) -> None:
+def test_motion_modules_load_without_the_middle_block(tmp_path: Path, middle: bool) -> None:
     weights = files.tensors(files.motion_modules(middle))
     adapter = load_part("motion_adapter", str(save(weights, tmp_path / "mm_sd_v15_v2.ckpt")))
     assert adapter.mid_block is None and adapter.config.use_motion_mid_block is False
@@ -152,9 +154,9 @@ def test_motion_modules(tmp_path: Path, middle: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [("length", "is for 24 frames, not 32"), ("values", "sinusoidal")]
+    ("change", "reason"), [("length", "supports 24 frames, expected 32"), ("values", "sinusoidal")]
 )
-def test_motion_modules_of_other_positions(tmp_path: Path, change: str, reason: str) -> None:
+def test_motion_modules_with_other_positions_are_an_error(tmp_path: Path, change: str, reason: str) -> None:
     weights = files.tensors(files.motion_modules(middle=False))
     for name in [name for name in weights if name.endswith(".pe")]:
         weights[name] = weights[name][:, :24] if change == "length" else weights[name].flip(1)
@@ -173,53 +175,59 @@ def test_motion_modules_of_other_positions(tmp_path: Path, change: str, reason: 
         ("motion_adapter", "", "up_blocks.1.motion_modules.0.temporal_transformer.norm.bias"),
     ],
 )
-def test_files_that_do_not_fit(tmp_path: Path, part: str, prefix: str, name: str) -> None:
+def test_missing_unexpected_and_misshapen_keys_are_errors(
+    tmp_path: Path, part: str, prefix: str, name: str
+) -> None:
     shapes = files.motion_modules() if part == "motion_adapter" else getattr(files, part)()
     weights = {prefix + name: tensor for name, tensor in files.tensors(shapes).items()}
     name = prefix + name
-    lacking = {key: tensor for key, tensor in weights.items() if key != name}
+    incomplete = {key: tensor for key, tensor in weights.items() if key != name}
     longer = weights | {name: torch.zeros(7, *weights[name].shape[1:])}
     stray = {f"{prefix}stray.{i}.weight": torch.zeros(1) for i in range(5)}
     foreign = weights | stray
     inside = name.rpartition(".")[0] + ".stray"
     for changed, reason in (
-        (lacking, "lacks "),
-        (longer, r"is \[7"),
-        (foreign, r"has too many .*stray\.0\.weight, .*stray\.1\.weight, .*stray\.2\.weight and 2 more"),
+        (incomplete, "missing keys: "),
+        (longer, r"has shape \[7"),
+        (foreign, r"unexpected keys: .*stray\.0\.weight, .*stray\.1\.weight, .*stray\.2\.weight and 2 more"),
         (
             weights | {inside: torch.zeros(1)},
-            f"has too many .*{inside.removeprefix(prefix)}|has too many .*stray",
+            f"unexpected keys: .*{inside.removeprefix(prefix)}|unexpected keys: .*stray",
         ),
     ):
-        with pytest.raises(UserError, match=f"does not fit: .*{reason}") as error:
+        with pytest.raises(UserError, match=reason) as error:
             load_part(part, str(save(changed, tmp_path / "file.ckpt")))
         assert "\n" not in str(error.value)
 
 
-def test_a_file_of_another_part_says_what_it_is(tmp_path: Path) -> None:
+def test_file_of_another_part_is_named_in_the_error(tmp_path: Path) -> None:
     path = save(files.tensors(files.vae()), tmp_path / "vae.ckpt")
-    with pytest.raises(UserError, match=r"unet: .*vae\.ckpt holds no SD1.5 UNet, but: SD1.5 VAE"):
+    with pytest.raises(
+        UserError, match=r"unet: .*vae\.ckpt contains SD1.5 VAE; provide a file that contains the SD1.5 UNet"
+    ):
         load_part("unet", str(path))
 
 
-def test_a_name_that_no_checkpoint_has(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+def test_unknown_key_in_a_checkpoint_is_an_error(
+    checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
     path = save(checkpoint[1] | {"conditioner.embedders.1.x": torch.zeros(1)}, tmp_path / "sdxl.ckpt")
-    with pytest.raises(UserError, match=r"has too many conditioner\.embedders\.1\.x"):
+    with pytest.raises(UserError, match=r"unexpected keys: conditioner\.embedders\.1\.x"):
         load_part("vae", str(path))
 
 
 class ModelCheckpoint:
-    """Pickled under the name by which old Lightning checkpoints hold such a thing."""
+    """Pickled under the module name that old Lightning checkpoints use."""
 
     __module__ = "pytorch_lightning.callbacks.model_checkpoint"
 
 
-class Wicked:
+class Malicious:
     def __reduce__(self) -> tuple:
-        return os.system, ("touch wicked",)
+        return os.system, ("touch malicious",)
 
 
-def test_lightning_checkpoints_open_and_code_does_not_run(
+def test_lightning_checkpoints_load_and_code_is_not_executed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
@@ -235,40 +243,40 @@ def test_lightning_checkpoints_open_and_code_does_not_run(
         patched.setitem(sys.modules, ModelCheckpoint.__module__, module)
         save(weights, Path("lightning.ckpt"), callbacks={ModelCheckpoint: {"best": ModelCheckpoint()}})
     assert load_part("vae", "lightning.ckpt").config.latent_channels == 4
-    save(weights, Path("wicked.ckpt"), callbacks=Wicked())
+    save(weights, Path("malicious.ckpt"), callbacks=Malicious())
     with pytest.raises(
-        UserError, match=r"wicked.ckpt: cannot be opened as weights alone: it holds \S*system"
+        UserError, match=r"malicious.ckpt: contains \S*system, which could execute code"
     ) as error:
-        load_part("vae", "wicked.ckpt")
-    assert "\n" not in str(error.value) and not Path("wicked").exists()
+        load_part("vae", "malicious.ckpt")
+    assert "\n" not in str(error.value) and not Path("malicious").exists()
 
 
 @pytest.mark.parametrize("name", ["text.ckpt", "hi.ckpt", "text.safetensors", "list.pth", "empty.ckpt"])
-def test_files_that_are_no_weights(tmp_path: Path, name: str) -> None:
+def test_other_files_are_one_line_errors(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_text({"empty.ckpt": "", "hi.ckpt": "hi\n"}.get(name, "not weights"))
     if name == "list.pth":
         torch.save([1, 2], path)
-    with pytest.raises(UserError, match=r"is not a file of weights|cannot be opened as weights") as error:
+    with pytest.raises(UserError, match=r"not a weights file|could execute code") as error:
         load_part("vae", str(path))
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"vae: no such file: models/vae\.safetensors"):
         load_part("vae", "models/vae.safetensors")
 
 
-def test_openpose_weights_as_pickled_by_old_torch(tmp_path: Path) -> None:
-    """Not a zip yet: it can't be mapped, and is read whole."""
+def test_files_of_old_pytorch_are_read(tmp_path: Path) -> None:
+    """Their format is not zip, so they cannot be memory-mapped."""
     torch.save(files.tensors({"a.weight": (3, 3)}), tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(UserError, match="keys missing"):
         OpenPose.from_pretrained(tmp_path / "a.pth")
-    with pytest.raises(UserError, match="is none of the files known here"):
+    with pytest.raises(UserError, match="unknown layout"):
         load_part("vae", str(tmp_path / "a.pth"))
 
 
-def test_what_files_are(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+def test_describe_identifies_files(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     network = open_pose_module("model").bodypose_model()
     shapes = {name.split(".", 1)[1]: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     for path, text in (
@@ -284,8 +292,10 @@ def test_what_files_are(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_all_of_sd15_from_single_files(checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
-    """No network, no other file: the architectures are in the package."""
+def test_all_sd15_models_load_from_single_files(
+    checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Without downloads or other files: the architectures are in the package."""
     sd = str(checkpoint[0])
     control = save(files.tensors(files.controlnet()), tmp_path / "control_v11p_sd15_openpose.pth")
     motion = save(files.tensors(files.motion_modules()), tmp_path / "mm_sd_v15_v2.ckpt")

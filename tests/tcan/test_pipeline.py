@@ -1,5 +1,6 @@
 """TCANPipeline on random weights: equality with a baseline implementation, and its documented behavior."""
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
-from tcan.pose import draw_poses
+from tcan.pose import OpenPose, draw_poses
 from tcan.sampling import SamplingConfig
 from tcan.schedule import sampler
 from tcan.temperature import temperature_map
@@ -299,3 +300,35 @@ def test_images_are_cropped_to_the_aspect_ratio() -> None:
     wide = np.zeros((64, 128, 3), np.uint8)
     wide[:, 32:96] = 255
     assert fit_image(wide, 32, 32).min() > 240
+
+
+def test_denoising_ignores_a_schedule_that_training_moved_to_another_device(pipe: TCANPipeline) -> None:
+    options = dict(steps=2, window=2, overlap=0, start_from_reference=True)
+    first, second = (
+        torch.Generator().manual_seed(0),
+        torch.Generator().manual_seed(0),
+    )
+    expected = pipe.denoise(random_image(), dance(2), generator=first, **options)
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to("meta")
+    assert torch.equal(pipe.denoise(random_image(), dance(2), generator=second, **options), expected)
+
+
+def test_decode_needs_no_no_grad(pipe: TCANPipeline) -> None:
+    latents = torch.zeros(3, pipe.vae.config.latent_channels, 8, 8)
+    pipe.vae.requires_grad_(True)
+    try:
+        batches = list(pipe.decode(latents, batch=2))
+    finally:
+        pipe.vae.requires_grad_(False)
+    assert [batch.shape for batch in batches] == [(2, 64, 64, 3), (1, 64, 64, 3)]
+
+
+def test_moving_the_pipeline_moves_the_pose_network(pipe: TCANPipeline, pretrained_folder: Path) -> None:
+    copied = TCANPipeline(
+        copy.deepcopy(pipe.vae),
+        copy.deepcopy(pipe.tcan),
+        pipe.scheduler,
+        OpenPose.from_pretrained(pretrained_folder / "pose"),
+    ).to("meta")
+    assert copied.device.type == copied.pose_detector.device.type == "meta"
+    assert {parameter.device.type for parameter in copied.pose_detector.network.parameters()} == {"meta"}

@@ -1,4 +1,4 @@
-"""Loading is strict; a model folder is what it was made from, or an error."""
+"""Strict loading of pretrained models; saving, loading and exporting model folders."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from pipelines.inference import load_pipeline
 from pipelines.config_parser import load_config
+from pipelines.inference import load_pipeline
 from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
 from tcan.model import TCAN
@@ -38,7 +38,7 @@ def loaded(pretrained_folder: Path) -> PretrainedModels:
 
 @pytest.fixture(scope="module")
 def trained(loaded: PretrainedModels) -> TCAN:
-    """A TCAN none of whose parts is as it was at first."""
+    """A TCAN whose trained parts all differ from their initialization."""
     torch.manual_seed(1)
     model = TCAN(loaded.unet, loaded.controlnet, loaded.motion_adapter, loaded.empty_prompt)
     for part in model.parts().values():
@@ -55,7 +55,7 @@ def model_folder(trained: TCAN, loaded: PretrainedModels, tmp_path: Path) -> Pat
     return tmp_path / "model"
 
 
-def test_fingerprint_changes_with_a_bit_and_not_with_the_storage() -> None:
+def test_fingerprint_changes_with_any_bit_but_not_with_the_dtype() -> None:
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).half()
     before = fingerprint(layer)
@@ -69,13 +69,13 @@ def test_fingerprint_changes_with_a_bit_and_not_with_the_storage() -> None:
     assert fingerprint(layer) != before
 
 
-def test_fingerprint_knows_names_and_shapes() -> None:
+def test_fingerprint_depends_on_names_and_shapes() -> None:
     values = torch.arange(6.0)
     prints = {fingerprint({"a": values}), fingerprint({"b": values}), fingerprint({"a": values.view(2, 3)})}
     assert len(prints) == 3
 
 
-def test_pretrained_from_a_parent_folder_and_from_each_part(
+def test_parent_folder_and_part_folders_load_the_same_weights(
     pretrained_folder: Path, loaded: PretrainedModels
 ) -> None:
     each = load_pretrained(**{part: str(pretrained_folder / part) for part in PARTS})
@@ -87,15 +87,15 @@ def test_pretrained_from_a_parent_folder_and_from_each_part(
     assert not any(p.requires_grad for p in loaded.vae.parameters())
 
 
-def test_the_prompt_is_empty(pretrained_folder: Path, loaded: PretrainedModels) -> None:
-    """Begin, then end to the full length of 4: of a vocabulary of 3 the last two, as in CLIP's."""
+def test_prompt_is_the_empty_prompt(pretrained_folder: Path, loaded: PretrainedModels) -> None:
+    """Begin, then end up to the full length of 4: the last two ids of a vocabulary of 3, as in CLIP."""
     encoder = CLIPTextModel.from_pretrained(pretrained_folder / "text_encoder").eval()
     with torch.no_grad():
         expected = encoder(torch.tensor([[1, 2, 2, 2]])).last_hidden_state
     torch.testing.assert_close(loaded.empty_prompt, expected)
 
 
-def test_pretrained_in_another_dtype_keep_their_fingerprints(
+def test_fingerprints_do_not_depend_on_the_load_dtype(
     pretrained_folder: Path, loaded: PretrainedModels
 ) -> None:
     small = load_pretrained(**dict.fromkeys(PARTS, str(pretrained_folder)), dtype=torch.bfloat16)
@@ -103,9 +103,9 @@ def test_pretrained_in_another_dtype_keep_their_fingerprints(
     assert small.info == loaded.info
 
 
-def test_pretrained_that_lack_a_key_or_have_one_too_many(pretrained_folder: Path, tmp_path: Path) -> None:
+def test_missing_and_unexpected_keys_are_errors(pretrained_folder: Path, tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(pretrained_folder / "unet")
-    for change, reason in (("remove", "lacks conv_in.weight"), ("add", "has too many stray")):
+    for change, reason in (("remove", "missing keys: conv_in.weight"), ("add", "unexpected keys: stray")):
         folder = tmp_path / change
         unet.save_pretrained(folder)
         weights = load_file(folder / UNET)
@@ -119,16 +119,16 @@ def test_pretrained_that_lack_a_key_or_have_one_too_many(pretrained_folder: Path
 
 
 @pytest.mark.parametrize("source", ["no/such/folder/here", "/no/such/folder", "nothing"])
-def test_pretrained_that_are_not_there(pretrained_folder: Path, source: str) -> None:
+def test_missing_sources_are_one_line_errors(pretrained_folder: Path, source: str) -> None:
     with pytest.raises(UserError, match="vae") as error:
         load_pretrained(**dict.fromkeys(PARTS, str(pretrained_folder)) | {"vae": source})
     assert "\n" not in str(error.value)
 
 
-def test_model_round_trip(trained: TCAN, loaded: PretrainedModels, model_folder: Path) -> None:
-    again = load_model(model_folder, loaded)
+def test_saved_model_loads_bit_identical(trained: TCAN, loaded: PretrainedModels, model_folder: Path) -> None:
+    reloaded = load_model(model_folder, loaded)
     for part, weights in trained.parts().items():
-        for name, value in again.parts()[part].items():
+        for name, value in reloaded.parts()[part].items():
             assert torch.equal(value, weights[name]), (part, name)
     info = read_model_info(model_folder)
     assert info["pretrained"] == loaded.info
@@ -136,19 +136,23 @@ def test_model_round_trip(trained: TCAN, loaded: PretrainedModels, model_folder:
     assert [entry.name for entry in model_folder.parent.iterdir()] == ["model"]
 
 
-def test_model_of_stage_one_has_the_pretrained_temporal_layers(
+def test_stage1_model_has_the_pretrained_temporal_layers(
     trained: TCAN, loaded: PretrainedModels, tmp_path: Path
 ) -> None:
     save_model(
         trained, tmp_path / "model", pretrained=loaded.info, stage=1, height=128, width=128, stick_width=2
     )
     assert not (tmp_path / "model" / "motion_adapter").exists()
-    again = load_model(tmp_path / "model", loaded)
+    reloaded = load_model(tmp_path / "model", loaded)
     adapter = loaded.motion_adapter.state_dict()
-    assert all(torch.equal(value, adapter[name]) for name, value in again.parts()["motion_adapter"].items())
+    assert all(
+        torch.equal(value, adapter[name]) for name, value in reloaded.parts()["motion_adapter"].items()
+    )
 
 
-def test_model_replaces_the_one_before(trained: TCAN, loaded: PretrainedModels, model_folder: Path) -> None:
+def test_saving_replaces_an_existing_model_folder(
+    trained: TCAN, loaded: PretrainedModels, model_folder: Path
+) -> None:
     (model_folder / "old").touch()
     save_model(
         trained,
@@ -173,24 +177,26 @@ def test_model_replaces_the_one_before(trained: TCAN, loaded: PretrainedModels, 
         f"temporal_controlnet/{UNET}",
     ],
 )
-def test_model_that_is_not_whole(loaded: PretrainedModels, model_folder: Path, file: str) -> None:
+def test_incomplete_model_folder_is_an_error(loaded: PretrainedModels, model_folder: Path, file: str) -> None:
     weights = load_file(model_folder / file)
     name = min(weights)
     save_file({key: value for key, value in weights.items() if key != name}, model_folder / file)
-    with pytest.raises(UserError, match="lacks"):
+    with pytest.raises(UserError, match="missing keys"):
         load_model(model_folder, loaded)
     save_file(weights | {"stray": torch.zeros(1)}, model_folder / file)
-    with pytest.raises(UserError, match="has too many stray"):
+    with pytest.raises(UserError, match="unexpected keys: stray"):
         load_model(model_folder, loaded)
     save_file(weights | {name: torch.zeros(3, 1)}, model_folder / file)
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="has shape"):
         load_model(model_folder, loaded)
     (model_folder / file).unlink()
-    with pytest.raises(UserError, match="isn't whole"):
+    with pytest.raises(UserError, match="is incomplete"):
         load_model(model_folder, loaded)
 
 
-def test_model_on_other_pretrained(pretrained_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_model_on_other_pretrained_models_is_an_error(
+    pretrained_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
     unet = UNet2DConditionModel.from_pretrained(pretrained_folder / "unet")
     unet.conv_out.bias.data[0] += 1e-3
     unet.save_pretrained(tmp_path / "unet")
@@ -203,10 +209,10 @@ def test_model_on_other_pretrained(pretrained_folder: Path, model_folder: Path, 
 
 def export(model: Path, pretrained_folder: Path, out: Path) -> Path:
     export_model(model, out.with_name("before"), pose=str(pretrained_folder / "pose"))
-    return out.with_name("before").rename(out)  # it may be moved
+    return out.with_name("before").rename(out)  # the folder can be moved
 
 
-def test_export_needs_nothing_else(trained: TCAN, pretrained_folder: Path, tmp_path: Path) -> None:
+def test_exported_model_needs_no_other_files(trained: TCAN, pretrained_folder: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(pretrained_folder, tmp_path / "pretrained")
     pretrained = load_pretrained(**dict.fromkeys(PARTS, str(copied)))
     save_model(
@@ -217,16 +223,16 @@ def test_export_needs_nothing_else(trained: TCAN, pretrained_folder: Path, tmp_p
     shutil.rmtree(copied)
     shutil.rmtree(tmp_path / "model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    again = load_pipeline(out, load_config())  # as `tcan animate --model` does
-    assert again.pose_detector.fingerprint == pipe.pose_detector.fingerprint
-    assert fingerprint(again.vae) == fingerprint(pipe.vae)
-    assert fingerprint(again.tcan) == fingerprint(pipe.tcan)
-    assert torch.equal(again.tcan.empty_prompt, pipe.tcan.empty_prompt)
-    assert dict(again.scheduler.config) == dict(pipe.scheduler.config)
+    reloaded = load_pipeline(out, load_config())  # as `tcan animate --model` does
+    assert reloaded.pose_detector.fingerprint == pipe.pose_detector.fingerprint
+    assert fingerprint(reloaded.vae) == fingerprint(pipe.vae)
+    assert fingerprint(reloaded.tcan) == fingerprint(pipe.tcan)
+    assert torch.equal(reloaded.tcan.empty_prompt, pipe.tcan.empty_prompt)
+    assert dict(reloaded.scheduler.config) == dict(pipe.scheduler.config)
     assert describe(out).startswith("TCAN of stage 2 at 64 x 64: appearance_unet (")
 
 
-def test_exported_parts_open_with_diffusers_alone(
+def test_exported_parts_load_with_plain_diffusers(
     trained: TCAN, model_folder: Path, pretrained_folder: Path, tmp_path: Path
 ) -> None:
     out = export(model_folder, pretrained_folder, tmp_path / "out")
@@ -238,27 +244,27 @@ def test_exported_parts_open_with_diffusers_alone(
     )
     attention = "up_blocks.3.attentions.1.transformer_blocks.0.attn1.to_v"
     x = torch.randn(2, 48)
-    mine = trained.denoiser.get_submodule(attention)
-    torch.testing.assert_close(unet.get_submodule(attention)(x), mine(x))
-    assert not torch.equal(mine(x), mine.base_layer(x))
+    trained_layer = trained.denoiser.get_submodule(attention)
+    torch.testing.assert_close(unet.get_submodule(attention)(x), trained_layer(x))
+    assert not torch.equal(trained_layer(x), trained_layer.base_layer(x))
     for name, tensor in trained.parts()["motion_adapter"].items():
         assert torch.equal(motion.state_dict()[name], tensor), name
 
 
-def test_what_cannot_be_exported(
+def test_export_errors_leave_no_output(
     trained: TCAN, model_folder: Path, loaded: PretrainedModels, pretrained_folder: Path, tmp_path: Path
 ) -> None:
     pose = str(pretrained_folder / "pose")
     with pytest.raises(UserError, match="names no pose network"):
         export_model(model_folder, tmp_path / "out")
-    with pytest.raises(UserError, match="is the model's own folder"):
+    with pytest.raises(UserError, match="is the model folder itself"):
         export_model(model_folder, model_folder, pose=pose)
-    for taken in (tmp_path / "notes", tmp_path / "notes" / "mine.txt"):
+    for existing in (tmp_path / "notes", tmp_path / "notes" / "notes.txt"):
         (tmp_path / "notes").mkdir(exist_ok=True)
-        (tmp_path / "notes" / "mine.txt").write_text("mine")
-        with pytest.raises(UserError, match="is there already and no model folder"):
-            export_model(model_folder, taken, pose=pose)
-        assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+        (tmp_path / "notes" / "notes.txt").write_text("notes")
+        with pytest.raises(UserError, match="already exists and is not a model folder"):
+            export_model(model_folder, existing, pose=pose)
+        assert (tmp_path / "notes" / "notes.txt").read_text() == "notes"
     unet = UNet2DConditionModel.from_pretrained(pretrained_folder / "unet")
     unet.conv_out.bias.data[0] += 1e-3
     unet.save_pretrained(tmp_path / "unet")
@@ -269,38 +275,44 @@ def test_what_cannot_be_exported(
     with pytest.raises(UserError, match="was trained on another unet"):
         describe(tmp_path / "other")
     (model_folder / "appa" / "pytorch_lora_weights.safetensors").unlink()
-    with pytest.raises(UserError, match="isn't whole"):
+    with pytest.raises(UserError, match="is incomplete"):
         export_model(model_folder, tmp_path / "out", pose=pose)
-    with pytest.raises(UserError, match="isn't whole"):
+    with pytest.raises(UserError, match="is incomplete"):
         describe(model_folder)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_folders_are(pretrained_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+def test_describe_identifies_folders(pretrained_folder: Path, model_folder: Path, tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(pretrained_folder / "unet")
     size = f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M"
     assert describe(pretrained_folder / "unet") == f"unet ({size}), in diffusers' layout"
-    whole = describe(pretrained_folder)
-    assert all(f"{part} (" in whole for part in (*PARTS[:5], "pose")) and f"unet ({size})" in whole
-    assert "on pretrained here: vae (" in describe(model_folder)
+    description = describe(pretrained_folder)
+    assert (
+        all(f"{part} (" in description for part in (*PARTS[:5], "pose")) and f"unet ({size})" in description
+    )
+    assert "local pretrained models: vae (" in describe(model_folder)
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    with pytest.raises(UserError, match="holds FluxTransformer2DModel, which is no part of TCAN"):
+    with pytest.raises(UserError, match="contains FluxTransformer2DModel, which TCAN does not use"):
         describe(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is no folder of weights"):
+    with pytest.raises(UserError, match="contains no weights"):
         describe(tmp_path / "empty")
 
 
-def test_pretrained_that_do_not_fit_each_other(pretrained_folder: Path, tmp_path: Path) -> None:
-    """Each loads; together they would fail at the first step."""
+def test_incompatible_pretrained_models_are_an_error(pretrained_folder: Path, tmp_path: Path) -> None:
+    """Each part loads on its own; combined, they would fail in the first step."""
     config = UNet2DConditionModel.load_config(pretrained_folder / "unet") | {"cross_attention_dim": 32}
     UNet2DConditionModel.from_config(config).save_pretrained(tmp_path / "unet")
-    with pytest.raises(UserError, match="controlnet does not fit unet: its cross_attention_dim is 64"):
+    with pytest.raises(
+        UserError, match="controlnet: not compatible with the unet: cross_attention_dim is 64"
+    ):
         load_pretrained(**dict.fromkeys(PARTS, str(pretrained_folder)) | {"unet": str(tmp_path / "unet")})
 
 
-def test_no_model_folder(loaded: PretrainedModels, model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no model folder"):
+def test_missing_model_folder_and_other_schema_version_are_errors(
+    loaded: PretrainedModels, model_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="not a model folder"):
         load_model(tmp_path / "nothing", loaded)
     info = json.loads((model_folder / "tcan.json").read_text())
     (model_folder / "tcan.json").write_text(json.dumps(info | {"schema_version": 99}))

@@ -1,0 +1,205 @@
+"""The GPU path on a machine without a GPU: fake CUDA tensors, which have a device, a dtype and a shape but no data.
+
+On fake tensors, mixing devices raises, and so does every host synchronization (`.item()`, `.tolist()`, `nonzero`,
+`bool(tensor)`). A backward pass on fake CUDA tensors needs a real CUDA device, so gradients are checked on fake CPU
+tensors, where host synchronizations raise too.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+
+import tcan
+from pipelines.train.data import Batch
+from pipelines.train.engine import AdamW
+from tcan.memory import to_fake
+from tcan.model import TCAN, diffusion_loss
+from tcan.pixels import from_vae_output, to_vae_input
+from tcan.schedule import sampler
+
+PACKAGE = Path(tcan.__file__).parent
+FRAMES = {1: 1, 2: 4}  # by stage
+SIZES = {"mini": 16, "sd15": 64}  # side of the latents
+
+
+class Networks:
+    """The networks of a preset with fake weights, on one device."""
+
+    def __init__(self, preset: str, dtype: torch.dtype, device: str, mode: FakeTensorMode):
+        folder = PACKAGE / preset
+
+        def build(network: Any, part: str, **options: Any) -> Any:
+            return network.from_config({**network.load_config(folder / part), **options})
+
+        self.latent_size = SIZES[preset]
+        self.channels: int = UNet2DConditionModel.load_config(folder / "unet")["in_channels"]
+        self.scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"))
+        with unset_fake_temporarily(), torch.device("meta"):
+            unet = build(UNet2DConditionModel, "unet")
+            model = TCAN(
+                unet,
+                build(ControlNetModel, "controlnet"),
+                build(MotionAdapter, "motion_adapter", use_motion_mid_block=False),
+                torch.zeros(1, 77, unet.config.cross_attention_dim),
+                4,
+                4,
+            ).to(dtype)
+            vae = build(AutoencoderKL, "vae").to(dtype).eval().requires_grad_(False)
+        with unset_fake_temporarily():
+            self.tcan: TCAN = to_fake(model, torch.device(device), mode)
+            self.vae: AutoencoderKL = to_fake(vae, torch.device(device), mode)
+
+
+def training_batch(networks: Networks, stage: int, size: int = 2) -> Batch:
+    frames, side, channels = FRAMES[stage], networks.latent_size, networks.channels
+    return Batch(
+        latents=torch.zeros(size, frames, channels, side, side),
+        noise=torch.zeros(size, frames, channels, side, side),
+        timestep=torch.zeros(size, dtype=torch.int64),
+        pose=torch.zeros(size, frames, side * 8, side * 8, 3, dtype=torch.uint8),
+        reference=torch.zeros(size, channels, side, side),
+        reference_mask=torch.ones(size, dtype=torch.bool),
+    )
+
+
+def loss_of(
+    networks: Networks, batch: Batch, device: str, reference_mask: list[bool], gamma: float | None
+) -> Tensor:
+    # The mask comes from the data on the host: real values, unlike those of fake tensors.
+    inputs = {name: getattr(batch, name).to(device) for name in ("latents", "noise", "timestep", "reference")}
+    pose = batch.pose.to(device).movedim(-1, 2).float() / 255
+    return diffusion_loss(
+        networks.tcan, networks.scheduler, inputs["latents"], inputs["noise"], inputs["timestep"], pose,
+        inputs["reference"], reference_mask, gamma,
+    )  # fmt: skip
+
+
+@contextmanager
+def fake() -> Iterator[FakeTensorMode]:
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+CASES = [("mini", torch.bfloat16), ("mini", torch.float16), ("sd15", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("preset", "dtype"), CASES)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_loss_runs_on_cuda_without_host_synchronization(
+    preset: str, dtype: torch.dtype, stage: int
+) -> None:
+    with fake() as mode:
+        networks = Networks(preset, dtype, "cuda", mode)
+        networks.tcan.set_stage(stage)
+        batch = training_batch(networks, stage)
+        masks = [[True, False]] if preset == "sd15" else [[True, True], [True, False], [False, False]]
+        for mask in masks:
+            loss = loss_of(networks, batch, "cuda", mask, gamma=5.0)
+            assert loss.device.type == "cuda" and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_backward_and_optimizer_step_need_no_host_synchronization(stage: int, checkpointing: bool) -> None:
+    with fake() as mode:
+        networks = Networks("mini", torch.bfloat16, "cpu", mode)
+        networks.tcan.set_stage(stage)
+        networks.tcan.train()
+        if checkpointing:
+            networks.tcan.enable_gradient_checkpointing()
+        trained = [parameter for parameter in networks.tcan.parameters() if parameter.requires_grad]
+        loss_of(networks, training_batch(networks, stage), "cpu", [True, False], None).backward()
+        assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_optimizer_step_with_ema_runs_on_cuda() -> None:
+    with fake():
+        weight = torch.nn.Parameter(torch.zeros(8, 8, device="cuda"))
+        optimizer = AdamW([weight], 0.99, lr=1e-3)
+        optimizer.init_state([weight])
+        for _ in range(2):
+            weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+        assert optimizer.state[weight]["ema"].device.type == "cuda"
+
+
+@pytest.mark.parametrize(("preset", "dtype"), CASES)
+def test_denoising_step_runs_on_cuda_without_host_synchronization(preset: str, dtype: torch.dtype) -> None:
+    frames = 4
+    with fake() as mode:
+        networks = Networks(preset, dtype, "cuda", mode)
+        side = networks.latent_size
+        tcan_model, cuda = networks.tcan, torch.device("cuda")
+        noisy = torch.zeros(1, frames, networks.channels, side, side, dtype=dtype, device=cuda)
+        timestep = torch.zeros(1, dtype=torch.int64, device=cuda)
+        with torch.no_grad():
+            pose = tcan_model.embed_pose(torch.zeros(1, frames, 3, side * 8, side * 8, device=cuda))
+            features = tcan_model.appearance(noisy[0, :1], timestep)
+            residuals = tcan_model.pose_residuals(noisy, timestep, pose, 0.8)
+            temperature = torch.ones(side * 8, side * 8, device=cuda)
+            rows = tcan_model.denoise(noisy, timestep, residuals, features, [False, True], temperature, side)
+        assert rows.shape == (2, *noisy.shape[1:]) and rows.device.type == "cuda" and rows.dtype == dtype
+
+
+@pytest.mark.parametrize(("preset", "dtype"), CASES)
+def test_vae_runs_on_cuda_from_uint8_to_pixels(preset: str, dtype: torch.dtype) -> None:
+    with fake() as mode:
+        networks = Networks(preset, dtype, "cuda", mode)
+        side = networks.latent_size * 8
+        frames = torch.zeros(2, side, side, 3, dtype=torch.uint8).to("cuda")
+        with torch.no_grad():
+            latents = networks.vae.encode(to_vae_input(frames, dtype)).latent_dist.mean
+            pixels = from_vae_output(networks.vae.decode(latents).sample)
+        assert pixels.shape == (2, side, side, 3) and pixels.dtype == torch.float32
+        assert pixels.device.type == "cuda"
+
+
+def test_every_scheduler_steps_after_training_used_its_schedule() -> None:
+    """`add_noise` on the device moves the schedule's tensors there; sampling continues with a new scheduler."""
+    with fake():
+        trained = DDIMScheduler.from_config(DDIMScheduler.load_config(PACKAGE / "mini" / "scheduler"))
+        latents = torch.zeros(1, 4, 8, 8, device="cuda")
+        trained.add_noise(latents, latents, torch.zeros(1, dtype=torch.int64, device="cuda"))
+        assert trained.alphas_cumprod.device.type == "cuda"
+    for name in ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"):
+        fresh = sampler(trained, name)
+        fresh.set_timesteps(2)
+        noise = torch.zeros(1, 4, 8, 8)
+        for timestep in fresh.timesteps:
+            noise = fresh.step(noise, timestep, fresh.scale_model_input(noise, timestep)).prev_sample
+        assert noise.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "synchronize",
+    [lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: bool((x > 0).any()), lambda x: x.nonzero()],
+)
+def test_fake_tensors_detect_host_synchronizations(synchronize: Callable[[Tensor], Any]) -> None:
+    with fake(), pytest.raises((DataDependentOutputException, RuntimeError, NotImplementedError)):
+        synchronize(torch.zeros(3, device="cuda"))
+
+
+def test_fake_tensors_detect_mixed_devices() -> None:
+    with fake(), pytest.raises(RuntimeError, match="device"):
+        torch.zeros(3, device="cuda") + torch.zeros(3)
+
+
+def test_batch_inputs_keep_the_reference_mask_on_the_host() -> None:
+    batch = Batch(
+        latents=torch.zeros(2, 1, 4, 8, 8), noise=torch.zeros(2, 1, 4, 8, 8), timestep=torch.zeros(2, dtype=torch.int64),
+        pose=torch.full((2, 1, 64, 64, 3), 255, dtype=torch.uint8), reference=torch.zeros(2, 4, 8, 8),
+        reference_mask=torch.tensor([True, False]),
+    )  # fmt: skip
+    inputs = batch.inputs(torch.device("meta"))
+    assert inputs["reference_mask"] == [True, False]
+    assert inputs["pose"].shape == (2, 1, 3, 64, 64) and inputs["pose"].dtype == torch.float32
+    assert {value.device.type for value in inputs.values() if isinstance(value, Tensor)} == {"meta"}
+    np.testing.assert_array_equal(batch.inputs(torch.device("cpu"))["pose"].numpy(), 1.0)
