@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-
 MAX_SEQUENCES = 65_535
 """Largest batch of one attention call: the limit of CUDA's grid dimensions in the fused kernels."""
 

@@ -58,6 +58,7 @@ class TCANPipeline(DiffusionPipeline):
     request "latent" and iterate over `decode`.
     """
 
+    scheduler: SchedulerMixin  # set by register_modules
     model_cpu_offload_seq = "vae->tcan->vae"
     _optional_components: ClassVar = ["pose_detector"]
 

@@ -198,3 +198,21 @@ def test_relative_links_resolve(page: Path) -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_model_readme_names_existing_tests() -> None:
+    """The third column of the tables in tcan/README.md: test files, each followed by names without `test_`."""
+    missing = []
+    for line in (ROOT / "tcan" / "README.md").read_text().splitlines():
+        cells = line.split("|")
+        if len(cells) != 5:
+            continue
+        path: Path | None = None
+        for token in re.findall(r"`([^`]+)`", cells[3]):
+            if token.endswith(".py"):
+                found = [*(ROOT / "tests" / "tcan").glob(token), *(ROOT / "tests").glob(token)]
+                path = found[0] if found else None
+                missing += [] if found else [token]
+            elif path and f"def test_{token}(" not in path.read_text():
+                missing.append(f"{path.name}: {token}")
+    assert not missing, "\n".join(missing)

@@ -14,6 +14,7 @@ def encode_frames(vae: AutoencoderKL, frames: np.ndarray, batch_frames: int) -> 
     for start in range(0, len(frames), batch_frames):
         batch = torch.tensor(frames[start : start + batch_frames], device=vae.device)
         distribution = vae.encode(to_vae_input(batch, vae.dtype)).latent_dist
-        means.append(distribution.mean.cpu().numpy().astype("<f2"))
-        logvars.append(distribution.logvar.cpu().numpy().astype("<f2"))
+        # Converted on the device: half the bytes to copy, and NumPy has no bfloat16.
+        means.append(distribution.mean.half().cpu().numpy())
+        logvars.append(distribution.logvar.half().cpu().numpy())
     return np.concatenate(means), np.concatenate(logvars)

@@ -35,6 +35,7 @@ from pipelines.preprocess import decoder_process
 from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.decode import DECODER, DecodeError, decode, decode_clips
 from pipelines.preprocess.job import plan, preprocess
+from pipelines.preprocess.latents import encode_frames
 from pipelines.preprocess.models import PoseAndLatents
 from pipelines.preprocess.person_crop import Square, square_around
 from pipelines.preprocess.pose import pack_people, unpack_people
@@ -642,6 +643,16 @@ def test_every_source_is_kept_or_rejected_with_a_reason(job: Preprocessed) -> No
     assert {key: job.summary[key] for key in counts} == counts
     assert sum(job.summary["reasons"].values()) == len(sources) - kept
     assert info["settings"] == dataclasses.asdict(job.config.preprocess)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_vae_in_half_precision_yields_float16_latents(pretrained_folder: Path, dtype: torch.dtype) -> None:
+    vae = load_part("vae", str(pretrained_folder)).eval()
+    frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    expected = encode_frames(vae, frames, 2)
+    for latents, reference in zip(encode_frames(vae.to(dtype), frames, 2), expected, strict=True):
+        assert latents.dtype == np.float16 and latents.shape == (3, 4, 8, 8)
+        assert np.abs(latents.astype(np.float32) - reference).mean() < 0.05
 
 
 def test_stored_latents_match_vae_output(job: Preprocessed) -> None:
