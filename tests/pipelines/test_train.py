@@ -819,7 +819,7 @@ def test_finished_models_are_registered(uninterrupted):
         for reference in (f"models:/{name}@latest", f"models:/{name}@out", f"models:/{name}/1", run_id):
             found[reference] = weights(tracking.local_model(reference, config.tracking))
             assert found[reference] == weights(out / "stage1" / "model" if stage == 1 else out / "model")
-    with pytest.raises(UserError, match="models:/tcan@other: not in"):
+    with pytest.raises(UserError, match="models:/tcan@other: not found in"):
         tracking.local_model("models:/tcan@other", config.tracking)
 
 
