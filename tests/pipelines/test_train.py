@@ -999,8 +999,8 @@ def test_invalid_input_raises_user_error_before_training(tmp_path, pretrained, c
         train(clips, tmp_path / "out", make_config(pretrained, tmp_path, "--size=128"))
     with pytest.raises(UserError, match="train stage 1 first"):
         train(clips, tmp_path / "out", config, stage="2")
-    for text, message in ((None, "cannot be read"), ("{", "cannot be read"), ("[1]", "must hold")):
-        file = tmp_path / "deepmeter.json"
+    for text, message in ((None, "cannot be read"), ("{", "cannot be read"), ("[1]", "not a JSON object")):
+        file = tmp_path / "deepspeed.json"
         if text:
             file.write_text(text)
         keys = arguments(pretrained, tmp_path, f"--train.deepspeed={file}")
