@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
+from tcan.pose.keypoints import add_missing_necks
 
 BODY_25 = (*range(8), *range(9, 19))
 """Indices of the 18 joints in OpenPose's 25-point model, which adds the mid hip (8) and the feet (19 to 24)."""
@@ -42,6 +43,8 @@ class PoseFile:
 
 def read_poses(path: str | os.PathLike) -> PoseFile:
     """Read a pose file or folder, with 18 points per person (COCO) or 25 (BODY_25, OpenPose's default).
+
+    A missing neck is set to the midpoint of the shoulders.
 
     Raises:
         UserError: the path does not exist or has another format; the message names the invalid frame.
@@ -143,4 +146,4 @@ def _parse_body(values: Sequence[Any], where: str) -> NDArray[np.float32]:
     if len(body) == 25:
         body = body[list(BODY_25)]
     body[:, 2] = body[:, 2].clip(0, 1)
-    return np.where(body[:, 2:] > 0, body, 0).astype(np.float32)
+    return add_missing_necks(np.where(body[:, 2:] > 0, body, 0).astype(np.float32))

@@ -68,6 +68,20 @@ def test_reads_list_of_frames_and_single_frame(tmp_path: Path) -> None:
         np.testing.assert_allclose(read.people[-1][0], body(30, 20, 40))
 
 
+def test_missing_neck_is_the_midpoint_of_the_shoulders(tmp_path: Path) -> None:
+    person = body(30, 20, 40)
+    person[[2, 5], 2] = 0.5, 0.25
+    expected = person.copy()
+    expected[1] = *(person[[2, 5], :2].mean(axis=0)), 0.25
+    person[1] = 0
+    one_shoulder = person.copy()
+    one_shoulder[5] = 0
+    (tmp_path / "poses.json").write_text(json.dumps([frame(person.ravel(), one_shoulder.ravel())]))
+    read = read_poses(tmp_path / "poses.json").people[0]
+    np.testing.assert_allclose(read[0], expected, rtol=1e-6)
+    assert not read[1, 1].any()
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
