@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcan.errors import UserError
+from tcan.pose.keypoints import are_normalized, check_keypoints
 from tcan.pose.skeleton import JOINTS, MIRROR, NECK, NOSE, PARENTS
 
 Method = Literal["robust", "paper"]
@@ -71,11 +72,15 @@ def retarget(
     Warnings of this module's logger name the joints.
 
     Raises:
-        UserError: the character, or every frame of the driver, lacks neck or nose, or has both at the same position; an
+        UserError: keypoints of another shape, NaN or inf; the character, or every frame of the driver, lacks neck or nose, or has both at the same position; an
             unknown method.
     """
     if method not in get_args(Method):
         raise UserError(f"retargeting = {method}: unknown method; use {' or '.join(get_args(Method))}")
+    check_keypoints(driving, "the driving poses", frames=True)
+    check_keypoints(character, "the character", frames=False)
+    if are_normalized(character):
+        raise UserError("the character: keypoints from 0 to 1; give them in pixels of the image")
     if not (character[[NECK, NOSE], 2] > 0).all():
         raise UserError(
             "retargeting: the character's neck and nose were not both found; give its keypoints, or disable retargeting"

@@ -276,3 +276,27 @@ def test_nose_on_the_neck_raises_user_error(method):
 def test_unknown_method_raises_user_error():
     with pytest.raises(UserError, match="retargeting = other: unknown method; use robust or paper"):
         retarget(dance(), body(300, 100, 600), "other")
+
+
+@pytest.mark.parametrize("shape", [(3, 17, 3), (3, 25, 3), (18, 3), (0, 18, 3), (3, 18, 2)])
+def test_driving_poses_of_another_shape_raise_one_line_user_error(shape):
+    with pytest.raises(
+        UserError, match=r"the driving poses: shape \[.*\]; pass keypoints \[F, 18, 3\]"
+    ) as error:
+        retarget(np.ones(shape, np.float32), body(300, 100, 600))
+    assert "\n" not in str(error.value)
+
+
+def test_invalid_values_raise_one_line_user_error():
+    driving, character = dance(), body(300, 100, 600)
+    for value in (np.nan, np.inf):
+        invalid = driving.copy()
+        invalid[2, 4, 0] = value
+        with pytest.raises(UserError, match="the driving poses: NaN or inf in the keypoints; "):
+            retarget(invalid, character)
+    with pytest.raises(UserError, match=r"the character: shape \[1, 18, 3\]; pass keypoints \[18, 3\]"):
+        retarget(driving, character[None])
+    with pytest.raises(UserError, match="the driving poses: not a numeric array; "):
+        retarget([["a"]], character)
+    with pytest.raises(UserError, match="the character: keypoints from 0 to 1; "):
+        retarget(driving, body(0.5, 0.1, 0.8))
