@@ -117,8 +117,8 @@ def _check_options(animation: Animation, config: Config) -> None:
         raise UserError(
             "--character has no effect without retargeting; omit it, or set animate.retarget to true"
         )
-    if animation.fps is not None and not animation.fps > 0:
-        raise UserError(f"--fps {animation.fps:g}: must be above 0; pass frames per second")
+    if animation.fps is not None and not 0.1 <= animation.fps <= 1000:
+        raise UserError(f"--fps {animation.fps:g}: must be from 0.1 to 1000; pass frames per second")
 
 
 def _read_character(path: Path | None, image: np.ndarray) -> np.ndarray | None:

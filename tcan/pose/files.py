@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
+from tcan.pose.keypoints import add_missing_necks, are_normalized
 
 BODY_25 = (*range(8), *range(9, 19))
 """Indices of the 18 joints in OpenPose's 25-point model, which adds the mid hip (8) and the feet (19 to 24)."""
+MIN_FPS, MAX_FPS = 0.1, 1000
+"""Range of frame rates that can be written to a video."""
 
 
 @dataclass
@@ -42,6 +45,8 @@ class PoseFile:
 
 def read_poses(path: str | os.PathLike) -> PoseFile:
     """Read a pose file or folder, with 18 points per person (COCO) or 25 (BODY_25, OpenPose's default).
+
+    A missing neck is set to the midpoint of the shoulders.
 
     Raises:
         UserError: the path does not exist or has another format; the message names the invalid frame.
@@ -67,8 +72,15 @@ def read_poses(path: str | os.PathLike) -> PoseFile:
     ]
     sizes = {name: content.get(name) for name in ("height", "width", "fps")}
     for name, value in sizes.items():
-        if value is not None and not (isinstance(value, int | float) and value > 0):
+        if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
             raise UserError(f"{path}: {name} = {value}: must be a number > 0; correct the value")
+    fps = sizes["fps"]
+    if fps is not None and not MIN_FPS <= fps <= MAX_FPS:
+        raise UserError(f"{path}: fps = {fps}: must be from {MIN_FPS} to {MAX_FPS}; correct the value")
+    if are_normalized(np.concatenate(people)):
+        raise UserError(
+            f"{path}: keypoints from 0 to 1; multiply x by the width and y by the height of the image"
+        )
     return PoseFile(people, **sizes)
 
 
@@ -136,6 +148,10 @@ def _parse_body(values: Sequence[Any], where: str) -> NDArray[np.float32]:
     except (TypeError, ValueError):
         numbers = np.full(1, np.nan, np.float32)
     if not np.isfinite(numbers).all() or numbers.shape not in ((54,), (75,)):
+        if numbers.shape == (51,):
+            raise UserError(
+                f"{where}: 17 points (COCO-17); convert them to OpenPose's 18 points, with a neck"
+            )
         raise UserError(
             f"{where}: invalid pose_keypoints_2d; give x, y, score of 18 points (54 numbers) or of BODY_25 (75 numbers)"
         )
@@ -143,4 +159,4 @@ def _parse_body(values: Sequence[Any], where: str) -> NDArray[np.float32]:
     if len(body) == 25:
         body = body[list(BODY_25)]
     body[:, 2] = body[:, 2].clip(0, 1)
-    return np.where(body[:, 2:] > 0, body, 0).astype(np.float32)
+    return add_missing_necks(np.where(body[:, 2:] > 0, body, 0).astype(np.float32))

@@ -21,6 +21,7 @@ JOINTS = (
     "left_ear",
 )
 NOSE, NECK = 0, 1
+RIGHT_SHOULDER, LEFT_SHOULDER = 2, 5
 
 LIMBS = (
     (1, 2),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.signal import savgol_filter
 
 from tcan.errors import UserError
+from tcan.pose.keypoints import add_missing_necks
 from tcan.pose.skeleton import NECK
 
 MAX_JUMP = 0.15
@@ -28,8 +29,9 @@ def main_person_poses(
 ) -> NDArray[np.float32]:
     """Pose of the main person in every frame, `[F, 18, 3]`, from all people `[P, 18, 3]` of each frame.
 
-    The main person is tracked, and joints that are missing for a few frames are interpolated. Frames without a person
-    (without a neck) are interpolated from the neighboring frames; one warning of this module's logger lists them.
+    The main person is tracked. A missing neck is the midpoint of the shoulders; joints that are missing for a few frames
+    are interpolated. Frames without a person (without a neck) are interpolated from the neighboring frames; one warning
+    of this module's logger lists them.
 
     Args:
         people: keypoints `[P, 18, 3]` of each frame, in pixels.
@@ -40,7 +42,7 @@ def main_person_poses(
     Raises:
         UserError: no frame has a person.
     """
-    poses = track_main_person(people, height, width)
+    poses = add_missing_necks(track_main_person(people, height, width))
     if smoothing_window:
         poses = smooth_poses(fill_gaps(remove_outliers(poses)), smoothing_window)
     else:

@@ -68,6 +68,20 @@ def test_reads_list_of_frames_and_single_frame(tmp_path: Path) -> None:
         np.testing.assert_allclose(read.people[-1][0], body(30, 20, 40))
 
 
+def test_missing_neck_is_the_midpoint_of_the_shoulders(tmp_path: Path) -> None:
+    person = body(30, 20, 40)
+    person[[2, 5], 2] = 0.5, 0.25
+    expected = person.copy()
+    expected[1] = *(person[[2, 5], :2].mean(axis=0)), 0.25
+    person[1] = 0
+    one_shoulder = person.copy()
+    one_shoulder[5] = 0
+    (tmp_path / "poses.json").write_text(json.dumps([frame(person.ravel(), one_shoulder.ravel())]))
+    read = read_poses(tmp_path / "poses.json").people[0]
+    np.testing.assert_allclose(read[0], expected, rtol=1e-6)
+    assert not read[1, 1].any()
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -77,6 +91,14 @@ def test_reads_list_of_frames_and_single_frame(tmp_path: Path) -> None:
         ('{"frames": [{"people": []}, 3]}', 'frame 1: no list of "people"'),
         ('{"frames": [{"people": [{"pose_keypoints_2d": [1, 2, 3]}]}]}', r"frame 0: .*\(54 numbers\)"),
         (f'[{{"people": [{{"pose_keypoints_2d": {[None] * 54}}}]}}]'.replace("None", "null"), "frame 0"),
+        (f'[{{"people": [{{"pose_keypoints_2d": {[1.0] * 51}}}]}}]', r"frame 0: 17 points \(COCO-17\); "),
+        (f'[{{"people": [{{"pose_keypoints_2d": {[0.5] * 54}}}]}}]', "keypoints from 0 to 1; multiply"),
+        (f'[{{"people": [{{"pose_keypoints_2d": [NaN, {str([9.0] * 53)[1:]}}}]}}]', "frame 0: invalid"),
+        ('{"frames": [{"people": []}], "fps": 1e-6}', "fps = 1e-06: must be from 0.1 to 1000; "),
+        ('{"frames": [{"people": []}], "fps": 1001}', "fps = 1001: must be from 0.1 to 1000; "),
+        ('{"frames": [{"people": []}], "fps": Infinity}', "fps = inf: must be a number > 0; "),
+        ('{"frames": [{"people": []}], "fps": NaN}', "fps = nan: must be a number > 0; "),
+        ('{"frames": [{"people": []}], "height": Infinity}', "height = inf: must be a number > 0; "),
         ('{"frames": [{"people": []}], "fps": "fast"}', "fps = fast: must be a number > 0; "),
     ],
 )

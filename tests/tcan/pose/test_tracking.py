@@ -87,6 +87,26 @@ def test_frames_without_people_are_interpolated_and_logged(caplog: pytest.LogCap
         main_person_poses([NO_PEOPLE] * 3, 64, 64, "empty.mp4")
 
 
+def test_frames_without_neck_use_the_midpoint_of_the_shoulders(caplog: pytest.LogCaptureFixture) -> None:
+    """All other joints are detected, so no frame is empty, whether the neck is missing in one frame or in all."""
+    walk = np.stack([body(50 + 4 * f, 60, 100, 0.1 * f) for f in range(12)])
+    walk[:, 2, 2], walk[:, 5, 2] = 0.5, 0.8
+    expected = walk.copy()
+    expected[:, 1] = np.concatenate([(walk[:, 2, :2] + walk[:, 5, :2]) / 2, np.full((12, 1), 0.5)], axis=1)
+    walk[:, 1] = 0
+    with caplog.at_level(logging.WARNING):
+        poses = main_person_poses([pose[None] for pose in walk], 256, 256, "walk.mp4")
+    assert not caplog.messages
+    np.testing.assert_allclose(poses, expected, rtol=1e-6)
+
+    walk[3, 2] = 0  # no shoulder: no neck
+    with caplog.at_level(logging.WARNING):
+        main_person_poses([pose[None] for pose in walk[3:4]] + [expected[4:5]], 256, 256, "walk.mp4")
+    assert caplog.messages == [
+        "walk.mp4: no person found in frames 0 of 0-1; interpolated from the neighboring frames"
+    ]
+
+
 def swing(frames: int = 40) -> np.ndarray:
     """Arms that swing quickly."""
     poses = np.stack([body(100, 60, 150) for _ in range(frames)])
