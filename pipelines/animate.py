@@ -13,7 +13,7 @@ import torch
 
 from pipelines.config import Config
 from pipelines.inference import create_folder, load_pipeline
-from tcan.crop import fit_image
+from tcan.crop import fit_image, person_box
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
@@ -178,7 +178,12 @@ def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, c
     )
     if animation.side_by_side:
         drawn = (pipe.draw(pose[None], height, width)[0] for pose in poses)
-        frames = side_by_side(fit_image(image, height, width), drawn, frames)
+        box = (
+            None
+            if character is None
+            else person_box(character, image.shape[0], image.shape[1], height, width)
+        )
+        frames = side_by_side(fit_image(image, height, width, box), drawn, frames)
     write_video(frames, animation.out, inputs.fps, animation.driving if animation.audio else None)
     return len(poses)
 

@@ -1,6 +1,7 @@
 """TCANPipeline: animate the person of an image with a sequence of poses."""
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,12 +12,22 @@ import PIL.Image
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from tcan.crop import fit_image, fit_keypoints
+from tcan.crop import Box, crop_box, describe_crop, fit_image, fit_keypoints, person_box
 from tcan.errors import UserError
 from tcan.model import TCAN
+from tcan.pipeline_input import (
+    ImageInput,
+    MotionInput,
+    changed_latents,
+    check_options,
+    draw_noise,
+    on_cpu,
+    to_character,
+    to_image,
+    to_motion,
+)
 from tcan.pixels import from_vae_output, to_controlnet_input, to_vae_input
 from tcan.pose import PoseDetector, draw_poses, find_people, main_person_poses
 from tcan.pose import retarget as retarget_poses
@@ -30,6 +41,8 @@ CACHED_WINDOWS = 64
 """Windows whose pose embeddings are cached in host memory (2.5 MiB per frame at 512 x 512 in half precision). Those of
 further windows are recomputed at each step."""
 
+logger = logging.getLogger(__name__)
+
 Callback = Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any]
 
 
@@ -38,7 +51,8 @@ class TCANPipelineOutput(BaseOutput):
     """Output of `TCANPipeline`."""
 
     frames: np.ndarray | list[PIL.Image.Image] | Tensor
-    """"np": float32 RGB `[F, H, W, 3]` in [0, 1]; "pil": list of F images; "latent": scaled latents `[F, C, h, w]`."""
+    """"np": float32 RGB `[F, H, W, 3]` in [0, 1]; "pt": tensor `[F, 3, H, W]` of the same values; "pil": list of F
+    images; "latent": scaled latents `[F, C, h, w]`."""
 
     poses: np.ndarray
     """Driving poses after retargeting: keypoints `[F, 18, 3]` in pixels of the frames."""
@@ -120,8 +134,8 @@ class TCANPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: np.ndarray | PIL.Image.Image,
-        poses: np.ndarray,
+        image: ImageInput,
+        poses: MotionInput,
         *,
         sampling: SamplingConfig | None = None,
         retarget: bool = True,
@@ -138,34 +152,37 @@ class TCANPipeline(DiffusionPipeline):
         """Generate one frame per pose.
 
         Args:
-            image: the character, uint8 RGB `[H, W, 3]` or a PIL image, of any size. It is center-cropped to the aspect
-                ratio of the output.
-            poses: keypoints `[F, 18, 3]`, or the frames of a driving video, uint8 RGB `[F, H, W, 3]`, in which the pose
+            image: the character, of any size and in any form of `ImageInput`. It is cropped to the aspect ratio of the
+                output: with `retarget` around the person (see `tcan.crop.person_box`), else at the center.
+            poses: keypoints `[F, 18, 3]`, or the frames of a driving video (see `MotionInput`), in which the pose
                 network tracks the main person. With `retarget`, keypoints may be in pixels of any image; without it,
                 they are in pixels of the output.
             sampling: options of the denoising loop; None: the defaults.
             retarget: fit the poses to the proportions and the position of the character.
             character: keypoints of the character `[18, 3]` in pixels of the image; None: detected by the pose network.
             height, width: size of the output in pixels, multiples of 64; None: the size used in training.
-            generator: source of the noise; a CPU generator gives the same noise on every device.
-            decode_batch: number of frames that the VAE decodes at once.
-            output_type: "np", "pil" or "latent".
-            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": [F, C, h, w]})`.
+            generator: source of the noise, on any device; a CPU generator gives the same noise on every device.
+            decode_batch: number of frames that the VAE decodes at once, >= 1.
+            output_type: "np", "pt", "pil" or "latent".
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": [F, C, h, w]})`. If it returns a
+                dict with "latents", these replace the latents.
             overrides: fields of `SamplingConfig` that replace those of `sampling`, such as `steps=50`.
 
         Raises:
             UserError: no person in the image or in the driving frames; a height or width that is not a multiple of 64;
-                a sampling option out of its range.
+                an argument of another type or shape, or out of its range.
             TypeError: an unknown option.
         """
         sampling = (sampling or SamplingConfig()).override(**overrides)
         height, width = height or self.height, width or self.width
         if height % 64 or width % 64:
             raise UserError(f"height {height}, width {width}: must be multiples of 64; change the size")
-        image = np.asarray(image.convert("RGB") if isinstance(image, PIL.Image.Image) else image)
-        poses = self._prepare_poses(image, np.asarray(poses), retarget, character, height, width)
+        check_options(generator, decode_batch, output_type)
+        image, poses = to_image(image), to_motion(poses)
+        character = None if character is None else to_character(character)
+        poses, box = self._prepare_poses(image, poses, retarget, character, height, width)
         latents = self.denoise(
-            fit_image(image, height, width),
+            fit_image(image, height, width, box),
             poses,
             sampling=sampling,
             generator=generator,
@@ -175,6 +192,7 @@ class TCANPipeline(DiffusionPipeline):
         if output_type != "latent":
             images = np.concatenate(list(self.decode(latents, decode_batch)))
             frames = self.numpy_to_pil(images) if output_type == "pil" else images
+            frames = torch.from_numpy(images).movedim(-1, 1).contiguous() if output_type == "pt" else frames
         self.maybe_free_model_hooks()
         return TCANPipelineOutput(frames, poses) if return_dict else (frames, poses)
 
@@ -213,7 +231,7 @@ class TCANPipeline(DiffusionPipeline):
 
         self.scheduler.set_timesteps(sampling.steps)
         shape = (sampling.window, *reference.shape[1:])
-        noise = randn_tensor(shape, generator=generator, device=torch.device("cpu"))
+        noise = draw_noise(shape, generator)
         # The noise of one window, repeated along time: all windows start from the same noise.
         noise = noise[torch.arange(clip.num_padded_frames) % sampling.window]
         latents = self.first_latents(
@@ -221,7 +239,7 @@ class TCANPipeline(DiffusionPipeline):
         )
         # Stochastic schedulers draw noise at every step.
         stochastic = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if stochastic else {}
+        options = {"generator": on_cpu(generator)} if stochastic else {}
 
         num_frames = len(poses)
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
@@ -244,7 +262,9 @@ class TCANPipeline(DiffusionPipeline):
             prediction = clip.windows.average(eps.float().cpu() for eps in predictions)[0]
             latents = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
-                callback_on_step_end(self, step, int(timestep), {"latents": latents[:num_frames]})
+                current = latents[:num_frames]
+                output = callback_on_step_end(self, step, int(timestep), {"latents": current})
+                latents = torch.cat([changed_latents(output, current), latents[num_frames:]])
         return latents[:num_frames]
 
     def first_latents(self, noise: Tensor, reference: Tensor | None) -> Tensor:
@@ -319,18 +339,22 @@ class TCANPipeline(DiffusionPipeline):
         character: np.ndarray | None,
         height: int,
         width: int,
-    ) -> np.ndarray:
-        """Convert the argument `poses` of `__call__` to keypoints `[F, 18, 3]` in pixels of the output."""
+    ) -> tuple[np.ndarray, Box]:
+        """Keypoints `[F, 18, 3]` in pixels of the output from the argument `poses` of `__call__`; crop of the image."""
+        size = (image.shape[0], image.shape[1], height, width)
         if poses.ndim == 4:
             frame_height, frame_width = poses.shape[1:3]
             poses = self.detect_poses(poses, "the driving video")
             if not retarget:
                 poses = self.scale_poses(poses, frame_height, frame_width, height, width)
+        box = crop_box(*size)
         if not retarget:
-            return poses
+            return poses, box
         if character is None:
             character = self.detect_poses(image[None], "the image")[0]
-        return retarget_poses(poses, fit_keypoints(character, image.shape[0], image.shape[1], height, width))
+        if (around := person_box(character, *size)) != box:
+            logger.warning("the image: %s", describe_crop(character, around))
+        return retarget_poses(poses, fit_keypoints(character, *size, box=around)), around
 
     @property
     def height(self) -> int:

@@ -1,4 +1,4 @@
-"""Conversion between uint8 frames and the tensors that the networks take.
+"""Conversion between uint8 frames, PIL images, float images and the tensors that the networks take.
 
 diffusers' `VaeImageProcessor` converts float images in [0, 1] on the CPU. Here frames stay uint8 until they are on the
 device, which moves 25 % of the bytes.
@@ -6,7 +6,11 @@ device, which moves 25 % of the bytes.
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from tcan.errors import UserError
 
 
 def to_vae_input(frames: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,3 +31,53 @@ def to_controlnet_input(drawn: Tensor) -> Tensor:
 def to_uint8(frames: np.ndarray) -> np.ndarray:
     """Float RGB in [0, 1] -> uint8, of any shape."""
     return (frames * 255).round().astype(np.uint8)
+
+
+def float_to_uint8(image: np.ndarray, source: str) -> NDArray[np.uint8]:
+    """Float values in [0, 1] -> uint8, of any shape.
+
+    Args:
+        source: name of the image in error messages.
+
+    Raises:
+        UserError: NaN, inf, or values outside [0, 1].
+    """
+    if not np.isfinite(image).all():
+        raise UserError(f"{source}: float values contain NaN or inf; pass float values in [0, 1], or uint8")
+    low, high = image.min(), image.max()
+    if low < 0 or high > 1:
+        raise UserError(
+            f"{source}: float values from {low:g} to {high:g}; scale them to [0, 1], or pass uint8"
+        )
+    return to_uint8(image.astype(np.float32))
+
+
+def pil_to_uint8(image: Image.Image, source: str) -> NDArray[np.uint8]:
+    """Convert a PIL image of any mode to uint8 RGB `[H, W, 3]`.
+
+    EXIF orientation is applied, and transparent pixels are blended with white. 16-bit grayscale is scaled to 8 bits,
+    and float grayscale from [0, 1]; PIL's own conversion clips both to 255.
+
+    Args:
+        source: name of the image in error messages.
+
+    Raises:
+        UserError: 32-bit integers, float values outside [0, 1], or a mode that PIL cannot convert to RGB.
+    """
+    # PIL reads a 16-bit PGM as 32-bit integers, already scaled to 16 bits.
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    image = ImageOps.exif_transpose(image)
+    if deep:
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(float_to_uint8(np.asarray(image), source))
+    elif image.mode == "I":
+        raise UserError(f"{source}: 32-bit integer pixels have no defined range; convert the image to 8 bits")
+    try:
+        image = image.convert("RGBA")
+    except ValueError:
+        raise UserError(
+            f"{source}: mode {image.mode} cannot be converted; convert the image to RGB"
+        ) from None
+    white = Image.new("RGBA", image.size, "white")
+    return np.array(Image.alpha_composite(white, image).convert("RGB"))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
+from tcan.pixels import pil_to_uint8
 
 
 class VideoFrames:
@@ -278,21 +279,23 @@ def is_image(path: str | os.PathLike) -> bool:
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read an image as uint8 RGB `[H, W, 3]`. EXIF orientation is applied; transparent pixels are blended with white.
+    """Read an image as uint8 RGB `[H, W, 3]`; see `tcan.pixels.pil_to_uint8`.
 
     Raises:
-        UserError: the file is missing, empty, damaged, or not an image.
+        UserError: the file is missing, empty, damaged, or not an image; see `pil_to_uint8`.
     """
     path = _existing_file(path, "image")
     try:
         with Image.open(path) as image:
-            rotated = ImageOps.exif_transpose(image).convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
+            return pil_to_uint8(image, str(path))
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{path}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels; scale the image down"
+        ) from None
+    except (UnidentifiedImageError, OSError, SyntaxError):
         raise UserError(
             f"{path}: cannot be read as an image (damaged or unsupported format); use another file"
         ) from None
-    white = Image.new("RGBA", rotated.size, "white")
-    return np.array(Image.alpha_composite(white, rotated).convert("RGB"))
 
 
 def write_image(image: np.ndarray, path: str | os.PathLike) -> None:

@@ -1,6 +1,7 @@
 """`tcan animate` and `tcan pose`: output, memory, and one-line user errors."""
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from pipelines.config_parser import load_config
 from pipelines.inference import choose_device, load_pipeline
 from pipelines.pose import pose
 from pipelines.puppets.world import sample_clip, write_clip
+from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
@@ -168,6 +170,25 @@ def test_poses_from_file_without_retargeting_are_only_cropped(
     keypoints = np.concatenate(read_poses(poses).people)
     keypoints[..., 1] -= 32  # the center crop of 128 x 128 (height x width) is 64 x 128
     np.testing.assert_array_equal(frames[:, :, 128:256], draw_poses(keypoints, 64, 128, 2))
+
+
+def test_person_at_the_side_of_the_image_is_in_the_crop(
+    model_folder: Path, puppets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The detected person chooses the crop, which the reference column of the side-by-side video shows."""
+    hero = read_image(puppets / "hero.png")
+    wide = np.concatenate([np.repeat(hero[:, :1], 256, axis=1), hero], axis=1)  # 128 x 384
+    write_image(wide, tmp_path / "wide.png")
+    animation = Animation(tmp_path / "wide.png", tmp_path / "out", puppets / "dance.mp4", side_by_side=True)
+    animate(animation, model_folder, config())
+    x0, y0, x1, y1 = map(
+        int, re.findall(r"cropped to (\d+),(\d+),(\d+),(\d+) around the person", caplog.text)[0]
+    )
+    assert abs(x0 - 256) < 24 and x1 - x0 == 128 and (y0, y1) == (0, 128)
+    reference = images(tmp_path / "out")[0, :, :64].astype(int)
+    shifted = fit_image(np.ascontiguousarray(wide[:, x0:x1]), 64, 64)
+    assert np.abs(reference - shifted).mean() < 8  # the crop starts at a fraction of a pixel
+    assert np.abs(reference - fit_image(wide, 64, 64)).mean() > 16  # the centered crop shows only background
 
 
 def test_invalid_animate_input_is_one_line_user_error(

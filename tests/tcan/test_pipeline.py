@@ -287,6 +287,81 @@ def test_poses_of_frames_without_a_person_are_interpolated(pipe: TCANPipeline) -
         nobody.detect_poses(frames, "the video")
 
 
+def test_float_image_and_tensor_output_equal_uint8_image_and_array(pipe: TCANPipeline) -> None:
+    """A float image in [0, 1] is neither black nor refused; "pt" is the array as a tensor `[F, 3, H, W]`."""
+
+    def frames(image: Any, output_type: str) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        options = dict(retarget=False, steps=1, window=2, overlap=0, guidance_scale=1)
+        return pipe(image, dance(2), generator=generator, output_type=output_type, **options).frames
+
+    expected = frames(random_image(), "np")
+    tensor = frames(random_image().astype(np.float32) / 255, "pt")
+    assert tensor.dtype == torch.float32 and tensor.shape == (2, 3, SIZE, SIZE)
+    np.testing.assert_array_equal(tensor.numpy(), expected.transpose(0, 3, 1, 2))
+
+
+def test_latents_returned_by_the_callback_replace_the_latents(pipe: TCANPipeline) -> None:
+    """Doubled after the last step: the result is doubled. Padded frames (3 of 5 + 3) stay, other returns are ignored."""
+    options = dict(retarget=False, steps=2, window=4, overlap=0, guidance_scale=1, output_type="latent")
+
+    def latents(callback: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            random_image(), dance(5), generator=generator, callback_on_step_end=callback, **options
+        ).frames
+
+    def double_at_the_end(_: Any, step: int, timestep: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": tensors["latents"] * (2 if step == 1 else 1)}
+
+    expected = latents(None)
+    assert torch.equal(latents(double_at_the_end), 2 * expected)
+    assert torch.equal(latents(lambda *_: None), expected)
+    assert torch.equal(latents(lambda *arguments: arguments[-1]), expected)
+    assert not torch.equal(
+        latents(lambda *arguments: {"latents": arguments[-1]["latents"] + 1}), expected + 1
+    )
+
+
+def test_invalid_arguments_are_refused_before_denoising(pipe: TCANPipeline) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("a step ran")
+
+    for options, reason in (
+        ({"decode_batch": 0}, "decode_batch = 0"),
+        ({"output_type": "numpy"}, "output_type = 'numpy'"),
+        ({"generator": 0}, "generator: type int"),
+        ({"guidance_scale": float("nan")}, "guidance_scale = nan"),
+        ({"poses": np.zeros((2, 17, 3))}, "the driving poses: shape"),
+        ({"image": random_image().astype(np.float32)}, "the image: float values from 0 to 255"),
+    ):
+        arguments = {"image": random_image(), "poses": dance(2), "retarget": False, "steps": 1} | options
+        with pytest.raises(UserError, match=reason):
+            pipe(**arguments, callback_on_step_end=fail)
+
+
+def test_detected_character_chooses_the_crop_of_the_image(
+    pipe: TCANPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The character at the right side of a wide image gives the result of the square that was cut around it by hand."""
+    wide = np.zeros((SIZE, 4 * SIZE, 3), np.uint8)
+    wide[:, 2 * SIZE : 3 * SIZE] = random_image()
+    character = dance(1)
+    character[..., 0] += 2 * SIZE + 1  # its center is at x = 161
+    detecting = TCANPipeline(pipe.vae, pipe.tcan, pipe.scheduler, KnownPoses(character, [True]))
+    detecting.model_info = pipe.model_info
+    outputs = [
+        source(image, dance(2), steps=1, window=2, overlap=0, generator=torch.Generator().manual_seed(0), **known)
+        for source, image, known in (
+            (detecting, wide, {}),
+            (pipe, wide[:, 129:193], {"character": character[0] - np.float32([129, 0, 0])}),
+        )
+    ]  # fmt: skip
+    np.testing.assert_array_equal(outputs[0].frames, outputs[1].frames)
+    np.testing.assert_array_equal(outputs[0].poses, outputs[1].poses)
+    assert "the image: cropped to 129,0,193,64 around the person" in caplog.text
+
+
 def test_save_and_load_preserve_weights_and_info(pipe: TCANPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "saved")
     restored = TCANPipeline.from_pretrained(tmp_path / "saved")
