@@ -35,6 +35,8 @@ from tcan.metrics import (
     mean_pose,
     part_colours,
     pose_metrics,
+    psnr_uint8_overflow,
+    warping_error,
 )
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
@@ -57,6 +59,7 @@ TABLE = (
     ("joints within 10 %", "pose_10", 100, ".1f"),
     ("  of the true joints, within 5 %", "pose_5_true", 100, ".1f"),
     ("background flicker, grey levels", "flicker", 1, ".2f"),
+    ("warping error, 1e-3", "warping_error", 1000, ".3f"),
     ("colour distance to the reference, dE", "colour_distance", 1, ".2f"),
     ("frames nearest to their own reference", "identified", 100, ".1f"),
 )
@@ -90,8 +93,8 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
     A video that is damaged or shows no person is skipped, with a message and an entry in evaluation.json.
 
     Each metric has controls: the first frame as a still for the image metrics; the mean pose of the videos, and the
-    result of another video, for the pose metrics; the source for the flicker; the reference of another video for the
-    likeness.
+    result of another video, for the pose metrics; the source for the flicker and the warping error; the reference of
+    another video for the likeness.
 
     Returns:
         the contents of evaluation.json.
@@ -190,9 +193,11 @@ def compute_metrics(evaluated: list[Evaluated]) -> None:
         height, width = video.truth.shape[1:3]
         m = video.metrics
         m |= image_metrics(video.result, video.truth)
+        m["psnr_uint8_overflow"] = psnr_uint8_overflow(video.result, video.truth)
         if len(video.truth) > 1:  # the first frame equals the still: PSNR inf
             still = np.broadcast_to(video.truth[:1], video.truth[1:].shape)
             m |= _suffixed(image_metrics(still, video.truth[1:]), "still")
+            m["psnr_uint8_overflow_still"] = psnr_uint8_overflow(still, video.truth[1:])
 
         m |= pose_metrics(video.found, video.poses, height)
         m |= _suffixed(
@@ -207,6 +212,8 @@ def compute_metrics(evaluated: list[Evaluated]) -> None:
 
         mask = background_mask(video.poses, height, width)
         m["flicker"], m["flicker_source"] = flicker(video.result, mask), flicker(video.truth, mask)
+        m["warping_error"] = warping_error(video.result)
+        m["warping_error_source"] = warping_error(video.truth)
 
         colours = part_colours(video.result, video.poses)
         distances = np.stack([colour_distance(colours, reference) for reference in references])  # [N, F]

@@ -1,4 +1,4 @@
-"""Per-frame image metrics: L1, PSNR, SSIM."""
+"""Per-frame image metrics: L1, PSNR, SSIM, and the PSNR of published scripts that overflows."""
 
 import numpy as np
 import torch
@@ -29,3 +29,28 @@ def image_metrics(result: np.ndarray, truth: np.ndarray) -> dict[str, float]:
         psnr.append(peak_signal_noise_ratio(*pair, data_range=1.0).item())
         ssim.append(structural_similarity_index_measure(*pair, data_range=1.0).item())
     return {"l1": float(np.mean(l1)), "psnr": float(np.mean(psnr)), "ssim": float(np.mean(ssim))}
+
+
+def psnr_uint8_overflow(result: np.ndarray, truth: np.ndarray) -> float:
+    """Compute the PSNR of evaluation scripts that subtract and square in uint8, averaged over the frames.
+
+    Both operations wrap around at 256: a difference of 16 grey levels, or a multiple of it, has the square 0. Most results
+    are between 27 and 32 dB, however different the images are. Only use it to compare with numbers that were published with
+    this error (docs/metrics.md). Use `image_metrics` for the correct PSNR.
+
+    Args:
+        result, truth: uint8 RGB `[F, H, W, 3]`, corresponding frames.
+
+    Returns:
+        20 log10(255 / RMSE) in dB; 100 for a frame with an overflowed MSE of 0, as in those scripts.
+
+    Raises:
+        ValueError: the shapes differ, or an array is not uint8.
+    """
+    if result.shape != truth.shape:
+        raise ValueError(f"result {result.shape} and truth {truth.shape} must have the same shape")
+    if result.dtype != np.uint8 or truth.dtype != np.uint8:
+        raise ValueError(f"result {result.dtype} and truth {truth.dtype} must be uint8")
+    squares = np.square(result - truth, dtype=np.uint8)
+    mse = squares.mean(axis=(1, 2, 3), dtype=np.float64)
+    return float(np.mean([20 * np.log10(255 / np.sqrt(value)) if value else 100.0 for value in mse]))

@@ -45,7 +45,9 @@ def test_perfect_results_have_ideal_metrics_and_worse_controls(videos: list[Eval
         metrics = video.metrics
         assert (metrics["l1"], metrics["psnr"], metrics["ssim"]) == (0, np.inf, pytest.approx(1, abs=1e-4))
         assert metrics["pose_5"] == metrics["pose_5_wrists"] == metrics["pose_5_true"] == 1
+        assert metrics["psnr_uint8_overflow"] == 100 and metrics["psnr_uint8_overflow_still"] < 40
         assert metrics["flicker"] == metrics["flicker_source"]
+        assert 0 < metrics["warping_error"] == metrics["warping_error_source"]
         assert np.isfinite(metrics["psnr_still"]) and metrics["l1_still"] > 0
         assert metrics["pose_5_other"] < 0.6 and metrics["pose_5_mean_pose"] < 0.6
         assert metrics["colour_distance"] < metrics["colour_distance_other"]
@@ -61,7 +63,14 @@ def test_static_result_has_no_flicker_and_low_pose_score() -> None:
     compute_metrics(videos)
     for video in videos:
         assert video.metrics["flicker"] == 0 or np.isnan(video.metrics["flicker"])
+        assert video.metrics["warping_error"] == 0 < video.metrics["warping_error_source"]
         assert video.metrics["pose_5"] < 0.7
+
+
+def test_table_contains_warping_error_with_source_but_no_overflowing_psnr(videos: list[Evaluated]) -> None:
+    lines = table(means([video.metrics for video in videos])).splitlines()
+    assert [line for line in lines if line.startswith("warping error") and "source" in line]
+    assert len([line for line in lines if "PSNR" in line]) == 1
 
 
 def test_single_video_has_nan_cross_video_controls() -> None:

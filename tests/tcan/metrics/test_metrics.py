@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tcan.metrics import (
     background_mask,
@@ -12,6 +13,7 @@ from tcan.metrics import (
     mean_pose,
     part_colours,
     pose_metrics,
+    psnr_uint8_overflow,
 )
 
 
@@ -45,6 +47,33 @@ def test_psnr_is_the_mean_over_frames() -> None:
     result = np.stack([np.full((16, 16, 3), 1, np.uint8), np.full((16, 16, 3), 100, np.uint8)])
     expected = np.mean([20 * np.log10(255 / 1), 20 * np.log10(255 / 100)])
     assert image_metrics(result, truth)["psnr"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_overflowing_psnr_wraps_the_square_of_the_difference() -> None:
+    truth = np.full((1, 16, 16, 3), 100, np.uint8)
+    for difference, wrapped_square in ((10, 100), (-10, 100), (17, 289 - 256), (-100, 10000 % 256), (5, 25)):
+        result = (truth.astype(int) + difference).astype(np.uint8)
+        expected = 10 * np.log10(255**2 / wrapped_square)
+        assert psnr_uint8_overflow(result, truth) == pytest.approx(expected, rel=1e-12)
+    # 16² = 256 wraps to 0, for which the published scripts return 100.
+    assert psnr_uint8_overflow(truth + 16, truth) == psnr_uint8_overflow(truth, truth) == 100
+
+
+def test_overflowing_psnr_equals_the_mean_of_squares_modulo_256() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 2, 32, 32, 3), dtype=np.uint8)
+    squares = (frames[0].astype(np.int64) - frames[1]) ** 2 % 256
+    tensors = torch.from_numpy(frames)
+    assert squares.sum() == ((tensors[0] - tensors[1]) ** 2).sum()  # torch: the same overflow
+    expected = np.mean([10 * np.log10(255**2 / frame.mean()) for frame in squares])
+    assert psnr_uint8_overflow(*frames) == pytest.approx(expected, rel=1e-12)
+    assert image_metrics(*frames)["psnr"] < 9 < 27 < expected  # unrelated images
+
+
+def test_overflowing_psnr_rejects_other_types_and_shapes() -> None:
+    frames = np.zeros((1, 16, 16, 3), np.uint8)
+    for other in (frames.astype(np.float32), frames[:, :8]):
+        with pytest.raises(ValueError, match="must"):
+            psnr_uint8_overflow(other, frames)
 
 
 def test_pose_metrics_count_joints_by_their_distance() -> None:
