@@ -13,8 +13,9 @@ import torch
 
 from pipelines.config import Config
 from pipelines.inference import create_folder, load_pipeline
-from tcan.crop import fit_image, person_box
+from tcan.crop import fit_image
 from tcan.errors import UserError
+from tcan.person_box import person_box
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
 from tcan.pose import main_person_poses, read_poses, track_main_person

@@ -1,17 +1,13 @@
-"""Crops that fit images and keypoints of any size to the size of the output."""
+"""Crops that fit images and keypoints of any size to the size of the output.
+
+The decoder processes of preprocessing import this module, so it does not import torch.
+"""
 
 import numpy as np
 from PIL import Image
 
-from tcan.pose.skeleton import NECK, NOSE
-
 Box = tuple[float, float, float, float]
 """`(x0, y0, x1, y1)` in pixels of the source image."""
-
-HEAD = [NOSE, NECK, 14, 15, 16, 17]  # with eyes and ears
-MARGIN = 0.1
-"""Minimum distance of the joints from the border of the crop, as a fraction of the diagonal of their bounding box. The
-joints include neither the top of the head nor the feet and hands."""
 
 
 def crop_box(source_height: int, source_width: int, height: int, width: int) -> Box:
@@ -19,49 +15,6 @@ def crop_box(source_height: int, source_width: int, height: int, width: int) -> 
     scale = min(source_height / height, source_width / width)
     x0, y0 = (source_width - width * scale) / 2, (source_height - height * scale) / 2
     return x0, y0, x0 + width * scale, y0 + height * scale
-
-
-def person_box(keypoints: np.ndarray, source_height: int, source_width: int, height: int, width: int) -> Box:
-    """Largest box with the aspect ratio height : width that shows a person of keypoints `[18, 3]` in source pixels.
-
-    It is the centered box if that contains all detected joints. Otherwise the box moves along the one axis where it is
-    shorter than the image, to the center of the person. If the person is larger than the box, it contains the head.
-    """
-    x0, y0, x1, y1 = crop_box(source_height, source_width, height, width)
-    joints = _joints_inside(keypoints, (0, 0, source_width, source_height))
-    positions = keypoints[joints, :2].astype(float)
-    if len(positions) == len(keypoints[_joints_inside(keypoints, (x0, y0, x1, y1))]):
-        return x0, y0, x1, y1
-    axis = int(y1 - y0 < source_height)
-    length, side = ((source_width, x1 - x0), (source_height, y1 - y0))[axis]
-    margin = MARGIN * float(np.linalg.norm(np.ptp(positions, axis=0)))
-    head = keypoints[HEAD][joints[HEAD], axis].astype(float)
-    if joints[NOSE] and joints[NECK]:  # of a close-up, the head is larger than the fraction
-        margin = max(margin, float(np.linalg.norm(keypoints[NOSE, :2] - keypoints[NECK, :2])))
-    low, high = positions[:, axis].min(), positions[:, axis].max()
-    corner = (max(low - margin, 0) + min(high + margin, length) - side) / 2
-    if high - low > side and len(head):
-        low, high = max(head.min() - margin, 0), min(head.max() + margin, length)
-    if high - low <= side:
-        corner = min(max(corner, high - side), low)
-    corner = float(min(max(corner, 0), length - side))
-    end = min(corner + side, length)  # PIL refuses a box that exceeds the image by a rounding error
-    return (x0, corner, x1, end) if axis else (corner, y0, end, y1)
-
-
-def describe_crop(keypoints: np.ndarray, box: Box) -> str:
-    """What a crop around a person of keypoints `[18, 3]` shows, for a message."""
-    text = f"cropped to {','.join(f'{value:.0f}' for value in box)} around the person"
-    detected = int((keypoints[:, 2] > 0).sum())
-    if outside := detected - int(_joints_inside(keypoints, box).sum()):
-        text += f", who does not fit: {outside} of {detected} joints are outside; use a size of the image's aspect ratio"
-    return text
-
-
-def _joints_inside(keypoints: np.ndarray, box: Box) -> np.ndarray:
-    """Whether each joint of keypoints `[18, 3]` is detected and inside a box: bool `[18]`."""
-    inside = (keypoints[:, :2] >= box[:2]) & (keypoints[:, :2] <= box[2:])
-    return inside.all(axis=1) & (keypoints[:, 2] > 0)
 
 
 def fit_image(image: np.ndarray, height: int, width: int, box: Box | None = None) -> np.ndarray:

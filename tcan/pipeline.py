@@ -14,9 +14,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from tcan.crop import Box, crop_box, describe_crop, fit_image, fit_keypoints, person_box
+from tcan.crop import Box, crop_box, fit_image, fit_keypoints
 from tcan.errors import UserError
 from tcan.model import TCAN
+from tcan.person_box import describe_crop, person_box
 from tcan.pipeline_input import (
     ImageInput,
     MotionInput,
@@ -42,7 +43,6 @@ CACHED_WINDOWS = 64
 further windows are recomputed at each step."""
 
 logger = logging.getLogger(__name__)
-
 Callback = Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any]
 
 
@@ -153,7 +153,7 @@ class TCANPipeline(DiffusionPipeline):
 
         Args:
             image: the character, of any size and in any form of `ImageInput`. It is cropped to the aspect ratio of the
-                output: with `retarget` around the person (see `tcan.crop.person_box`), else at the center.
+                output: with `retarget` around the person (see `tcan.person_box.person_box`), else at the center.
             poses: keypoints `[F, 18, 3]`, or the frames of a driving video (see `MotionInput`), in which the pose
                 network tracks the main person. With `retarget`, keypoints may be in pixels of any image; without it,
                 they are in pixels of the output.

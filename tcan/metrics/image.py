@@ -36,7 +36,7 @@ def psnr_uint8_overflow(result: np.ndarray, truth: np.ndarray) -> float:
 
     Both operations wrap around at 256: a difference of 16 grey levels, or a multiple of it, has the square 0. Most results
     are between 27 and 32 dB, however different the images are. Only use it to compare with numbers that were published with
-    this error (docs/metrics.md). Use `image_metrics` for the correct PSNR.
+    this error. Use `image_metrics` for the correct PSNR.
 
     Args:
         result, truth: uint8 RGB `[F, H, W, 3]`, corresponding frames.

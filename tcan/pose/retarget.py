@@ -21,8 +21,8 @@ MIN_RATIO = 0.1
 """Minimum length of a character's bone relative to the driver's, both divided by |neck - nose|. A shorter bone points at
 the camera, so its length is unknown."""
 FORESHORTENED = 0.4
-"""The same limit for the robust method, relative to the other side or to the body scale. Real proportions differ less:
-a chibi's thigh has about 50% of the length that the scale of its body predicts."""
+"""The same limit for the robust method, relative to the other side or to the body scale: real
+proportions differ less between characters."""
 NEAR_FULL = 0.8
 """A frame shows a bone at nearly full length from this fraction of the 75th percentile of its lengths."""
 BODY = (NOSE, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)

@@ -215,7 +215,7 @@ def test_invalid_animate_input_is_one_line_user_error(
         ({"image": "renamed.png"}, "cannot be read as an image"),
         ({"fps": 0}, "--fps 0: must be from 0.1 to 1000"),
         ({"fps": 1e-6}, "--fps 1e-06: must be from 0.1 to 1000"),
-        ({"fps": float("inf")}, "--fps inf: must be from 0.1 to 1000"),
+        ({"fps": float("inf")}, "fps: expected float, got inf"),
         ({"driving": None}, "no driving motion; pass a video with --driving or poses with --poses"),
         ({"driving": "missing.mp4"}, "no such video"),
         ({"driving": "renamed.mp4"}, "cannot be read as a video"),

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tcan.crop import crop_box, describe_crop, fit_image, fit_keypoints, person_box
+from tcan.crop import crop_box, fit_image, fit_keypoints
+from tcan.person_box import describe_crop, person_box
 
 
 def person(x: float, top: float, height: float) -> np.ndarray:
