@@ -62,7 +62,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         advice = f"did you mean {close[0]}?" if close else "see tcan --help"
         raise UserError(f"unknown command {name}; {advice}")
 
-    from pipelines.config_parser import make_parser, parse
+    from pipelines.config.parser import make_parser, parse
 
     command = COMMANDS[name]
     parser = make_parser(f"tcan {name}", command.help, command.sections)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from pipelines import tracking
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 
 
 def losses(source: Path, store: str) -> dict[int, float]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from pipelines.config import StageConfig
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.train import checkpoint
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import create_engine, ema_weights, get_state, trained_parameters

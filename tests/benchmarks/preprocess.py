@@ -37,7 +37,7 @@ import ray
 import torch
 
 from pipelines.config import PretrainedConfig
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.preprocess.job import preprocess
 from pipelines.preprocess.models import PoseAndLatents, load_models
 from pipelines.preprocess.ray_pipeline import ALLOCATOR

@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config import Config
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.dataset import NUM_JOINTS, clip_files
 from pipelines.memory import networks
 from pipelines.preprocess.shards import ShardWriter

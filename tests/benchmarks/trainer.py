@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.dataset import read_info
 from pipelines.demo import render
 from pipelines.train.data import ClipStore, Sampler

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from ray.data._internal.logical.optimizers import FuseOperators, get_physical_ruleset
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.preprocess.decode import DECODER
 from pipelines.preprocess.job import preprocess
 

@@ -16,7 +16,7 @@ from PIL import Image
 from pipelines import tracking
 from pipelines.animate import Animation, animate, read_inputs, side_by_side
 from pipelines.config import Config
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.inference import choose_device, load_pipeline
 from pipelines.pose import pose
 from pipelines.puppets.world import sample_clip, write_clip

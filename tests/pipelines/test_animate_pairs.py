@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from pipelines import animate_pairs as module
 from pipelines import tracking
 from pipelines.animate_pairs import Animator, animate_pairs, read_pairs
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.puppets.world import sample_clip, write_clip
 from tcan.errors import UserError
 from tcan.video import read_image, read_video, write_image, write_video

@@ -12,7 +12,7 @@ import yaml
 
 from pipelines import cli
 from pipelines.config import Config
-from pipelines.config_parser import PRESETS, load_config
+from pipelines.config.parser import PRESETS, load_config
 from pipelines.user_message import user_message
 from tcan.errors import UserError
 from tests.pipelines.faults import write_video
@@ -72,7 +72,7 @@ def test_help_lists_every_command_without_heavy_imports() -> None:
 
 
 def test_configuration_modules_have_no_heavy_imports() -> None:
-    code = f"import sys, pipelines.config, pipelines.config_parser; print({HEAVY})"
+    code = f"import sys, pipelines.config, pipelines.config.parser; print({HEAVY})"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "[]"
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines import cli
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, file_name, read_info
 from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.dataset_commands import preview

@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines import demo as demo_module
 from pipelines.animate import Animation, animate
 from pipelines.config import Config
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.demo import demo
 from pipelines.evaluate import evaluate
 from pipelines.puppets.scene import sample_background

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.evaluate import (
     Evaluated,
     _write_csv,

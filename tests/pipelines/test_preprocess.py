@@ -29,7 +29,7 @@ from PIL import Image
 
 from pipelines import cli
 from pipelines.config import Config
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row, read_info
 from pipelines.preprocess import decoder_process
 from pipelines.preprocess.assembly import VideoAssembler
@@ -850,7 +850,7 @@ def driver(tmp_path: Path, pretrained_folder: Path) -> Iterator[subprocess.Popen
     shutil.copyfile(tmp_path / "videos" / "9.mp4", tmp_path / "videos" / "9 again.mp4")
     script = tmp_path / "driver.py"
     script.write_text(
-        "import sys\nfrom pipelines.config_parser import load_config\nfrom pipelines.preprocess.job import preprocess\n"
+        "import sys\nfrom pipelines.config.parser import load_config\nfrom pipelines.preprocess.job import preprocess\n"
         "preprocess(sys.argv[1], sys.argv[2], load_config(*sys.argv[3:]))\n"
     )
     options = [

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 import pipelines
 from pipelines import tracking
 from pipelines.config import Config
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.ui import ui
 from tcan.errors import UserError
 

@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from pipelines import tracking
 from pipelines.config import Config
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
 from pipelines.storage import read_bytes
 from pipelines.train.checkpoint import FrozenFingerprint, remove_incomplete

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from pipelines.config_parser import load_config
+from pipelines.config.parser import load_config
 from pipelines.inference import load_pipeline
 from tcan.errors import UserError
 from tcan.fingerprint import fingerprint

@@ -18,7 +18,7 @@ from jsonargparse import ActionConfigFile
 from pipelines.config import Config
 from tcan.errors import UserError
 
-PRESETS = {name: Path(__file__).parent / "configs" / f"{name}.yaml" for name in ("mini", "sd15")}
+PRESETS = {name: Path(__file__).parent / "presets" / f"{name}.yaml" for name in ("mini", "sd15")}
 
 
 class _Parser(jsonargparse.ArgumentParser):

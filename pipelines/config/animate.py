@@ -1,0 +1,72 @@
+"""Configuration of `tcan animate` and `tcan evaluate`."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pipelines.config.rules import at_least, check, multiple_of
+from tcan.errors import UserError
+from tcan.sampling import SamplingConfig
+
+
+@dataclass
+class AnimateConfig(SamplingConfig):
+    """Image + driving video -> video."""
+
+    scheduler: str = "DDIMScheduler"
+    """Class name of the diffusers scheduler for sampling, e.g. DPMSolverMultistepScheduler."""
+
+    retarget: bool = True
+    """Retargeting of the poses to the proportions and the position of the character."""
+
+    smoothing_window: int = 0
+    """Smoothing window of the poses in frames (odd, >= 5), after outlier removal. 0 disables both."""
+
+    height: int | None = None
+    """Height of the result in pixels (multiple of 64). Default: the training size of the model."""
+
+    width: int | None = None
+    """Width of the result in pixels (multiple of 64). Default: the training size of the model."""
+
+    decode_batch: int = 8
+    """Batch size of VAE decoding in frames (>= 1)."""
+
+    device: str = "auto"
+    """Device, e.g. cpu, cuda or cuda:1. auto: a GPU if available, else the CPU."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Data type of weights and activations."""
+
+    pretrained: Literal["model", "config"] = "model"
+    """Source of the pretrained models. model: the sources named in the model folder. config: the keys of `pretrained`."""
+
+    workers: int = 0
+    """Number of workers of --pairs (>= 0), each with a GPU if the cluster has GPUs, else with a CPU core. 0: as many as
+    the cluster has room for."""
+
+    prefix: ClassVar[str] = "animate."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "animate.", at_least(1), decode_batch=8)
+        check(self, "animate.", at_least(0), workers=0)
+        if self.smoothing_window and (self.smoothing_window < 5 or self.smoothing_window % 2 == 0):
+            raise UserError(
+                f"animate.smoothing_window = {self.smoothing_window}: must be odd and at least 5; set e.g. 7, or 0 to "
+                "disable smoothing"
+            )
+        check(self, "animate.", multiple_of(64), height=512, width=512)
+
+
+@dataclass
+class EvaluateConfig:
+    """Model folder + held-out videos -> metrics. Results are sampled with the settings of `animate`."""
+
+    frames: int = 48
+    """Number of frames to animate and evaluate of each video (>= 1), from its first frame."""
+
+    videos: int = 0
+    """Maximum number of videos, sorted by name (>= 0). 0: all videos."""
+
+    def __post_init__(self) -> None:
+        check(self, "evaluate.", at_least(1), frames=48)
+        check(self, "evaluate.", at_least(0), videos=0)

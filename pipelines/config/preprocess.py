@@ -1,0 +1,87 @@
+"""Configuration of `tcan preprocess`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.config.rules import ABOVE_0, at_least, between, check, multiple_of
+from tcan.errors import UserError
+
+
+@dataclass
+class PreprocessConfig:
+    """Videos -> clip dataset."""
+
+    canvas: int | None = None
+    """Height and width of the clips in pixels (multiple of 8, >= `size`). Default: `size`. From a larger canvas, each
+    training sample is a random square crop of `size`."""
+
+    crop: Literal["person", "centre"] = "person"
+    """Square crop of a video, the same for all its clips. person: around the main person, so that an off-center person
+    in a wide video is fully visible. centre: the center of the video. With person, the models process full frames: 1.8
+    times the work at 16:9, no difference for square videos."""
+
+    clip_frames: int = 64
+    """Maximum number of frames of a clip (>= `min_clip_frames`). A clip is one dataset row and is held in memory."""
+
+    min_clip_frames: int = 16
+    """Minimum number of frames of a clip (1 to `clip_frames`). A shorter remainder of a video is dropped; a shorter
+    video is rejected. Use at least `train.clip_frames`."""
+
+    fps: float | None = None
+    """Frame rate to resample to in frames per second (> 0). Default: the frame rate of each video."""
+
+    min_person_fraction: float = 0.8
+    """Minimum fraction of the frames that show a person (0 to 1). Videos below it are rejected."""
+
+    min_person_height: float = 0.0
+    """Minimum height of the main person as a fraction of the canvas height (0 to 1). Videos below it are rejected."""
+
+    min_seconds: float = 0.0
+    """Minimum duration of a video in seconds (>= 0). Shorter videos are rejected."""
+
+    max_seconds: float | None = None
+    """Maximum duration of a video in seconds (> 0). Longer videos are rejected. Default: no limit."""
+
+    cut_threshold: float = 27.0
+    """Scene cut threshold: mean color difference of consecutive frames (0 to 255). A clip ends at a cut. 0 disables cut
+    detection."""
+
+    validation_fraction: float = 0.1
+    """Fraction of the videos used for validation (0 to 1), assigned by content: stable when videos are added."""
+
+    batch_frames: int = 16
+    """Batch size of the pose network and the VAE in frames (>= 1). Use the largest that fits in device memory."""
+
+    gpus_per_actor: float = 1.0
+    """GPUs reserved per actor (pose network and VAE), > 0; fractions share a GPU. Ignored if the cluster has no GPUs."""
+
+    hands: bool = False
+    """Hand keypoints (21 per hand) of all people, detected with OpenPose's hand_pose_model.pth in the folder of the body
+    network; not available with mini. Stored for other uses of the dataset: TCAN trains on body keypoints only."""
+
+    face: bool = False
+    """Face keypoints (70) of all people, detected with OpenPose's facenet.pth; otherwise like `hands`."""
+
+    decode_timeout: float = 120.0
+    """Timeout of opening a video and of decoding each clip in seconds (> 0). Videos that exceed it are rejected."""
+
+    shard_megabytes: int = 256
+    """Approximate size of a Parquet file of clips in MiB (>= 1)."""
+
+    commit_seconds: float = 60.0
+    """Approximate maximum time in seconds (>= 0) until a finished video is written. A killed job repeats at most this
+    much work."""
+
+    def __post_init__(self) -> None:
+        check(self, "preprocess.", multiple_of(8), canvas=576)
+        if not 1 <= self.min_clip_frames <= self.clip_frames:
+            raise UserError(
+                f"preprocess.min_clip_frames = {self.min_clip_frames}: must be from 1 to clip_frames = "
+                f"{self.clip_frames}; change one of them"
+            )
+        check(self, "preprocess.", between(0, 255), cut_threshold=27)
+        check(self, "preprocess.", at_least(1), batch_frames=16, shard_megabytes=256)
+        check(self, "preprocess.", ABOVE_0, fps=25, max_seconds=600, gpus_per_actor=1, decode_timeout=120)
+        check(self, "preprocess.", at_least(0), min_seconds=0, commit_seconds=60)
+        check(self, "preprocess.", between(0, 1), min_person_fraction=0.8, min_person_height=0)
+        check(self, "preprocess.", between(0, 1), validation_fraction=0.1)
