@@ -133,6 +133,12 @@ def _memory(arguments: Any, config: Any) -> None:
     memory(config, arguments.gpus, arguments.stage)
 
 
+def _track(arguments: Any, config: Any) -> None:
+    from pipelines.tracking import sync
+
+    sync(Path(arguments.path), config.tracking)
+
+
 def _ui(arguments: Any, config: Any) -> None:
     from pipelines.ui import ui
 
@@ -303,6 +309,15 @@ COMMANDS = {
         },
         _memory,
         ("pretrained", "train"),
+    ),
+    "track": Command(
+        "Deliver the MLflow records of jobs that ended while MLflow was not available.",
+        {
+            "action": {"type": Literal["sync"], "help": "Action. sync: delivery of all waiting records."},
+            "path": _path("OUT folder of the job (searched recursively), or a .spool file."),
+        },
+        _track,
+        ("tracking",),
     ),
     "ui": Command(
         "Serve the MLflow page of the recorded runs.",

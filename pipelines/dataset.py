@@ -23,7 +23,7 @@ OPTIONAL_COLUMNS were added later without other changes.
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,31 @@ def read_info(folder: str | Path) -> dict[str, Any]:
             "regenerate the dataset with tcan preprocess"
         )
     return info
+
+
+def check_clip_files(folder: str | Path, info: Mapping[str, Any]) -> None:
+    """Compare the files of a dataset with the list in its `dataset.json`.
+
+    Raises:
+        UserError: files are missing from the folder, or are not listed.
+    """
+    name = storage.absolute(folder)
+    existing = {file[len(name) + 1 :] for file in [*clip_files(name), *rejected_files(name)]}
+    if missing := sorted(info["files"].keys() - existing):
+        raise UserError(
+            f"{folder}: {_names(missing)} missing; restore the files, or rerun the same tcan preprocess command to "
+            "regenerate their videos"
+        )
+    if foreign := sorted(existing - info["files"].keys()):
+        raise UserError(
+            f"{folder}: {_names(foreign)} not listed in {INFO_FILE}; remove the files, or rerun the same tcan preprocess "
+            "command to add them to the dataset"
+        )
+
+
+def _names(files: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(files) - most} more" if len(files) > most else ""
+    return f"{', '.join(files[:most])}{more} {'is' if len(files) == 1 else 'are'}"
 
 
 def clip_schema(identity: Mapping[str, Any]) -> pa.Schema:

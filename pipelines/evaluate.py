@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.inference import create_folder, load_pipeline
+from pipelines.lock import locked
 from pipelines.preprocess.sources import list_sources
 from tcan.atomic_write import atomic_write
 from tcan.crop import fit_image
@@ -104,12 +105,19 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
     """
     paths = [Path(path) for path in list_sources(str(videos))]
     paths = paths[: config.evaluate.videos or None]
+    tracking.check(config.tracking)
     pipe = load_pipeline(model, config)
-    out = Path(out)
+    with locked(out, "evaluate"):
+        return _evaluate(paths, videos, pipe, model, out, config)
+
+
+def _evaluate(
+    paths: list[Path], videos: Path, pipe: TCANPipeline, model: Path, out: Path, config: Config
+) -> dict[str, Any]:
     create_folder(out / "videos")
     parents = {"model": pipe.model_info.get("mlflow_run_id")}
     with tracking.run(
-        "evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), parents
+        "evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), out, parents
     ) as run:
         evaluated, rejected = [], []
         for path in tqdm(paths, desc="videos", disable=None):
@@ -142,7 +150,7 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
         run.metrics({key: value for key, value in metrics.items() if np.isfinite(value)})
         for name in ("evaluation.json", "videos.csv", "sheet.png"):
             run.file(out / name)
-        run.folder(out / "videos", "videos")
+        run.file(out / "videos", "videos")
     print(table(metrics))
     print(f"{len(evaluated)} videos, {report['frames']} frames; results: {out}, images: {out / 'sheet.png'}")
     return report

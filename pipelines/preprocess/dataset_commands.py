@@ -16,6 +16,7 @@ from pipelines.dataset import (
     CLIPS_FOLDER,
     IDENTITY_KEY,
     REJECTED_SCHEMA,
+    check_clip_files,
     clip_files,
     clip_schema,
     decode_row,
@@ -78,14 +79,10 @@ def _read_complete(dataset: str) -> tuple[dict[str, Any], str]:
     """Return the content of dataset.json and the absolute folder of the dataset.
 
     Raises:
-        UserError: the dataset is missing or unfinished, or some of its files are missing.
+        UserError: the dataset is missing or unfinished, or its files differ from its list.
     """
     info, folder = read_info(dataset), storage.absolute(dataset)
-    if missing := sorted(info["files"].keys() - _files(folder)):
-        raise UserError(
-            f"{dataset}: {len(missing)} files are missing, such as {missing[0]}; restore them, or rerun the same tcan "
-            "preprocess command"
-        )
+    check_clip_files(dataset, info)
     return info, folder
 
 

@@ -95,7 +95,7 @@ def preprocess(
                 flush=True,
             )
         name = folder.rpartition("/")[2]
-        with tracking.run("preprocess", name, config.tracking, dataclasses.asdict(config)) as run:
+        with tracking.run("preprocess", name, config.tracking, dataclasses.asdict(config), folder) as run:
             _write(folder, out, identity, pending, rejected, config, run)
             contents = read_contents(folder, identity)
             summary = _summary(contents, before, began)

@@ -27,12 +27,14 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import tracking
 from pipelines.cluster import connect
-from pipelines.config import Config
-from pipelines.dataset import INFO_FILE, read_info
+from pipelines.config import Config, StageConfig, TrainConfig
+from pipelines.dataset import INFO_FILE, check_clip_files, read_info
+from pipelines.lock import locked
 from pipelines.train import checkpoint
 from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
+from pipelines.train.mailbox import Mailbox, Recorder, on_driver_node
 from pipelines.train.progress import progress
 from pipelines.train.task import Task, pretrained_sources, schedule_options, stage_config
 from pipelines.train.worker import run_worker
@@ -86,17 +88,39 @@ def train(
     if from_model and stage == "1":
         raise UserError("--from: only stage 2 starts from a model; remove --from or --stage 1")
     info = read_info(dataset)
+    check_clip_files(dataset, info)
     _check_dataset(dataset, info, config)
+    for number in (1, 2):  # reports contradictions before anything starts
+        if stage in ("all", str(number)):
+            given = read_settings(config.train.deepspeed)
+            deepspeed_settings(config.train, stage_config(config, number), config.train.workers, given)
     models = {1: out / "stage1" / checkpoint.MODEL, 2: out / checkpoint.MODEL}
-    if stage != "2" and not from_model:
-        _train_stage(1, dataset, info, out, models[1], None, config)
-    if stage == "1":
-        return models[1]
-    start = tracking.local_model(str(from_model), config.tracking).absolute() if from_model else models[1]
-    if not from_model and not start.is_dir():
+    if stage == "2" and not from_model and not models[1].is_dir():
         raise UserError(
-            f"{start}: no such model; stage 2 starts from it: train stage 1 first, or pass a model with --from"
+            f"{models[1]}: no such model; stage 2 starts from it: train stage 1 first, or pass a model with --from"
         )
+    tracking.check(config.tracking)
+    with _locked(out, config):
+        if stage != "2" and not from_model:
+            _train_stage(1, dataset, info, out, models[1], None, config)
+        if stage == "1":
+            return models[1]
+        start = tracking.local_model(str(from_model), config.tracking).absolute() if from_model else models[1]
+        _check_start(start, config)
+        _train_stage(2, dataset, info, out, models[2], start, config)
+        return models[2]
+
+
+@contextmanager
+def _locked(out: Path, config: Config) -> Iterator[None]:
+    """Lock the run folder, and the location of the checkpoints if it is another one."""
+    storage = config.train.storage
+    with locked(out, "train"), locked(storage.removeprefix("file://"), "train") if storage else nullcontext():
+        yield
+
+
+def _check_start(start: Path, config: Config) -> None:
+    """Check the model that stage 2 starts from."""
     start_info, options = read_model_info(start), schedule_options(config.train)
     if start_info["stage"] != 1:
         raise UserError(
@@ -106,8 +130,6 @@ def train(
         raise UserError(
             f"{start}: trained with {start_info['schedule']}, not {options}; set the same options for stage 2"
         )
-    _train_stage(2, dataset, info, out, models[2], start, config)
-    return models[2]
 
 
 def _check_dataset(dataset: Path, info: dict[str, Any], config: Config) -> None:
@@ -137,9 +159,6 @@ def _train_stage(
     folder = out / f"stage{stage}"
     settings = _settings(stage, dataset, start, config)
     given = read_settings(config.train.deepspeed)
-    deepspeed_settings(
-        config.train, stage_options, config.train.workers, given
-    )  # reports contradictions before anything starts
     run = _read_run(folder)
     if run:
         _check_same_settings(folder, run["settings"], settings)
@@ -163,8 +182,9 @@ def _train_stage(
     name = f"stage {stage}: {out.name}"
     run_id = run["mlflow_run_id"] if run else None
     with tracking.run(
-        f"stage{stage}", name, config.tracking, dataclasses.asdict(config), parents, run_id
+        f"stage{stage}", name, config.tracking, dataclasses.asdict(config), folder, parents, run_id
     ) as record:
+        resumed = record.id == run_id
         record.tag("tcan.dataset_fingerprint", settings["dataset"])
         run = {"mlflow_run_id": record.id, "finished_steps": 0, "settings": settings}
         _write_run(folder, run)
@@ -174,10 +194,10 @@ def _train_stage(
             dataset=str(dataset),
             vae_scaling_factor=info["vae_scaling_factor"],
             from_model=str(start) if start else None,
-            tracking=record.config,
             run_id=record.id,
             deepspeed=given,
-            monitor=ray.remote(num_cpus=0)(RunMonitor).remote(),
+            monitor=on_driver_node(RunMonitor),
+            mailbox=on_driver_node(Mailbox),
             show_bar=sys.stdout.isatty() and sys.stderr.isatty(),
             model_info={
                 "mlflow_run_id": record.id,
@@ -186,14 +206,18 @@ def _train_stage(
                 "schedule": schedule_options(config.train),
             },
         )
-        result = _fit(task, out)
+        recorder = Recorder(task.mailbox, record, resumed)
+        try:
+            result = _fit(task, out, recorder)
+        finally:
+            recorder.close()
         checkpoint.publish(result.checkpoint, model)
         record.model(model, REGISTERED_NAMES[stage], out.name, config.animate)
         _write_run(folder, {**run, "finished_steps": stage_options.steps})
     print(f"stage {stage}: finished, model in {model}", flush=True)
 
 
-def _fit(task: Task, out: Path) -> ray.train.Result:
+def _fit(task: Task, out: Path, recorder: Recorder) -> ray.train.Result:
     """Train the stage.
 
     On SIGTERM or Ctrl-C the workers finish the step and save a checkpoint; a second signal ends the job at once.
@@ -211,7 +235,7 @@ def _fit(task: Task, out: Path) -> ray.train.Result:
     bar = progress(f"stage {task.stage}", task.stage_config.steps)
     with _signals() as received, bar if task.show_bar else nullcontext() as update_bar:
         fitted = _in_thread(trainer.fit)  # in the main thread, Ray Train would handle Ctrl-C itself
-        _wait(fitted, task, received, update_bar)
+        _wait(fitted, task, recorder, received, update_bar)
     checkpoint.remove_incomplete(f"{storage}/{name}")
     if reason := ray.get(task.monitor.abort_reason.remote()):
         raise UserError(reason)
@@ -251,12 +275,18 @@ def _ray_trainer(task: Task, storage: str, name: str) -> TorchTrainer:
 
 
 def _wait(
-    fitted: Future, task: Task, received: list[int], update_bar: Callable[[int, str], None] | None
+    fitted: Future,
+    task: Task,
+    recorder: Recorder,
+    received: list[int],
+    update_bar: Callable[[int, str], None] | None,
 ) -> None:
     """Wait for the end of the training; meanwhile forward signals, report hung workers, and update the bar."""
     timeout = 0.9 * task.config.train.hang_timeout  # a little before the watchdog ends the workers
     hung_workers, is_stopping = task.monitor.hung_workers.remote(timeout), False
     while not wait([fitted], timeout=0.5).done:
+        if recorder.error:  # workers wait for it at their next checkpoint
+            raise recorder.error
         if received and not is_stopping:
             is_stopping = True
             task.monitor.stop.remote()
@@ -362,17 +392,39 @@ def _digest(*files: Path) -> str:
 
 
 def _check_same_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Compare the settings of a run with those of its start.
+
+    A field that was added after the start has no value there: the run was started with the behaviour of its default.
+    """
+    defaults = {
+        field.name: field.default
+        for config in (TrainConfig, StageConfig)
+        for field in dataclasses.fields(config)
+    }
     for key in new:
-        if old.get(key) != new[key]:
+        started = old.get(key, defaults.get(key))
+        if started != new[key]:
             raise UserError(
-                f"{folder}: this run was started with {key} = {old.get(key)}, not {new[key]}; set the same value, or use "
+                f"{folder}: this run was started with {key} = {started}, not {new[key]}; set the same value, or use "
                 "another OUT"
             )
 
 
 def _read_run(folder: Path) -> dict[str, Any] | None:
     path = folder / RUN_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text())
+        is_valid = isinstance(run["settings"], dict) and isinstance(run["finished_steps"], int)
+        is_valid = is_valid and isinstance(run["mlflow_run_id"], str)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(
+            f"{path}: cannot be read, or is not a file of tcan train; restore it or use another OUT"
+        )
+    return run
 
 
 def _write_run(folder: Path, run: dict[str, Any]) -> None:

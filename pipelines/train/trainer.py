@@ -124,7 +124,7 @@ class Trainer:
                     break
         if profile:
             profile.stop()
-        self.logger.close()
+        self.logger.flush()
         # Still under the watchdog: otherwise a finished worker would wait forever for one that hangs from here on.
         dist.barrier()
 

@@ -132,7 +132,7 @@ def test_registered_model_predicts_with_sampling_params(
     info["pretrained"]["pose"] = {"source": "mini"}  # as in a model that was trained with it
     (model / "tcan.json").write_text(json.dumps(info))
     settings = config(f"--tracking.folder={tmp_path / 'runs'}")
-    with tracking.run("stage2", "stage 2", settings.tracking, {}) as run:
+    with tracking.run("stage2", "stage 2", settings.tracking, {}, tmp_path) as run:
         sampling = SamplingConfig(steps=2, guidance_scale=2.0, start_from_reference=True)
         run.model(model, "tcan", "ours", sampling)
 

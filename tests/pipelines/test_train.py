@@ -98,7 +98,7 @@ def write_dataset(
     pq.write_table(table.slice(middle), folder / "clips" / "a.parquet", row_group_size=2)
     pq.write_table(table.slice(0, middle), folder / "clips" / "b.parquet", row_group_size=3)
     info = {
-        "schema_version": SCHEMA_VERSION, "counts": {}, "height": height, "width": width, "clip_frames": 16, "fps": 8,
+        "schema_version": SCHEMA_VERSION, "counts": {}, "files": {f"clips/{name}.parquet": 0 for name in "ab"}, "height": height, "width": width, "clip_frames": 16, "fps": 8,
         "vae_fingerprint": vae, "vae_scaling_factor": 0.5, "pose_fingerprint": "", "settings": {}, "mlflow_run_id": None,
     }  # fmt: skip
     (folder / "dataset.json").write_text(json.dumps(info))
