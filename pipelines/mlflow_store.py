@@ -59,12 +59,20 @@ def reason(error: BaseException) -> str:
 def store_errors(config: TrackingConfig) -> Iterator[None]:
     """Convert errors of an unusable store to UserError."""
     import requests
+    from alembic.util import CommandError  # another version of MLflow's tables
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, requests.RequestException, ImportError, OSError) as error:
+    except (
+        MlflowException,
+        SQLAlchemyError,
+        CommandError,
+        requests.RequestException,
+        ImportError,
+        OSError,
+    ) as error:
         uri = masked(resolve_uri(config))
         status = re.search(r"error code (\d{3})|^(\d{3}) ", str(error))
         advice = ADVICE.get(int(status[1] or status[2])) if status else None

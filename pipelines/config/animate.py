@@ -1,5 +1,6 @@
 """Configuration of `tcan animate` and `tcan evaluate`."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -31,7 +32,7 @@ class AnimateConfig(SamplingConfig):
     """Batch size of VAE decoding in frames (>= 1)."""
 
     device: str = "auto"
-    """Device, e.g. cpu, cuda or cuda:1. auto: a GPU if available, else the CPU."""
+    """Device: cpu, cuda or cuda:N. auto: a GPU if available, else the CPU."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of weights and activations."""
@@ -49,6 +50,8 @@ class AnimateConfig(SamplingConfig):
         super().__post_init__()
         check(self, "animate.", at_least(1), decode_batch=8)
         check(self, "animate.", at_least(0), workers=0)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"animate.device = {self.device}: no such device; use auto, cpu, cuda or cuda:N")
         if self.smoothing_window and (self.smoothing_window < 5 or self.smoothing_window % 2 == 0):
             raise UserError(
                 f"animate.smoothing_window = {self.smoothing_window}: must be odd and at least 5; set e.g. 7, or 0 to "

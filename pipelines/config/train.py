@@ -1,5 +1,6 @@
 """Configuration of `tcan train`."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -151,10 +152,10 @@ class TrainConfig:
     """Number of images or clips of the validation loss (>= 1), each at four timesteps."""
 
     on_bad_loss: Literal["stop", "skip"] = "stop"
-    """Action on a NaN/inf loss or a loss spike: stop with a report, or skip the step."""
+    """Action on a NaN/inf loss or gradient, or a loss spike: stop with a report, or skip the step."""
 
     loss_spike_factor: float = 20.0
-    """Loss spike threshold as a multiple of the running mean of the loss (>= 0). 0 disables spike detection."""
+    """Loss spike threshold as a multiple of the running mean of the loss (> 1). 0 disables spike detection."""
 
     hang_timeout: float = 900.0
     """Timeout of a training step in seconds (> 0), after which all workers restart from the last checkpoint."""
@@ -178,7 +179,10 @@ class TrainConfig:
         check(self, "train.", at_least(1), cpus_per_worker=1, num_checkpoints=2, validation_samples=8)
         check(self, "train.", at_least(1), log_every=10)
         check(self, "train.", at_least(0), noise_offset=0.05, weight_decay=0.01, max_grad_norm=1)
-        check(self, "train.", at_least(0), loss_spike_factor=20)
+        if self.loss_spike_factor and not self.loss_spike_factor > 1:
+            raise UserError(
+                f"train.loss_spike_factor = {self.loss_spike_factor}: must be above 1, or 0 to disable spike detection; set e.g. 20"
+            )
         check(self, "train.", at_least(0), profile_steps=3, clip_cache_mb=1024)
         check(self, "train.", at_least(2), clip_frames=16)
         check(self, "train.", at_least(-1), max_failures=3)
@@ -186,6 +190,12 @@ class TrainConfig:
         check(self, "train.", ABOVE_0, snr_gamma=5, hang_timeout=900)
         check(self, "train.", between(0, 1), drop_reference=0.1, pose_dropout=0.1, pose_jitter=0.01)
         check(self, "train.", between(0, 1), pose_outliers=0.05)
+        if self.storage is not None and not re.fullmatch(
+            r"((s3|gs)://[^/]+.*|file:///.+|(?!\w+://).+)", self.storage
+        ):
+            raise UserError(
+                f"train.storage = {self.storage}: not a folder; set a path, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
+            )
         if self.zero_terminal_snr and self.prediction_type != "v_prediction":
             raise UserError(
                 f"train.zero_terminal_snr = True: requires v_prediction, not {self.prediction_type}; set "

@@ -7,6 +7,7 @@ parameter: no worker waits for another, and any number of workers and any ZeRO s
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,27 @@ def create_engine(
     if link_state := getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None):
         link_state()  # DeepSpeed does this itself only after the first step
     return engine
+
+
+def optimizer_step(engine: Any, skip: bool) -> float:
+    """The optimizer step after the last backward pass. Called by all workers.
+
+    skip: change nothing, e.g. because of the loss.
+
+    Returns:
+        the norm of the gradient over all workers. If it is NaN or inf, the step has changed nothing.
+    """
+    norm = None
+    if (
+        engine.optimizer is engine.basic_optimizer
+    ):  # ZeRO-0 in fp32: DeepSpeed neither returns nor checks the norm
+        gradients = [p.grad for _, p in trained_parameters(engine) if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        skip = skip or not math.isfinite(norm)
+    engine.basic_optimizer.skip = skip
+    engine.step()  # skips the step if the norm that it computes is NaN or inf
+    engine.basic_optimizer.skip = False
+    return float(engine.get_global_grad_norm()) if norm is None else norm
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

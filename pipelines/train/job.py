@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from pipelines import tracking
-from pipelines.cluster import connect
+from pipelines.cluster import connect, is_local
 from pipelines.config import Config, StageConfig, TrainConfig
 from pipelines.dataset import INFO_FILE, check_clip_files, read_info
 from pipelines.lock import locked
@@ -43,6 +44,7 @@ from tcan.errors import UserError
 from tcan.weights import MODEL_FILE, load_pretrained, read_model_info
 
 RUN_FILE = "run.json"
+START_GRACE_SECONDS = 5  # after a signal, for workers that are about to make their first step
 REGISTERED_NAMES = {1: "tcan-stage1", 2: "tcan"}  # in the MLflow model registry
 # Keys that may change when a run is resumed: they change its results by no more than rounding.
 RESUME_MAY_CHANGE = {
@@ -283,17 +285,21 @@ def _wait(
 ) -> None:
     """Wait for the end of the training; meanwhile forward signals, report hung workers, and update the bar."""
     timeout = 0.9 * task.config.train.hang_timeout  # a little before the watchdog ends the workers
-    hung_workers, is_stopping = task.monitor.hung_workers.remote(timeout), False
+    hung_workers, is_stopping, stopped_at = task.monitor.hung_workers.remote(timeout), False, 0.0
     while not wait([fitted], timeout=0.5).done:
         if recorder.error:  # workers wait for it at their next checkpoint
             raise recorder.error
         if received and not is_stopping:
-            is_stopping = True
+            is_stopping, stopped_at = True, time.monotonic()
             task.monitor.stop.remote()
             print(
                 f"stage {task.stage}: stopping with a checkpoint after this step; interrupt again to stop at once",
                 flush=True,
             )
+        if is_stopping and time.monotonic() - stopped_at > START_GRACE_SECONDS:
+            if not ray.get(task.monitor.is_training.remote()):
+                print(f"stage {task.stage}: stopped before the first step", flush=True)
+                _interrupt(received[0])
         if ray.wait([hung_workers], timeout=0)[0]:
             if message := ray.get(hung_workers):
                 print(f"stage {task.stage}: {message}; all workers restart", flush=True)
@@ -348,7 +354,7 @@ def _connect(config: Config) -> None:
         UserError: a local Ray has too few CPUs or GPUs for the workers.
     """
     connect()
-    if "RAY_ADDRESS" in os.environ:  # a cluster may scale up
+    if "RAY_ADDRESS" in os.environ and not is_local():  # a cluster may scale up
         return
     workers = config.train.min_workers or config.train.workers
     needed = {"CPU": workers * config.train.cpus_per_worker, "GPU": workers * config.train.gpus_per_worker}
@@ -366,20 +372,23 @@ def _connect(config: Config) -> None:
 
 def _settings(stage: int, dataset: Path, start: Path | None, config: Config) -> dict[str, Any]:
     """All settings that determine the results of a run."""
-    values = dataclasses.asdict(config.train)
-    relevant = {
-        key: value for key, value in values.items() if key not in RESUME_MAY_CHANGE | {"stage1", "stage2"}
-    }
-    relevant |= {
-        key: value for key, value in values[f"stage{stage}"].items() if key not in STAGE_RESUME_MAY_CHANGE
-    }
     start_digest = _digest(*sorted(start.rglob("*.safetensors"))) if start else None
     return {
         "seed": config.seed,
         "size": config.size,
         "dataset": _digest(dataset / INFO_FILE),
         "from": start_digest,
-        **relevant,
+        **_settings_of_config(config, stage),
+    }
+
+
+def _settings_of_config(config: Config, stage: int) -> dict[str, Any]:
+    values = dataclasses.asdict(config.train)
+    relevant = {
+        key: value for key, value in values.items() if key not in RESUME_MAY_CHANGE | {"stage1", "stage2"}
+    }
+    return relevant | {
+        key: value for key, value in values[f"stage{stage}"].items() if key not in STAGE_RESUME_MAY_CHANGE
     }
 
 

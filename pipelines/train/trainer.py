@@ -20,7 +20,7 @@ from torch import Tensor
 from pipelines.config import StageConfig
 from pipelines.train import checkpoint
 from pipelines.train.data import NO_ERRORS, Batch, ClipStore, Prefetcher, Sampler
-from pipelines.train.engine import create_engine, ema_weights
+from pipelines.train.engine import create_engine, ema_weights, optimizer_step
 from pipelines.train.heartbeat import Heartbeat
 from pipelines.train.loss_guard import LossGuard, arm_watchdog
 from pipelines.train.model import batch_loss, build_model, save_trained_model
@@ -41,7 +41,7 @@ class StepResult:
     """NaN if the step was skipped."""
     lr: float
     bad_loss: str | None
-    """What is wrong with the loss, if the step was skipped."""
+    """What is wrong with the loss or the gradient, if the step was skipped."""
     stop: bool
     """The driver asks for a checkpoint and the end of the training."""
     preempted: bool
@@ -129,10 +129,8 @@ class Trainer:
         dist.barrier()
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
-        """One optimizer step over this worker's micro-batches; skipped if the loss is NaN, inf or a spike.
-
-        Raises:
-            FloatingPointError: the gradient norm is NaN or inf.
+        """One optimizer step over this worker's micro-batches; skipped if the loss is NaN, inf or a spike, or if the norm of
+        the gradient is NaN or inf.
         """
         lr = learning_rate(step, self.stage)
         for group in self.engine.basic_optimizer.param_groups:
@@ -149,14 +147,10 @@ class Trainer:
         preempted = ray.train.get_preemption_info() is not None
         mean_loss, stop, preempted = _reduce(local_loss, stop, preempted)
         bad_loss = self.loss_guard.check(mean_loss)
-        self.engine.basic_optimizer.skip = bad_loss is not None
-        self.engine.step()
-        grad_norm = math.nan
-        if not bad_loss and not math.isfinite(grad_norm := float(self.engine.get_global_grad_norm())):
-            raise FloatingPointError(
-                f"stage {self.task.stage}: the gradient norm is {grad_norm} at step {step + 1}"
-            )
-        return StepResult(mean_loss, grad_norm, lr, bad_loss, stop, preempted)
+        grad_norm = optimizer_step(self.engine, skip=bad_loss is not None)
+        if not bad_loss and not math.isfinite(grad_norm):
+            bad_loss = "the norm of the gradient is NaN or inf"
+        return StepResult(mean_loss, math.nan if bad_loss else grad_norm, lr, bad_loss, stop, preempted)
 
     def batch_loss(self, batch: Batch, snr_gamma: float | None = None) -> Tensor:
         return batch_loss(self.engine, self.pretrained, batch, self.device, snr_gamma)

@@ -142,8 +142,11 @@ def test_records_left_at_the_end_are_delivered_by_track_sync(
 
 
 def test_job_without_required_tracking_starts_without_a_server(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(
+        tmp_path
+    )  # MLflow's default for artifacts of a database is a folder in the working directory
     away = TrackingConfig(uri=f"http://user:secret@127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match="no MLflow server responds"):
         tracking.check(away)

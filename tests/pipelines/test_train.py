@@ -716,6 +716,14 @@ def test_all_zero_stages_produce_the_same_losses(engine_results):
 
 
 @pytest.mark.slow
+def test_steps_with_non_finite_gradients_change_nothing(engine_results):
+    """On two workers, with a gradient of inf on one of them, and a finite loss."""
+    for name, found in engine_results[2].items():
+        assert found["bad_norm"] in ("inf", "nan") and not found["bad_step_changed_weights"], name
+        assert np.isfinite(found["loss_after_bad_step"]), name
+
+
+@pytest.mark.slow
 def test_optimizer_and_checkpoints_contain_only_trained_parameters(engine_results, pretrained):
     for name, found in engine_results[2].items():
         assert found["in_checkpoint"] == sorted(found["trained"]), name
@@ -909,8 +917,15 @@ def test_rerun_after_sigterm_sigint_and_sigkill_resumes(uninterrupted, tmp_path,
 
     last_checkpoint = 0
     for count, (number, status) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130)), 1):
-        driver = training.start(2, "--train.stage1.checkpoint_every=1000")
-        wait_for(driver, lambda driver=driver: workers_of(driver))
+        # Sample images at every step slow training down, so that the signal arrives before its end.
+        keys = (
+            "--train.stage1.checkpoint_every=1000",
+            "--train.stage1.sample_every=1",
+            "--train.log_every=1",
+        )
+        reported = training.output().count("samples/s") if count > 1 else 0
+        driver = training.start(2, *keys)
+        wait_for(driver, lambda reported=reported: training.output().count("samples/s") > reported)
         driver.send_signal(number)
         assert driver.wait() == status, training.output()
         assert training.output().count("stopped; rerun the command to resume") == count
@@ -927,6 +942,23 @@ def test_rerun_after_sigterm_sigint_and_sigkill_resumes(uninterrupted, tmp_path,
     assert weights(tmp_path / "out" / "stage1" / "model") == weights(uninterrupted[1] / "stage1" / "model")
     client = MlflowClient(tracking.resolve_uri(config.tracking))
     assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
+
+
+@pytest.mark.slow
+def test_sigterm_while_workers_start_ends_the_job_and_a_second_job_is_refused(tmp_path, pretrained, clips):
+    training = Stage1(clips, tmp_path, arguments(pretrained, tmp_path))
+    driver = training.start(2)
+    while not (tmp_path / "out" / "stage1" / "run.json").exists():  # written before the workers start
+        assert driver.poll() is None, training.output()
+        time.sleep(0.05)
+    second = subprocess.run(training.command(2), capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"{tmp_path}/out: another train job is writing here (process {driver.pid} on" in second.stderr
+    driver.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert driver.wait(60) == 143, training.output()
+    assert time.monotonic() - began < 20
+    assert "Traceback" not in training.output()
 
 
 @pytest.mark.slow
@@ -1006,4 +1038,43 @@ def test_invalid_input_raises_user_error_before_training(tmp_path, pretrained, c
         keys = arguments(pretrained, tmp_path, f"--train.deepspeed={file}")
         line = error_of(capsys, "train", str(clips), "--out", str(tmp_path / "out"), *keys)
         assert line.startswith(f"train.deepspeed = {file}: {message}")
+    for name in ("a", "b"):
+        broken = shutil.copytree(clips, tmp_path / f"broken {name}")
+        if name == "a":
+            (broken / "clips" / "a.parquet").unlink()
+            (broken / "clips" / "b.parquet").unlink()
+            message = f"{broken}: clips/a.parquet, clips/b.parquet are missing; restore the files, or rerun"
+        else:
+            shutil.copy(broken / "clips" / "a.parquet", broken / "clips" / "copied.parquet")
+            message = f"{broken}: clips/copied.parquet is not listed in dataset.json; remove the files"
+        with pytest.raises(UserError, match=re.escape(message)):
+            train(broken, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "stage1").mkdir(parents=True)
+    for text in (
+        "",
+        '{"settings": ',
+        "[]",
+        "{}",
+        '{"settings": [], "finished_steps": 1, "mlflow_run_id": "a"}',
+    ):
+        (tmp_path / "out" / "stage1" / "run.json").write_text(text)
+        with pytest.raises(
+            UserError, match=r"out/stage1/run.json: cannot be read, or is not a file of tcan train; "
+        ):
+            train(clips, tmp_path / "out", config)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written: file exists; choose another OUT"):
+        train(clips, tmp_path / "file", config)
+
+
+def test_field_added_after_the_start_of_a_run_has_its_default():
+    from pipelines.train.job import _check_same_settings, _settings_of_config
+
+    config = load_config()
+    new = _settings_of_config(config, 1)
+    old = {key: value for key, value in new.items() if key not in ("noise_offset", "lr")}
+    _check_same_settings(Path("out/stage1"), old, new)
+    config.train.noise_offset = 0.05
+    with pytest.raises(UserError, match="started with noise_offset = 0.0, not 0.05"):
+        _check_same_settings(Path("out/stage1"), old, _settings_of_config(config, 1))
