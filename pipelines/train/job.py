@@ -296,10 +296,10 @@ def _wait(
                 f"stage {task.stage}: stopping with a checkpoint after this step; interrupt again to stop at once",
                 flush=True,
             )
-        if is_stopping and time.monotonic() - stopped_at > START_GRACE_SECONDS:
-            if not ray.get(task.monitor.is_training.remote()):
-                print(f"stage {task.stage}: stopped before the first step", flush=True)
-                _interrupt(received[0])
+        is_late = is_stopping and time.monotonic() - stopped_at > START_GRACE_SECONDS
+        if is_late and not ray.get(task.monitor.is_training.remote()):
+            print(f"stage {task.stage}: stopped before the first step", flush=True)
+            _interrupt(received[0])
         if ray.wait([hung_workers], timeout=0)[0]:
             if message := ray.get(hung_workers):
                 print(f"stage {task.stage}: {message}; all workers restart", flush=True)
