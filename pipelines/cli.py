@@ -24,6 +24,10 @@ ENVIRONMENT_HELP = (
     "Requirements file, e.g. requirements.lock, that uv installs on the cluster for a job of --submit. Default: the "
     "packages of the cluster's Python."
 )
+JOB_ID_HELP = (
+    "Id of the job of --submit, for submitters that retry: if the cluster has a job with this id, its log is followed. "
+    "Default: chosen by Ray."
+)
 PATH_KEYS = ("--tracking.folder", "--train.deepspeed", "--train.storage")
 """Configuration keys whose values are paths."""
 
@@ -71,6 +75,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if command.submittable:
         parser.add_argument("--submit", metavar="http://HOST:8265", help=SUBMIT_HELP)
         parser.add_argument("--environment", metavar="requirements.lock", help=ENVIRONMENT_HELP)
+        parser.add_argument("--job_id", metavar="ID", help=JOB_ID_HELP)
     config, values = parse(parser, options)
     for argument in command.arguments:  # an empty path would mean the working directory
         if getattr(values, argument.removeprefix("--"), None) == "":
@@ -81,18 +86,19 @@ def _dispatch(arguments: Sequence[str]) -> int:
         raise UserError(
             "--environment: only valid with --submit; remove it to use the packages of this Python"
         )
-    command.run(values, config)
-    return 0
+    if command.submittable and values.job_id is not None:
+        raise UserError("--job_id: only valid with --submit; remove it to run on this machine")
+    return command.run(values, config) or 0
 
 
 def _submit(command: Command, name: str, options: Sequence[str], values: Any, config: Any) -> int:
-    """Run the command on the cluster, without `--submit` and `--environment` and with absolute paths."""
+    """Run the command on the cluster, without `--submit`, `--environment` and `--job_id`, with absolute paths."""
     from pipelines.submit import absolute_paths, submit
 
     argv, tokens = [name], iter(options)
     for token in tokens:
         option, equals, _ = token.partition("=")
-        if option not in ("--submit", "--environment"):
+        if option not in ("--submit", "--environment", "--job_id"):
             argv.append(token)
         elif not equals:
             next(tokens)
@@ -101,7 +107,7 @@ def _submit(command: Command, name: str, options: Sequence[str], values: Any, co
     if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         argv.append(f"--tracking.folder={config.tracking.folder}")
     argv = absolute_paths(argv, [*paths, *PATH_KEYS], flags)
-    return submit(values.submit, argv, values.environment)
+    return submit(values.submit, argv, values.environment, values.job_id)
 
 
 def _help() -> str:

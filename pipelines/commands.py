@@ -20,8 +20,8 @@ class Command:
     help: str
     arguments: dict[str, dict[str, Any]]
     """Name of an argument -> keyword arguments of the parser's `add_argument`."""
-    run: Callable[[Any, Any], None]
-    """Called with the parsed arguments and the configuration."""
+    run: Callable[[Any, Any], int | None]
+    """Called with the parsed arguments and the configuration; returns the exit status (None: 0)."""
     sections: tuple[str, ...]
     """Configuration sections that the command uses."""
     submittable: bool = False
@@ -131,6 +131,12 @@ def _memory(arguments: Any, config: Any) -> None:
     from pipelines.memory import memory
 
     memory(config, arguments.gpus, arguments.stage)
+
+
+def _jobs(arguments: Any, config: Any) -> int:
+    from pipelines.submit import manage_jobs
+
+    return manage_jobs(arguments.action, arguments.address, arguments.job_id)
 
 
 def _track(arguments: Any, config: Any) -> None:
@@ -309,6 +315,20 @@ COMMANDS = {
         },
         _memory,
         ("pretrained", "train"),
+    ),
+    "jobs": Command(
+        "List, follow or stop the jobs of a Ray cluster that were submitted with --submit.",
+        {
+            "action": {
+                "type": Literal["list", "follow", "stop"],
+                "help": "Action. list: id, status, start and command of each job; follow: log until the end of a job, and "
+                "its exit status; stop: end of a job.",
+            },
+            "--address": {"type": str, "required": True, "help": "Dashboard address, e.g. http://HOST:8265."},
+            "--job_id": {"type": str, "help": "Id of the job to follow or stop."},
+        },
+        _jobs,
+        (),
     ),
     "track": Command(
         "Deliver the MLflow records of jobs that ended while MLflow was not available.",
