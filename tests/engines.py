@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from pipelines.config import StageConfig
 from pipelines.config.parser import load_config
 from pipelines.train import checkpoint
-from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
 from pipelines.train.engine import create_engine, ema_weights, get_state, trained_parameters
 from pipelines.train.model import batch_loss
 from tcan.model import TCAN

@@ -30,7 +30,8 @@ from pipelines.cluster import connect
 from pipelines.config import Config
 from pipelines.dataset import INFO_FILE, read_info
 from pipelines.train import checkpoint
-from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
 from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.progress import progress

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pipelines.config import StageConfig
 from pipelines.train import checkpoint
-from pipelines.train.data import NO_ERRORS, Batch, ClipStore, Prefetcher, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import NO_ERRORS, Batch, Prefetcher, Sampler
 from pipelines.train.engine import create_engine, ema_weights
 from pipelines.train.heartbeat import Heartbeat
 from pipelines.train.loss_guard import LossGuard, arm_watchdog

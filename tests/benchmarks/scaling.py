@@ -24,7 +24,8 @@ from pipelines.dataset import NUM_JOINTS, clip_files
 from pipelines.memory import networks
 from pipelines.preprocess.shards import ShardWriter
 from pipelines.storage import open_parquet
-from pipelines.train.data import ClipStore, Sampler, stage1_pair
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler, stage1_pair
 from tcan.memory import TrainingMemory, fake_tcan, training_memory
 
 PAGE = Path(__file__).parents[2] / "infra" / "SCALING.md"

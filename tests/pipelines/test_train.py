@@ -14,7 +14,7 @@ import termios
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,12 @@ from pipelines import tracking
 from pipelines.config import Config
 from pipelines.config.parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
+from pipelines.dataset_index import INDEX_FILE, WRITER_OPTIONS, write_index
+from pipelines.preprocess.shards import ShardWriter, write_info
 from pipelines.storage import read_bytes
 from pipelines.train.checkpoint import FrozenFingerprint, remove_incomplete
-from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
 from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.loss_guard import LossGuard, out_of_memory
@@ -93,16 +96,27 @@ def write_dataset(
                 }
             )  # fmt: skip
     (folder / "clips").mkdir(parents=True)
-    table = pa.Table.from_pylist(clips, CLIP_SCHEMA)
+    writer = ShardWriter(str(folder), {}, 1 << 30, 1e9)
     middle = len(clips) // 2
-    pq.write_table(table.slice(middle), folder / "clips" / "a.parquet", row_group_size=2)
-    pq.write_table(table.slice(0, middle), folder / "clips" / "b.parquet", row_group_size=3)
+    for part in (clips[middle:], clips[:middle]):
+        writer.add_video(dict.fromkeys(CLIP_SCHEMA.names) | clip for clip in part)
+        writer.commit()
     info = {
         "schema_version": SCHEMA_VERSION, "counts": {}, "height": height, "width": width, "clip_frames": 16, "fps": 8,
         "vae_fingerprint": vae, "vae_scaling_factor": 0.5, "pose_fingerprint": "", "settings": {}, "mlflow_run_id": None,
     }  # fmt: skip
-    (folder / "dataset.json").write_text(json.dumps(info))
+    write_info(str(folder), info)
     return folder
+
+
+def changed_clips(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield every row of a dataset, and write the changed rows back to the files."""
+    for path in sorted((folder / "clips").glob("*.parquet")):
+        rows = pq.read_table(path).to_pylist()
+        yield from rows
+        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path, **WRITER_OPTIONS)
+    (folder / INDEX_FILE).unlink()
+    write_index(str(folder))
 
 
 def make_sampler(dataset: Path, stage: int, seed: int = 0, batch_size: int = 4, size: int = SIZE) -> Sampler:
@@ -332,12 +346,9 @@ def test_crop_is_identical_for_latents_reference_and_pose(tmp_path):
 
 def test_latents_are_sampled_from_the_posterior(tmp_path):
     folder = write_dataset(tmp_path / "set", {"a": [(0, 40)]}, SIZE, SIZE)
-    for path in (folder / "clips").glob("*.parquet"):
-        rows = pq.read_table(path).to_pylist()
-        for row in rows:
-            row["latent_mean"] = np.full((40, 4, 8, 8), 3, "<f2").tobytes()
-            row["latent_logvar"] = np.full((40, 4, 8, 8), np.log(4), "<f2").tobytes()
-        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    for row in changed_clips(folder):
+        row["latent_mean"] = np.full((40, 4, 8, 8), 3, "<f2").tobytes()
+        row["latent_logvar"] = np.full((40, 4, 8, 8), np.log(4), "<f2").tobytes()
     source = make_sampler(folder, 1)
     values = np.stack([source.sample(step, 0)["latents"] for step in range(100)])
     assert values.mean() == pytest.approx(3 * 0.5, abs=0.05)  # scaled by the VAE scaling factor
@@ -608,14 +619,11 @@ def clips(tmp_path_factory, pretrained) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "dataset"
     write_dataset(folder, {name: [(0, 16), (16, 16)] for name in "abcdefgh"}, SIZE, SIZE, vae)
     rng = np.random.default_rng(0)
-    for path in (folder / "clips").glob("*.parquet"):
-        rows = pq.read_table(path).to_pylist()
-        for row in rows:
-            row["split"] = "validation" if row["video_id"] in "gh" else "train"
-            row["latent_mean"] = rng.normal(0, 2, (16, 4, 8, 8)).astype("<f2").tobytes()
-            row["latent_logvar"] = rng.normal(-3, 1, (16, 4, 8, 8)).astype("<f2").tobytes()
-            row["reference_latent_mean"] = rng.normal(0, 2, (4, 8, 8)).astype("<f2").tobytes()
-        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    for row in changed_clips(folder):
+        row["split"] = "validation" if row["video_id"] in "gh" else "train"
+        row["latent_mean"] = rng.normal(0, 2, (16, 4, 8, 8)).astype("<f2").tobytes()
+        row["latent_logvar"] = rng.normal(-3, 1, (16, 4, 8, 8)).astype("<f2").tobytes()
+        row["reference_latent_mean"] = rng.normal(0, 2, (4, 8, 8)).astype("<f2").tobytes()
     return folder
 
 
@@ -828,12 +836,9 @@ def test_nan_loss_stops_with_video_names_or_skips_the_step(tmp_path, pretrained,
     from pipelines.train.job import train
 
     bad = shutil.copytree(clips, tmp_path / "bad")
-    for path in (bad / "clips").glob("*.parquet"):
-        rows = pq.read_table(path).to_pylist()
-        for row in rows:
-            if row["video_id"] == "c":
-                row["latent_mean"] = np.full((16, 4, 8, 8), np.nan, "<f2").tobytes()
-        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    for row in changed_clips(bad):
+        if row["video_id"] == "c":
+            row["latent_mean"] = np.full((16, 4, 8, 8), np.nan, "<f2").tobytes()
     keys = ("--train.workers=1", "--train.stage1.batch_size=2", "--train.stage1.checkpoint_every=1")
     with pytest.raises(UserError, match=r"the loss is nan; videos .*c.*; .*train.on_bad_loss") as error:
         train(bad, tmp_path / "out", make_config(pretrained, tmp_path, *keys), stage="1")
