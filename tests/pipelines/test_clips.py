@@ -187,7 +187,7 @@ def test_verify_detects_a_wrong_index(
 
 def test_positions_point_to_the_values_of_many_row_groups(tmp_path: Path) -> None:
     """Clips of 0.7 MB: several row groups of several rows."""
-    write_clips(tmp_path, 192, {"a": [(i * 48, 48) for i in range(12)]})
+    write_clips(tmp_path, 192, {"a": [(i * 48, 48) for i in range(14)]})
     (file,) = clip_files(tmp_path)
     content = Path(file).read_bytes()
     parquet = pq.ParquetFile(file)
