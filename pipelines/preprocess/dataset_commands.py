@@ -110,9 +110,6 @@ def verify(dataset: str) -> None:
             with storage.open_parquet(f"{folder}/{name}") as file:
                 problems += [f"{name}: {problem}" for problem in _file_problems(file, name, info, videos)]
     problems += _video_problems(videos)
-    if not problems:
-        clips = {name for name in names if name.startswith(f"{CLIPS_FOLDER}/")}
-        problems += index_problems(folder, read_index(folder), clips)
     counts = {
         "videos": len(videos),
         "clips": sum(map(len, videos.values())),
@@ -124,6 +121,9 @@ def verify(dataset: str) -> None:
             for key, value in counts.items()
             if info["counts"][key] != value
         ]
+    if not problems:
+        clips = {name for name in names if name.startswith(f"{CLIPS_FOLDER}/")}
+        problems += index_problems(folder, read_index(folder), clips)
     for problem in problems[:MAX_PRINTED]:
         print(problem)
     if problems:

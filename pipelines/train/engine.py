@@ -34,6 +34,9 @@ class AdamW(torch.optim.AdamW):
         self.ema_decay = ema_decay
         self.skip = False
         """While True, `step` changes nothing."""
+        self.found_inf: Tensor | None = None
+        """float32 scalar on the parameters' device: if it is 1, `step` changes nothing. torch's fused AdamW reads it on the
+        device, so a step can be skipped without a host synchronization."""
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -60,7 +63,8 @@ class AdamW(torch.optim.AdamW):
                     steps = state["step"]  # on the device, without a synchronization
                     # A short average at first, so that the initial weights do not dominate it.
                     decay = ((1 + steps) / (10 + steps)).clamp(max=self.ema_decay)
-                    state[EMA].lerp_(weight, 1 - decay)
+                    change = 1 - decay if self.found_inf is None else (1 - decay) * (1 - self.found_inf)
+                    state[EMA].lerp_(weight, change)
 
 
 def create_engine(

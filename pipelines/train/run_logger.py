@@ -18,8 +18,8 @@ BAR_SECONDS = 0.5  # between updates of the progress bar
 
 
 class RunLogger:
-    """Logs every step to the MLflow run, from rank 0 and in a thread, so that no step waits. Reports progress as lines or
-    to the driver's progress bar.
+    """Logs all steps to the MLflow run, from rank 0 and in a thread, so that no step waits. Reports progress as lines or to
+    the driver's progress bar.
 
     No step is logged twice: a step that is repeated after a restart was logged the first time.
 
@@ -28,7 +28,7 @@ class RunLogger:
 
     def __init__(self, task: Task, rank: int, first_step: int):
         self._task, self._stage, self._rank = task, task.stage_config, rank
-        self._unreported: list[dict[str, float]] = []
+        self._unreported: list[tuple[int, dict[str, float]]] = []
         self._writer = ThreadPoolExecutor(1, "tracking")
         self._pending: list[Future] = [self._writer.submit(self._attach)] if rank == 0 else []
         self._started_at, self._first_step = time.perf_counter(), first_step
@@ -40,28 +40,28 @@ class RunLogger:
             key: self._run.last_step(key) for key in ("loss", "validation_loss", "checkpoint_seconds")
         }
 
-    def step(self, step: int, metrics: dict[str, float], seconds: float, data_wait: float) -> None:
-        """Log a step. metrics: loss, grad_norm, ...; data_wait: seconds of `seconds` spent waiting for data."""
-        metrics = {
-            **metrics,
-            "samples_per_second": self._stage.batch_size / seconds,
-            "step_seconds": seconds,
-            "data_wait_seconds": data_wait,
-            "memory_gb": _peak_memory() / 1e9,
-        }
-        self.metrics(metrics, step)
-        if self._rank == 0:
-            self._unreported.append(metrics)
-            if self._is_report_due(step):
-                self._report(step)
+    def steps(self, steps: list[tuple[int, dict[str, float]]]) -> None:
+        """Log (step, metrics) of adjacent steps and report their means. Metrics: loss, grad_norm, step_seconds,
+        data_wait_seconds, ...
+        """
+        memory = _peak_memory() / 1e9
+        for _, metrics in steps:
+            metrics["samples_per_second"] = self._stage.batch_size / metrics["step_seconds"]
+            metrics["memory_gb"] = memory
+        if self._rank == 0 and steps:
+            self._pending.append(self._writer.submit(self._write, steps))
+            self._unreported += steps
+            if self._is_report_due(steps[-1][0]):
+                self._report()
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
         if self._rank == 0:
-            self._pending.append(self._writer.submit(self._write, metrics, step))
+            self._pending.append(self._writer.submit(self._write, [(step, metrics)]))
 
-    def _write(self, metrics: dict[str, float], step: int) -> None:
-        if step > self._last_logged[next(iter(metrics))]:
-            self._run.metrics(metrics, step)
+    def _write(self, steps: list[tuple[int, dict[str, float]]]) -> None:
+        last_logged = self._last_logged[next(iter(steps[0][1]))]
+        if new := [(step, metrics) for step, metrics in steps if step > last_logged]:
+            self._run.step_metrics(new)
 
     def flush(self) -> None:
         """Waits for the pending writes and raises their errors.
@@ -79,9 +79,10 @@ class RunLogger:
             return time.perf_counter() - self._last_report >= BAR_SECONDS
         return step % self._task.config.train.log_every == 0
 
-    def _report(self, step: int) -> None:
+    def _report(self) -> None:
         """Report the means of the steps since the last report."""
-        rows, self._unreported = self._unreported, []
+        step, rows = self._unreported[-1][0], [metrics for _, metrics in self._unreported]
+        self._unreported = []
         mean = {key: sum(metrics[key] for metrics in rows) / len(rows) for key in rows[0]}
         text = (
             f"loss {mean['loss']:.4f}  grad norm {mean['grad_norm']:.3f}  "

@@ -98,7 +98,7 @@ def write_dataset(
     (folder / "clips").mkdir(parents=True)
     writer = ShardWriter(str(folder), {}, 1 << 30, 1e9)
     middle = len(clips) // 2
-    for part in (clips[middle:], clips[:middle]):
+    for part in filter(None, (clips[middle:], clips[:middle])):
         writer.add_video(dict.fromkeys(CLIP_SCHEMA.names) | clip for clip in part)
         writer.commit()
     info = {
@@ -111,8 +111,8 @@ def write_dataset(
 
 def changed_clips(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield every row of a dataset, and write the changed rows back to the files."""
-    for path in sorted((folder / "clips").glob("*.parquet")):
-        rows = pq.read_table(path).to_pylist()
+    tables = {path: pq.read_table(path).to_pylist() for path in (folder / "clips").glob("*.parquet")}
+    for path, rows in sorted(tables.items(), key=lambda item: item[1][0]["clip_id"], reverse=True):
         yield from rows
         pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path, **WRITER_OPTIONS)
     (folder / INDEX_FILE).unlink()
@@ -359,15 +359,42 @@ def test_latents_are_sampled_from_the_posterior(tmp_path):
 
 
 def test_loss_guard_detects_spikes_also_after_restart():
+    def is_bad(guard: LossGuard, loss: float) -> bool:
+        return bool(guard.check(torch.tensor(loss)))
+
     guard = LossGuard(10.0, {})
-    assert guard.check(1e9) is None and guard.check(float("nan")) == "the loss is nan"
+    assert not is_bad(guard, 1e9) and is_bad(guard, float("nan"))
     guard = LossGuard(10.0, {})
-    assert [guard.check(0.1) for _ in range(25)] == [None] * 25
+    assert not any(is_bad(guard, 0.1) for _ in range(25))
     restored = LossGuard(10.0, json.loads(json.dumps(guard.state)))
     for current in (guard, restored):
-        assert "20 times" in current.check(2.0) and "inf" in current.check(float("inf"))
-        assert current.check(0.9) is None  # below 10 times the mean, which excludes the spike
-    assert LossGuard(0.0, guard.state).check(1e9) is None
+        assert is_bad(current, 2.0) and is_bad(current, float("inf"))
+        assert not is_bad(current, 0.9)  # below 10 times the mean, which excludes the spike
+        assert current.state == {"loss_mean": pytest.approx(0.1 + 0.8 / 26), "loss_steps": 26}
+    assert not is_bad(LossGuard(0.0, guard.state), 1e9)
+    assert LossGuard.reason(2.0, 0.1) == "the loss is 2, 20 times its running mean"
+    assert LossGuard.reason(float("nan"), 0.1) == "the loss is nan"
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_optimizer_step_is_skipped_on_the_device(ema_decay):
+    """With `found_inf` the step changes nothing, even if gradients are NaN; without it equals a step of plain AdamW."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    weights[1].data.copy_(weights[0].data)
+    optimizers = [AdamW([weight], ema_decay, lr=0.1) for weight in weights]
+    for optimizer, weight in zip(optimizers, weights, strict=True):
+        optimizer.init_state([weight])
+    for gradient in (torch.ones(5), torch.full((5,), torch.nan), torch.ones(5)):
+        skipped = bool(gradient.isnan().any())
+        weights[0].grad, optimizers[0].found_inf = gradient.clone(), torch.tensor(float(skipped))
+        optimizers[0].step()
+        if not skipped:
+            weights[1].grad = gradient.clone()
+            optimizers[1].step()
+        assert torch.equal(*weights)
+        for key in (*optimizers[0].state_keys, "step"):
+            assert torch.equal(*(o.state[w][key] for o, w in zip(optimizers, weights, strict=True)))
 
 
 def test_deepspeed_json_is_merged_and_conflicts_are_reported(tmp_path):
