@@ -112,7 +112,7 @@ def write_dataset(
 def changed_clips(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield every row of a dataset, and write the changed rows back to the files."""
     tables = {path: pq.read_table(path).to_pylist() for path in (folder / "clips").glob("*.parquet")}
-    for path, rows in sorted(tables.items(), key=lambda item: item[1][0]["clip_id"], reverse=True):
+    for path, rows in sorted(tables.items(), key=lambda item: item[1][0]["clip_id"]):
         yield from rows
         pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path, **WRITER_OPTIONS)
     (folder / INDEX_FILE).unlink()
