@@ -1,6 +1,7 @@
 """The clip dataset that `tcan preprocess` writes and `tcan train` reads.
 
     OUT/dataset.json          schema version, counts, files, sizes, fingerprints, settings; written last
+    OUT/index.parquet         one row per clip with the positions of its frames (dataset_index.py)
     OUT/clips/*.parquet       one row per clip: consecutive frames of one video as VAE latents and keypoints
     OUT/rejected/*.parquet    one row per source without clips, with the step that rejected it and the reason
 
@@ -8,14 +9,14 @@ The dataset is complete when dataset.json exists. OUT is a local folder or the U
 can be read with pyarrow or pandas alone; `decode_row` decodes the binary columns of a row to arrays.
 
 A file name contains the digest of the file's content (`file_name`); the file's metadata contains the identity of the
-dataset. Files are written once and never changed. A row group is about 2 MiB, or one clip if that is larger, so a training
-sample reads a single row group.
+dataset. Files are written once and never changed. A row group is about 2 MiB, or one clip if that is larger.
 
 Schema versions:
 
 - 1: first version;
 - 2: keypoints of all people and the index of the main person, versions of the sources, digests in file names, list of files
-  in dataset.json.
+  in dataset.json;
+- 3: index; latents and keypoints are not compressed.
 
 OPTIONAL_COLUMNS were added later without other changes.
 """
@@ -33,7 +34,7 @@ import pyarrow as pa
 from pipelines import storage
 from tcan.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 INFO_FILE = "dataset.json"
 CLIPS_FOLDER = "clips"
 REJECTED_FOLDER = "rejected"

@@ -129,9 +129,15 @@ def open_parquet(name: str | Path) -> Iterator[pq.ParquetFile]:
         UserError: the file is missing or damaged.
     """
     filesystem, path = locate(name)
+    with damaged_file(name), pq.ParquetFile(path, filesystem=filesystem) as file:
+        yield file
+
+
+@contextmanager
+def damaged_file(name: str | Path) -> Iterator[None]:
+    """Convert errors of reading a file of a clip dataset to UserError."""
     try:
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
-            yield file
+        yield
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(
             f"{name}: cannot be read ({one_line(error)}); delete the file and rerun tcan preprocess to regenerate its videos"

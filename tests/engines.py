@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from pipelines.config import StageConfig
 from pipelines.config.parser import load_config
 from pipelines.train import checkpoint
-from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
 from pipelines.train.engine import (
     create_engine,
     ema_weights,
@@ -91,7 +92,7 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
                 loss = batch_loss(engine, pretrained, batch, device)
                 engine.backward(loss)
                 if batch is batches[-1]:
-                    optimizer_step(engine, skip=False)
+                    optimizer_step(engine, torch.zeros((), dtype=torch.bool, device=device))
                 else:
                     engine.step()  # counts the gradient accumulation
                 total += loss.detach() / len(batches) / workers
@@ -116,7 +117,7 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
         loss = batch_loss(engine, pretrained, batch, device)
         assert torch.isfinite(loss)
         engine.backward(loss)
-        norm = optimizer_step(engine, skip=False)
+        norm = float(optimizer_step(engine, torch.zeros((), dtype=torch.bool, device=device)))
         poison.remove()
         after = [get_state(engine, p, key) for _, p in names_and_parameters for key in ("weight", "ema")]
         return norm, not all(map(torch.equal, before, after))

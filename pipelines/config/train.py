@@ -161,7 +161,8 @@ class TrainConfig:
     """Timeout of a training step in seconds (> 0), after which all workers restart from the last checkpoint."""
 
     log_every: int = 10
-    """Interval between progress lines in steps (>= 1). Metrics are recorded at every step."""
+    """Interval in steps (>= 1) at which metrics are copied from the device and written, with a progress line. The metrics
+    of all steps are recorded. A bad loss or gradient is noticed at these steps and before checkpoints."""
 
     profile_steps: int = 0
     """Number of steps to profile on the first worker (>= 0), from the third step after the start. The trace for

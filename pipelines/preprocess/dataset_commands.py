@@ -24,8 +24,9 @@ from pipelines.dataset import (
     read_info,
     rejected_files,
 )
+from pipelines.dataset_index import READ_THREADS, index_problems, read_index
 from pipelines.preprocess.assembly import assign_split
-from pipelines.preprocess.shards import READ_THREADS, read_contents
+from pipelines.preprocess.shards import read_contents
 from tcan.errors import UserError
 
 MAX_PRINTED = 20  # problems
@@ -39,15 +40,9 @@ def print_info(dataset: str) -> None:
     """
     info, folder = _read_complete(dataset)
     contents = read_contents(folder, info["identity"])
-    splits: Counter[str] = Counter()
-    videos: set[str] = set()
-    seconds = 0.0
-    for name in clip_files(folder):
-        with storage.open_parquet(name) as file:
-            for row in file.read(["video_id", "split", "num_frames", "fps"]).to_pylist():
-                seconds += row["num_frames"] / row["fps"]
-                splits[row["split"]] += row["video_id"] not in videos
-                videos.add(row["video_id"])
+    index = read_index(folder)
+    splits = Counter(index.group_by(["video_id", "split"]).aggregate([])["split"].to_pylist())
+    seconds = float(np.sum(index["num_frames"].to_numpy() / index["fps"].to_numpy()))
     counts = contents.counts
     print(
         f"{dataset}: {counts['videos']} videos ({splits['train']} train, {splits['validation']} validation) in "
@@ -123,6 +118,9 @@ def verify(dataset: str) -> None:
             for key, value in counts.items()
             if info["counts"][key] != value
         ]
+    if not problems:
+        clips = {name for name in names if name.startswith(f"{CLIPS_FOLDER}/")}
+        problems += index_problems(folder, read_index(folder), clips)
     for problem in problems[:MAX_PRINTED]:
         print(problem)
     if problems:

@@ -75,6 +75,7 @@ def preprocess(
     )
     identity = dataset_identity(config, fingerprint(vae), detector.fingerprint)
     # These keys exist only if the parts are enabled, so that the identity of datasets without them is stable.
+    identity |= {"precision": config.preprocess.precision} if config.preprocess.precision != "fp32" else {}
     identity |= {f"{name.removesuffix('s')}_fingerprint": part.fingerprint for name, part in parts.items()}
 
     with writing(folder):

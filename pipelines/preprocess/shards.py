@@ -33,13 +33,12 @@ from pipelines.dataset import (
     file_name,
     rejected_files,
 )
+from pipelines.dataset_index import READ_THREADS, WRITER_OPTIONS, write_index
 from pipelines.lock import locked
 from pipelines.preprocess.sources import Source
 from tcan.errors import UserError
 
-# A training sample reads one row group: small, but large enough for an efficient request to S3.
-ROW_GROUP_BYTES = 2 * 2**20
-READ_THREADS = 16  # files read in parallel: requests to a bucket have a high latency
+ROW_GROUP_BYTES = 2 * 2**20  # memory of the writer, and size of a request of readers that read row groups
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -170,7 +169,8 @@ def _delete_partial(folder: Path) -> None:
 
 
 def write_info(folder: str, info: Mapping[str, Any]) -> None:
-    """Write dataset.json, which marks the dataset as complete."""
+    """Write the index, then dataset.json, which marks the dataset as complete."""
+    write_index(folder)
     storage.write(f"{folder}/{INFO_FILE}", json.dumps(info, indent=2).encode() + b"\n")
 
 
@@ -278,7 +278,7 @@ class _Shard:
 
     def __init__(self, folder: str, schema: pa.Schema) -> None:
         self.file = storage.open_partial(f"{folder}/{CLIPS_FOLDER}")
-        self.writer = pq.ParquetWriter(self.file, schema, compression="zstd")
+        self.writer = pq.ParquetWriter(self.file, schema, **WRITER_OPTIONS)
         self.bytes = 0  # of all rows, written or buffered
         self._group: list[Mapping[str, Any]] = []
         self._group_bytes = 0

@@ -32,7 +32,8 @@ from pipelines.config import Config, StageConfig, TrainConfig
 from pipelines.dataset import INFO_FILE, check_clip_files, read_info
 from pipelines.lock import locked
 from pipelines.train import checkpoint
-from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
 from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.mailbox import Mailbox, Recorder, on_driver_node

@@ -26,24 +26,23 @@ class RunLogger:
 
     def __init__(self, task: Task, rank: int, first_step: int):
         self._task, self._stage, self._rank = task, task.stage_config, rank
-        self._unreported: list[dict[str, float]] = []
+        self._unreported: list[tuple[int, dict[str, float]]] = []
         self._started_at, self._first_step = time.perf_counter(), first_step
         self._last_report = -BAR_SECONDS
 
-    def step(self, step: int, metrics: dict[str, float], seconds: float, data_wait: float) -> None:
-        """Log a step. metrics: loss, grad_norm, ...; data_wait: seconds of `seconds` spent waiting for data."""
-        metrics = {
-            **metrics,
-            "samples_per_second": self._stage.batch_size / seconds,
-            "step_seconds": seconds,
-            "data_wait_seconds": data_wait,
-            "memory_gb": _peak_memory() / 1e9,
-        }
-        self.metrics(metrics, step)
-        if self._rank == 0:
-            self._unreported.append(metrics)
-            if self._is_report_due(step):
-                self._report(step)
+    def steps(self, steps: list[tuple[int, dict[str, float]]]) -> None:
+        """Log (step, metrics) of adjacent steps and report their means. Metrics: loss, grad_norm, step_seconds,
+        data_wait_seconds, ...
+        """
+        memory = _peak_memory() / 1e9
+        for step, metrics in steps:
+            metrics["samples_per_second"] = self._stage.batch_size / metrics["step_seconds"]
+            metrics["memory_gb"] = memory
+            self.metrics(metrics, step)
+        if self._rank == 0 and steps:
+            self._unreported += steps
+            if self._is_report_due(steps[-1][0]):
+                self._report()
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
         self._send("metrics", metrics, step)
@@ -67,9 +66,10 @@ class RunLogger:
             return time.perf_counter() - self._last_report >= BAR_SECONDS
         return step % self._task.config.train.log_every == 0
 
-    def _report(self, step: int) -> None:
+    def _report(self) -> None:
         """Report the means of the steps since the last report."""
-        rows, self._unreported = self._unreported, []
+        step, rows = self._unreported[-1][0], [metrics for _, metrics in self._unreported]
+        self._unreported = []
         mean = {key: sum(metrics[key] for metrics in rows) / len(rows) for key in rows[0]}
         text = (
             f"loss {mean['loss']:.4f}  grad norm {mean['grad_norm']:.3f}  "

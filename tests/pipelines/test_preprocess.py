@@ -35,7 +35,7 @@ from pipelines.preprocess import decoder_process
 from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.decode import DECODER, DecodeError, decode, decode_clips
 from pipelines.preprocess.job import plan, preprocess
-from pipelines.preprocess.latents import encode_frames
+from pipelines.preprocess.latents import EncodedFrames
 from pipelines.preprocess.models import PoseAndLatents
 from pipelines.preprocess.person_crop import Square, square_around
 from pipelines.preprocess.pose import pack_people, unpack_people
@@ -649,8 +649,8 @@ def test_every_source_is_kept_or_rejected_with_a_reason(job: Preprocessed) -> No
 def test_vae_in_half_precision_yields_float16_latents(pretrained_folder: Path, dtype: torch.dtype) -> None:
     vae = load_part("vae", str(pretrained_folder)).eval()
     frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    expected = encode_frames(vae, frames, 2)
-    for latents, reference in zip(encode_frames(vae.to(dtype), frames, 2), expected, strict=True):
+    expected = EncodedFrames(vae, frames, 2).numpy()
+    for latents, reference in zip(EncodedFrames(vae.to(dtype), frames, 2).numpy(), expected, strict=True):
         assert latents.dtype == np.float16 and latents.shape == (3, 4, 8, 8)
         assert np.abs(latents.astype(np.float32) - reference).mean() < 0.05
 

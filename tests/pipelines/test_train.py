@@ -14,7 +14,7 @@ import termios
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,12 @@ from pipelines import tracking
 from pipelines.config import Config
 from pipelines.config.parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
+from pipelines.dataset_index import INDEX_FILE, WRITER_OPTIONS, write_index
+from pipelines.preprocess.shards import ShardWriter, write_info
 from pipelines.storage import read_bytes
 from pipelines.train.checkpoint import FrozenFingerprint, remove_incomplete
-from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
 from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.loss_guard import LossGuard, out_of_memory
@@ -93,16 +96,27 @@ def write_dataset(
                 }
             )  # fmt: skip
     (folder / "clips").mkdir(parents=True)
-    table = pa.Table.from_pylist(clips, CLIP_SCHEMA)
+    writer = ShardWriter(str(folder), {}, 1 << 30, 1e9)
     middle = len(clips) // 2
-    pq.write_table(table.slice(middle), folder / "clips" / "a.parquet", row_group_size=2)
-    pq.write_table(table.slice(0, middle), folder / "clips" / "b.parquet", row_group_size=3)
+    for part in filter(None, (clips[middle:], clips[:middle])):
+        writer.add_video(dict.fromkeys(CLIP_SCHEMA.names) | clip for clip in part)
+        writer.commit()
     info = {
         "schema_version": SCHEMA_VERSION, "counts": {}, "files": {f"clips/{name}.parquet": 0 for name in "ab"}, "height": height, "width": width, "clip_frames": 16, "fps": 8,
         "vae_fingerprint": vae, "vae_scaling_factor": 0.5, "pose_fingerprint": "", "settings": {}, "mlflow_run_id": None,
     }  # fmt: skip
-    (folder / "dataset.json").write_text(json.dumps(info))
+    write_info(str(folder), info)
     return folder
+
+
+def changed_clips(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield every row of a dataset, and write the changed rows back to the files."""
+    tables = {path: pq.read_table(path).to_pylist() for path in (folder / "clips").glob("*.parquet")}
+    for path, rows in sorted(tables.items(), key=lambda item: item[1][0]["clip_id"]):
+        yield from rows
+        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path, **WRITER_OPTIONS)
+    (folder / INDEX_FILE).unlink()
+    write_index(str(folder))
 
 
 def make_sampler(dataset: Path, stage: int, seed: int = 0, batch_size: int = 4, size: int = SIZE) -> Sampler:
@@ -332,12 +346,9 @@ def test_crop_is_identical_for_latents_reference_and_pose(tmp_path):
 
 def test_latents_are_sampled_from_the_posterior(tmp_path):
     folder = write_dataset(tmp_path / "set", {"a": [(0, 40)]}, SIZE, SIZE)
-    for path in (folder / "clips").glob("*.parquet"):
-        rows = pq.read_table(path).to_pylist()
-        for row in rows:
-            row["latent_mean"] = np.full((40, 4, 8, 8), 3, "<f2").tobytes()
-            row["latent_logvar"] = np.full((40, 4, 8, 8), np.log(4), "<f2").tobytes()
-        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    for row in changed_clips(folder):
+        row["latent_mean"] = np.full((40, 4, 8, 8), 3, "<f2").tobytes()
+        row["latent_logvar"] = np.full((40, 4, 8, 8), np.log(4), "<f2").tobytes()
     source = make_sampler(folder, 1)
     values = np.stack([source.sample(step, 0)["latents"] for step in range(100)])
     assert values.mean() == pytest.approx(3 * 0.5, abs=0.05)  # scaled by the VAE scaling factor
@@ -348,15 +359,42 @@ def test_latents_are_sampled_from_the_posterior(tmp_path):
 
 
 def test_loss_guard_detects_spikes_also_after_restart():
+    def is_bad(guard: LossGuard, loss: float) -> bool:
+        return bool(guard.check(torch.tensor(loss)))
+
     guard = LossGuard(10.0, {})
-    assert guard.check(1e9) is None and guard.check(float("nan")) == "the loss is nan"
+    assert not is_bad(guard, 1e9) and is_bad(guard, float("nan"))
     guard = LossGuard(10.0, {})
-    assert [guard.check(0.1) for _ in range(25)] == [None] * 25
+    assert not any(is_bad(guard, 0.1) for _ in range(25))
     restored = LossGuard(10.0, json.loads(json.dumps(guard.state)))
     for current in (guard, restored):
-        assert "20 times" in current.check(2.0) and "inf" in current.check(float("inf"))
-        assert current.check(0.9) is None  # below 10 times the mean, which excludes the spike
-    assert LossGuard(0.0, guard.state).check(1e9) is None
+        assert is_bad(current, 2.0) and is_bad(current, float("inf"))
+        assert not is_bad(current, 0.9)  # below 10 times the mean, which excludes the spike
+        assert current.state == {"loss_mean": pytest.approx(0.1 + 0.8 / 26), "loss_steps": 26}
+    assert not is_bad(LossGuard(0.0, guard.state), 1e9)
+    assert LossGuard.reason(2.0, 0.1) == "the loss is 2, 20 times its running mean"
+    assert LossGuard.reason(float("nan"), 0.1) == "the loss is nan"
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_optimizer_step_is_skipped_on_the_device(ema_decay):
+    """With `found_inf` the step changes nothing, even if gradients are NaN; without it equals a step of plain AdamW."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    weights[1].data.copy_(weights[0].data)
+    optimizers = [AdamW([weight], ema_decay, lr=0.1) for weight in weights]
+    for optimizer, weight in zip(optimizers, weights, strict=True):
+        optimizer.init_state([weight])
+    for gradient in (torch.ones(5), torch.full((5,), torch.nan), torch.ones(5)):
+        skipped = bool(gradient.isnan().any())
+        weights[0].grad, optimizers[0].found_inf = gradient.clone(), torch.tensor(float(skipped))
+        optimizers[0].step()
+        if not skipped:
+            weights[1].grad = gradient.clone()
+            optimizers[1].step()
+        assert torch.equal(*weights)
+        for key in (*optimizers[0].state_keys, "step"):
+            assert torch.equal(*(o.state[w][key] for o, w in zip(optimizers, weights, strict=True)))
 
 
 def test_deepspeed_json_is_merged_and_conflicts_are_reported(tmp_path):
@@ -608,14 +646,11 @@ def clips(tmp_path_factory, pretrained) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "dataset"
     write_dataset(folder, {name: [(0, 16), (16, 16)] for name in "abcdefgh"}, SIZE, SIZE, vae)
     rng = np.random.default_rng(0)
-    for path in (folder / "clips").glob("*.parquet"):
-        rows = pq.read_table(path).to_pylist()
-        for row in rows:
-            row["split"] = "validation" if row["video_id"] in "gh" else "train"
-            row["latent_mean"] = rng.normal(0, 2, (16, 4, 8, 8)).astype("<f2").tobytes()
-            row["latent_logvar"] = rng.normal(-3, 1, (16, 4, 8, 8)).astype("<f2").tobytes()
-            row["reference_latent_mean"] = rng.normal(0, 2, (4, 8, 8)).astype("<f2").tobytes()
-        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    for row in changed_clips(folder):
+        row["split"] = "validation" if row["video_id"] in "gh" else "train"
+        row["latent_mean"] = rng.normal(0, 2, (16, 4, 8, 8)).astype("<f2").tobytes()
+        row["latent_logvar"] = rng.normal(-3, 1, (16, 4, 8, 8)).astype("<f2").tobytes()
+        row["reference_latent_mean"] = rng.normal(0, 2, (4, 8, 8)).astype("<f2").tobytes()
     return folder
 
 
@@ -836,12 +871,9 @@ def test_nan_loss_stops_with_video_names_or_skips_the_step(tmp_path, pretrained,
     from pipelines.train.job import train
 
     bad = shutil.copytree(clips, tmp_path / "bad")
-    for path in (bad / "clips").glob("*.parquet"):
-        rows = pq.read_table(path).to_pylist()
-        for row in rows:
-            if row["video_id"] == "c":
-                row["latent_mean"] = np.full((16, 4, 8, 8), np.nan, "<f2").tobytes()
-        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    for row in changed_clips(bad):
+        if row["video_id"] == "c":
+            row["latent_mean"] = np.full((16, 4, 8, 8), np.nan, "<f2").tobytes()
     keys = ("--train.workers=1", "--train.stage1.batch_size=2", "--train.stage1.checkpoint_every=1")
     with pytest.raises(UserError, match=r"the loss is nan; videos .*c.*; .*train.on_bad_loss") as error:
         train(bad, tmp_path / "out", make_config(pretrained, tmp_path, *keys), stage="1")

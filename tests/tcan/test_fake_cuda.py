@@ -18,11 +18,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 import tcan
+from pipelines.preprocess import latents as preprocess_latents
+from pipelines.preprocess.latents import encode_batch
+from pipelines.preprocess.models import PoseAndLatents
 from pipelines.train.data import Batch
 from pipelines.train.engine import AdamW
+from pipelines.train.loss_guard import LossGuard
 from tcan.memory import to_fake
 from tcan.model import TCAN, diffusion_loss
-from tcan.pixels import from_vae_output, to_vae_input
+from tcan.pixels import from_vae_output
+from tcan.pose import hands, openpose
+from tcan.pose.hands import FaceDetector, HandDetector
+from tcan.pose.network import BodyPoseNetwork
+from tcan.pose.openpose import OpenPose
 from tcan.schedule import sampler
 
 PACKAGE = Path(tcan.__file__).parent
@@ -156,10 +164,120 @@ def test_vae_runs_on_cuda_from_uint8_to_pixels(preset: str, dtype: torch.dtype) 
         side = networks.latent_size * 8
         frames = torch.zeros(2, side, side, 3, dtype=torch.uint8).to("cuda")
         with torch.no_grad():
-            latents = networks.vae.encode(to_vae_input(frames, dtype)).latent_dist.mean
-            pixels = from_vae_output(networks.vae.decode(latents).sample)
+            latents = encode_batch(networks.vae, frames)
+            assert latents.shape == (2, 2, networks.channels, side // 8, side // 8)
+            assert latents.device.type == "cuda" and latents.dtype == torch.float16
+            pixels = from_vae_output(networks.vae.decode(latents[0].to(dtype)).sample)
         assert pixels.shape == (2, side, side, 3) and pixels.dtype == torch.float32
         assert pixels.device.type == "cuda"
+
+
+def test_bad_loss_skips_the_optimizer_step_without_host_synchronization() -> None:
+    with fake():
+        guard = LossGuard(10.0, {}, "cuda")
+        weight = torch.nn.Parameter(torch.zeros(8, device="cuda"))
+        optimizer = AdamW([weight], 0.9, lr=1e-3)
+        optimizer.init_state([weight])
+        for _ in range(2):
+            weight.grad = torch.zeros_like(weight)
+            optimizer.found_inf = guard.check(torch.zeros((), device="cuda")).float()
+            optimizer.step()
+        assert guard.mean.device.type == "cuda"
+
+
+def pose_networks() -> dict[str, Any]:
+    """The networks of mini and of OpenPose, without storage."""
+    with torch.device("meta"):
+        return {
+            "mini": BodyPoseNetwork(),
+            "body": openpose.open_pose_module("model").bodypose_model(),
+            "hand": hands.open_pose_module("model").handpose_model(),
+            "face": hands.open_pose_module("face").FaceNet(),
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pose_networks_run_on_cuda_without_host_synchronization(dtype: torch.dtype) -> None:
+    networks = pose_networks()
+    with fake() as mode, torch.no_grad():
+        with unset_fake_temporarily():
+            on_gpu = {
+                name: to_fake(net.eval().to(dtype), torch.device("cuda"), mode)
+                for name, net in networks.items()
+            }
+        frames = torch.zeros(2, 64, 64, 3, dtype=torch.uint8).to("cuda")
+        for name in ("mini", "body"):
+            maps = OpenPose(on_gpu[name], device="cuda").maps(frames)
+            assert maps.shape == (2, 38 + 18, 8, 8)
+            assert maps.dtype == torch.float32 and maps.device.type == "cuda"
+        heatmaps = HandDetector(on_gpu["hand"], "cuda").heatmaps(frames)
+        assert heatmaps.shape == (2, 8, 8, 22) and heatmaps.dtype == torch.float32
+        points = FaceDetector(on_gpu["face"], "cuda").points(frames, [(50, 60), (70, 80)])
+        assert points.shape == (2, 70, 3) and points.dtype == torch.float32 and points.device.type == "cuda"
+
+
+class HostBoundary:
+    """Replaces the copies between host and device, which fake tensors do not support, by zeros, and counts them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.uploads: list[tuple[int, ...]] = []
+        self.downloads: list[tuple[int, ...]] = []
+        self._patch = patch
+        for module in (preprocess_latents, openpose, hands):
+            patch.setattr(module, "upload", self._upload)
+            patch.setattr(module, "HostCopy", self._download)
+        decode = OpenPose.decode
+
+        def decode_real(*args: Any) -> Any:
+            with unset_fake_temporarily():  # the maps are on the host
+                return decode(*args)
+
+        patch.setattr(OpenPose, "decode", decode_real)
+        # `detect` splits the maps of the host, which are real tensors.
+        patch.setattr(openpose.torch, "from_numpy", lambda array: _Splittable(array))
+
+    def _upload(self, array: np.ndarray, device: Any) -> Tensor:
+        assert array.dtype == np.uint8
+        self.uploads.append(array.shape)
+        return torch.zeros(array.shape, dtype=torch.uint8).to(device)
+
+    def _download(self, tensor: Tensor) -> Any:
+        assert tensor.device.type == "cuda"
+        self.downloads.append(tuple(tensor.shape))
+        array = np.zeros(tensor.shape, np.float16 if tensor.dtype == torch.float16 else np.float32)
+        return type("Copy", (), {"numpy": lambda self: array})()
+
+
+class _Splittable:
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def split(self, sizes: list[int], dim: int) -> list[Tensor]:
+        with unset_fake_temporarily():
+            return list(torch.tensor(self.array).split(sizes, dim))
+
+
+@pytest.mark.parametrize(("preset", "dtype"), CASES)
+def test_preprocessing_actor_copies_frames_to_cuda_and_two_results_back(
+    preset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From uint8 frames to the columns of a clip: latents in one copy, and the pose network's maps in one per batch."""
+    side = SIZES[preset] * 8
+    networks = pose_networks()
+    with fake() as mode:
+        actor = object.__new__(PoseAndLatents)
+        actor.vae = Networks(preset, dtype, "cuda", mode).vae
+        with unset_fake_temporarily():
+            body = to_fake(
+                networks["body" if preset == "sd15" else "mini"].eval(), torch.device("cuda"), mode
+            )
+        actor.detector, actor.parts, actor.batch_frames = OpenPose(body, device="cuda"), {}, 2
+        boundary = HostBoundary(monkeypatch)
+        columns = actor.encode(np.zeros((4, side, side, 3), np.uint8))
+    assert columns["people_per_frame"] == [0] * 4
+    assert len(columns["latent_mean"]) == len(columns["latent_logvar"]) == 4 * 4 * SIZES[preset] ** 2 * 2
+    assert boundary.uploads == [(2, side, side, 3)] * 2 + [(2, 184, 184, 3)] * 2
+    assert boundary.downloads == [(2, 4, 4, side // 8, side // 8)] + [(2, 56, 23, 23)] * 2
 
 
 def test_every_scheduler_steps_after_training_used_its_schedule() -> None:
