@@ -25,8 +25,6 @@ def connect() -> None:
     global _connected
     if ray.is_initialized():
         return
-    # Ray's C++ code prints its errors on the terminal, e.g. that arguments of an actor are in the object store.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS") or _start_local()
     if not _is_local:
         _probe(address)

@@ -92,14 +92,14 @@ class Run:
         """Log an image (uint8 `[H, W, 3]` or PIL): with `step` in the image series `path`, else as the artifact `path`."""
         from mlflow.tracking.multimedia import compress_image_size
 
-        picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        pil = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         if step is None:
-            self.bytes(_encoded(picture, Path(path).suffix), path)
+            self.bytes(_encoded(pil, Path(path).suffix), path)
             return
         # The names that MLflow's page recognizes as an image series; MlflowClient.log_image would choose a new name per call.
         name = f"images/{path.replace('/', '~')}+step+{step}+timestamp+{_now()}+{uuid.uuid4()}"
-        self.bytes(_encoded(picture, ".png"), f"{name}.png")
-        self.bytes(_encoded(compress_image_size(picture), ".webp"), f"{name}+compressed.webp")
+        self.bytes(_encoded(pil, ".png"), f"{name}.png")
+        self.bytes(_encoded(compress_image_size(pil), ".webp"), f"{name}+compressed.webp")
         self.tag("mlflow.loggedImages", "True")
 
     def file(self, local: str | Path, folder: str = "") -> None:

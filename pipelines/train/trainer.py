@@ -179,7 +179,7 @@ class Trainer:
             return False
         rows = torch.stack([step.result.values for step in steps]).tolist()
         waited = (time.perf_counter() - began) / len(steps)  # for the device, which was behind the host
-        logged = []
+        logged: list[tuple[int, dict[str, float]]] = []
         for step, (loss, grad_norm, is_bad, mean_loss) in zip(steps, rows, strict=True):
             if is_bad:
                 reason = LossGuard.reason(loss, mean_loss)

@@ -295,7 +295,7 @@ def test_missing_and_damaged_files_are_user_errors_on_one_line(
     )
     for damage, message in (
         (lambda: file.write_bytes(content[:-50]), f"{file}: cannot be read"),
-        (file.unlink, f"{data}: 1 files are missing, such as clips/"),
+        (file.unlink, f"{data}: {file.relative_to(data)} is missing; restore"),
     ):
         damage()
         for command in commands:

@@ -990,7 +990,6 @@ def test_sigterm_while_workers_start_ends_the_job_and_a_second_job_is_refused(tm
     began = time.monotonic()
     assert driver.wait(60) == 143, training.output()
     assert time.monotonic() - began < 20
-    assert "Traceback" not in training.output()
 
 
 @pytest.mark.slow

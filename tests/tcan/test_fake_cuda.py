@@ -185,34 +185,34 @@ def test_bad_loss_skips_the_optimizer_step_without_host_synchronization() -> Non
         assert guard.mean.device.type == "cuda"
 
 
-def pose_networks() -> dict[str, Any]:
-    """The networks of mini and of OpenPose, without storage."""
-    with torch.device("meta"):
-        return {
-            "mini": BodyPoseNetwork(),
-            "body": openpose.open_pose_module("model").bodypose_model(),
-            "hand": hands.open_pose_module("model").handpose_model(),
-            "face": hands.open_pose_module("face").FaceNet(),
+def pose_detectors(dtype: torch.dtype, mode: FakeTensorMode) -> dict[str, Any]:
+    """Detectors with the networks of mini and of OpenPose, on a fake CUDA device."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        model, face = openpose.open_pose_module("model"), openpose.open_pose_module("face")
+        detectors = {
+            "mini": OpenPose(BodyPoseNetwork(), device="meta"),
+            "body": OpenPose(model.bodypose_model(), device="meta"),
+            "hand": HandDetector(model.handpose_model(), "meta"),
+            "face": FaceDetector(face.FaceNet(), "meta"),
         }
+        for detector in detectors.values():
+            to_fake(torch.nn.Module.to(detector.network, dtype), torch.device("cuda"), mode)
+            detector.device = torch.device("cuda")
+    return detectors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_pose_networks_run_on_cuda_without_host_synchronization(dtype: torch.dtype) -> None:
-    networks = pose_networks()
     with fake() as mode, torch.no_grad():
-        with unset_fake_temporarily():
-            on_gpu = {
-                name: to_fake(net.eval().to(dtype), torch.device("cuda"), mode)
-                for name, net in networks.items()
-            }
+        detectors = pose_detectors(dtype, mode)
         frames = torch.zeros(2, 64, 64, 3, dtype=torch.uint8).to("cuda")
         for name in ("mini", "body"):
-            maps = OpenPose(on_gpu[name], device="cuda").maps(frames)
+            maps = detectors[name].maps(frames)
             assert maps.shape == (2, 38 + 18, 8, 8)
             assert maps.dtype == torch.float32 and maps.device.type == "cuda"
-        heatmaps = HandDetector(on_gpu["hand"], "cuda").heatmaps(frames)
+        heatmaps = detectors["hand"].heatmaps(frames)
         assert heatmaps.shape == (2, 8, 8, 22) and heatmaps.dtype == torch.float32
-        points = FaceDetector(on_gpu["face"], "cuda").points(frames, [(50, 60), (70, 80)])
+        points = detectors["face"].points(frames, [(50, 60), (70, 80)])
         assert points.shape == (2, 70, 3) and points.dtype == torch.float32 and points.device.type == "cuda"
 
 
@@ -263,15 +263,11 @@ def test_preprocessing_actor_copies_frames_to_cuda_and_two_results_back(
 ) -> None:
     """From uint8 frames to the columns of a clip: latents in one copy, and the pose network's maps in one per batch."""
     side = SIZES[preset] * 8
-    networks = pose_networks()
     with fake() as mode:
         actor = object.__new__(PoseAndLatents)
         actor.vae = Networks(preset, dtype, "cuda", mode).vae
-        with unset_fake_temporarily():
-            body = to_fake(
-                networks["body" if preset == "sd15" else "mini"].eval(), torch.device("cuda"), mode
-            )
-        actor.detector, actor.parts, actor.batch_frames = OpenPose(body, device="cuda"), {}, 2
+        actor.detector = pose_detectors(torch.float32, mode)["body" if preset == "sd15" else "mini"]
+        actor.parts, actor.batch_frames = {}, 2
         boundary = HostBoundary(monkeypatch)
         columns = actor.encode(np.zeros((4, side, side, 3), np.uint8))
     assert columns["people_per_frame"] == [0] * 4
