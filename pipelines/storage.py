@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -39,8 +41,11 @@ def is_remote(name: str | Path) -> bool:
 
 
 def absolute(name: str | Path) -> str:
-    """Absolute form of a path or URI, independent of the working directory."""
-    return str(name).rstrip("/") if is_remote(name) else os.path.abspath(os.path.expanduser(name))
+    """Absolute form of a path or URI, independent of the working directory. `file://` URIs become paths."""
+    if is_remote(name):
+        return str(name).rstrip("/")
+    path = url2pathname(urlparse(str(name)).path) if str(name).startswith("file://") else str(name)
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def locate(name: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -82,6 +87,21 @@ def check_bucket(name: str) -> None:
         ) from None
     if info.type == pafs.FileType.NotFound:
         raise UserError(f"{bucket}: no such bucket; create it first")
+
+
+def exists(name: str | Path) -> bool:
+    """Whether a file or a non-empty folder exists.
+
+    Raises:
+        UserError: the bucket cannot be reached.
+    """
+    filesystem, path = locate(name)
+    try:
+        return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    except OSError as error:
+        raise UserError(
+            f"{name}: cannot be read: {one_line(error)}; check the endpoint and the credentials"
+        ) from None
 
 
 def list_files(folder: str | Path, recursive: bool = False) -> list[str]:
@@ -174,14 +194,14 @@ def publish(file: io.BufferedRandom, name: str | Path) -> None:
     with user_errors(name), _discarded_on_error(file):
         file.flush()
         if is_remote(name):
-            _upload(file, name)
+            upload(file, name)
         else:
             os.fsync(file.fileno())
             os.replace(file.name, name)
         file.close()
 
 
-def _upload(file: io.BufferedRandom, name: str | Path) -> None:
+def upload(file: io.BufferedRandom, name: str | Path) -> None:
     """Upload a file directly to its final name.
 
     In a bucket an object becomes visible when its upload completes, and an interrupted upload leaves no object. Copying from

@@ -33,7 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.config.parser import load_config
-from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
+from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION, clip_files
 from pipelines.dataset_index import INDEX_FILE, WRITER_OPTIONS, write_index
 from pipelines.preprocess.shards import ShardWriter, write_info
 from pipelines.storage import read_bytes
@@ -101,8 +101,9 @@ def write_dataset(
     for part in filter(None, (clips[middle:], clips[:middle])):
         writer.add_video(dict.fromkeys(CLIP_SCHEMA.names) | clip for clip in part)
         writer.commit()
+    files = {file.removeprefix(f"{folder}/"): 0 for file in clip_files(folder)}
     info = {
-        "schema_version": SCHEMA_VERSION, "counts": {}, "files": {f"clips/{name}.parquet": 0 for name in "ab"}, "height": height, "width": width, "clip_frames": 16, "fps": 8,
+        "schema_version": SCHEMA_VERSION, "counts": {}, "files": files, "height": height, "width": width, "clip_frames": 16, "fps": 8,
         "vae_fingerprint": vae, "vae_scaling_factor": 0.5, "pose_fingerprint": "", "settings": {}, "mlflow_run_id": None,
     }  # fmt: skip
     write_info(str(folder), info)
@@ -1069,14 +1070,16 @@ def test_invalid_input_raises_user_error_before_training(tmp_path, pretrained, c
         keys = arguments(pretrained, tmp_path, f"--train.deepspeed={file}")
         line = error_of(capsys, "train", str(clips), "--out", str(tmp_path / "out"), *keys)
         assert line.startswith(f"train.deepspeed = {file}: {message}")
-    for name in ("a", "b"):
-        broken = shutil.copytree(clips, tmp_path / f"broken {name}")
-        if name == "a":
-            (broken / "clips" / "a.parquet").unlink()
-            (broken / "clips" / "b.parquet").unlink()
-            message = f"{broken}: clips/a.parquet, clips/b.parquet are missing; restore the files, or rerun"
+    for name in ("missing", "foreign"):
+        broken = shutil.copytree(clips, tmp_path / name)
+        files = sorted((broken / "clips").glob("*.parquet"))
+        names = [f"clips/{file.name}" for file in files]
+        if name == "missing":
+            for file in files:
+                file.unlink()
+            message = f"{broken}: {', '.join(names)} are missing; restore the files, or rerun"
         else:
-            shutil.copy(broken / "clips" / "a.parquet", broken / "clips" / "copied.parquet")
+            shutil.copy(files[0], broken / "clips" / "copied.parquet")
             message = f"{broken}: clips/copied.parquet is not listed in dataset.json; remove the files"
         with pytest.raises(UserError, match=re.escape(message)):
             train(broken, tmp_path / "out", config)
