@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from pipelines.cluster import disconnect
 
                 disconnect()  # no output of a worker may follow the error message
+            if "pipelines.staging" in sys.modules:
+                from pipelines.staging import original_names
+
+                message = original_names(message)
             print(f"tcan: error: {message}", file=sys.stderr)
             return 2
         raise

@@ -80,31 +80,41 @@ def _animate(arguments: Any, config: Any) -> None:
         raise UserError(f"missing {', '.join(missing)}; see tcan animate --help")
 
     from pipelines.animate import Animation, animate
+    from pipelines.staging import local_input, local_output
     from pipelines.tracking import local_model
 
-    paths: dict[str, Any] = {name: Path(value) for name, value in given.items() if name != "fps"}
+    inputs: dict[str, Any] = {
+        name: local_input(value) for name, value in given.items() if name not in ("fps", "out")
+    }
     model = local_model(arguments.model, config.tracking)
-    animate(Animation(**paths, fps=arguments.fps, **options), model, config)
+    with local_output(arguments.out) as out:
+        animate(Animation(**inputs, out=out, fps=arguments.fps, **options), model, config)
 
 
 def _pose(arguments: Any, config: Any) -> None:
     from pipelines.pose import pose
+    from pipelines.staging import local_input, local_output
 
-    pose(Path(arguments.source), Path(arguments.out), config)
+    with local_output(arguments.out) as out:
+        pose(local_input(arguments.source), out, config)
 
 
 def _evaluate(arguments: Any, config: Any) -> None:
     from pipelines.evaluate import evaluate
+    from pipelines.staging import local_output
     from pipelines.tracking import local_model
 
     model = local_model(arguments.model, config.tracking)
-    evaluate(Path(arguments.videos), model, Path(arguments.out), config)
+    with local_output(arguments.out) as out:
+        evaluate(arguments.videos, model, out, config)
 
 
 def _export(arguments: Any, config: Any) -> None:
+    from pipelines.staging import local_input, local_output
     from tcan.weights import export_model
 
-    export_model(arguments.model, arguments.out, pose=config.pretrained.pose)
+    with local_output(arguments.out) as out:
+        export_model(local_input(arguments.model), out, pose=config.pretrained.pose)
     print(f"{arguments.out}: exported with all pretrained models", flush=True)
 
 

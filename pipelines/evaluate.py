@@ -12,7 +12,7 @@ import csv
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines import tracking
+from pipelines import storage, tracking
 from pipelines.config import Config
 from pipelines.inference import create_folder, load_pipeline
 from pipelines.lock import locked
 from pipelines.preprocess.sources import list_sources
+from pipelines.staging import local_input, original_names
 from tcan.atomic_write import atomic_write
 from tcan.crop import fit_image
 from tcan.errors import UserError
@@ -88,7 +89,7 @@ class Evaluated:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, Any]:
+def evaluate(videos: str | Path, model: Path, out: Path, config: Config) -> dict[str, Any]:
     """Animate the first frame of each video with the video's poses, compute metrics, write OUT and print a table.
 
     A video that is damaged or shows no person is skipped, with a message and an entry in evaluation.json.
@@ -103,7 +104,7 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
     Raises:
         UserError: no video, no usable video, a model folder that is incomplete or does not match its pretrained models.
     """
-    paths = [Path(path) for path in list_sources(str(videos))]
+    paths = list_sources(str(videos))
     paths = paths[: config.evaluate.videos or None]
     tracking.check(config.tracking)
     pipe = load_pipeline(model, config)
@@ -112,7 +113,7 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
 
 
 def _evaluate(
-    paths: list[Path], videos: Path, pipe: TCANPipeline, model: Path, out: Path, config: Config
+    paths: list[str], videos: str | Path, pipe: TCANPipeline, model: Path, out: Path, config: Config
 ) -> dict[str, Any]:
     create_folder(out / "videos")
     parents = {"model": pipe.model_info.get("mlflow_run_id")}
@@ -120,11 +121,12 @@ def _evaluate(
         "evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), out, parents
     ) as run:
         evaluated, rejected = [], []
-        for path in tqdm(paths, desc="videos", disable=None):
+        for name in tqdm(paths, desc="videos", disable=None):
             try:
+                path = _local_video(name)
                 evaluated.append(reconstruct(pipe, path, config))
             except UserError as error:
-                rejected.append({"source": str(path), "reason": str(error)})
+                rejected.append({"source": name, "reason": str(error)})
                 print(f"skipped: {error}", flush=True)
                 continue
             write_comparison(evaluated[-1], out / "videos" / f"{len(evaluated) - 1:03d}-{path.stem}.mp4")
@@ -152,8 +154,16 @@ def _evaluate(
             run.file(out / name)
         run.file(out / "videos", "videos")
     print(table(metrics))
-    print(f"{len(evaluated)} videos, {report['frames']} frames; results: {out}, images: {out / 'sheet.png'}")
+    print(f"{len(evaluated)} videos, {report['frames']} frames; results: {original_names(str(out))}")
     return report
+
+
+def _local_video(name: str) -> Path:
+    """Local path of a video; downloads it and its true keypoints from a bucket."""
+    keypoints = str(PurePosixPath(name).with_suffix(".json")).replace(":/", "://", 1)
+    if storage.is_remote(name) and storage.exists(keypoints):
+        local_input(keypoints)
+    return local_input(name)
 
 
 def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:

@@ -7,7 +7,7 @@ Libraries for videos, images and weights read and write local files. The copies 
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -30,7 +30,7 @@ def _local_path(uri: str, root: str) -> Path:
     return Path(root, scheme, path)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _download(uri: str) -> Path:
     filesystem, path = storage.locate(uri)
     local = _local_path(uri, _folder().name)
@@ -61,8 +61,9 @@ def local_input(name: str | Path) -> Path:
     Raises:
         UserError: nothing exists at the URI, or the bucket cannot be read.
     """
-    name = storage.absolute(name)
-    return _download(name) if storage.is_remote(name) else Path(name)
+    if storage.is_remote(name):
+        return _download(storage.absolute(name))
+    return storage.local_path(name)
 
 
 @contextmanager
@@ -75,10 +76,10 @@ def local_output(name: str | Path) -> Iterator[Path]:
     Raises:
         UserError: the bucket does not exist or cannot be written.
     """
-    name = storage.absolute(name)
     if not storage.is_remote(name):
-        yield Path(name)
+        yield storage.local_path(name)
         return
+    name = storage.absolute(name)
     storage.check_bucket(name)
     with tempfile.TemporaryDirectory(prefix="output-", dir=_folder().name) as root:
         local = _local_path(name, root)

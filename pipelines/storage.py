@@ -40,12 +40,14 @@ def is_remote(name: str | Path) -> bool:
     return str(name).startswith(SCHEMES)
 
 
+def local_path(name: str | Path) -> Path:
+    """Path of a local file. `file://` URIs are converted."""
+    return Path(url2pathname(urlparse(str(name)).path) if str(name).startswith("file://") else name)
+
+
 def absolute(name: str | Path) -> str:
-    """Absolute form of a path or URI, independent of the working directory. `file://` URIs become paths."""
-    if is_remote(name):
-        return str(name).rstrip("/")
-    path = url2pathname(urlparse(str(name)).path) if str(name).startswith("file://") else str(name)
-    return os.path.abspath(os.path.expanduser(path))
+    """Absolute form of a path or URI, independent of the working directory. `file://` URIs are converted to paths."""
+    return str(name).rstrip("/") if is_remote(name) else os.path.abspath(local_path(name).expanduser())
 
 
 def locate(name: str | Path) -> tuple[pafs.FileSystem, str]:

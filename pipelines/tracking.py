@@ -45,6 +45,7 @@ from pipelines.mlflow_store import (
     store_errors,
 )
 from pipelines.spool import SUFFIX, Spool, read_header
+from pipelines.staging import local_input
 from tcan.errors import UserError
 from tcan.sampling import SamplingConfig
 
@@ -371,14 +372,17 @@ def local_model(model: str, config: TrackingConfig) -> Path:
     """Resolve a reference to a model folder; downloads remote MLflow artifacts.
 
     Args:
-        model: a folder, models:/NAME@ALIAS, models:/NAME/VERSION, or the id of the training run.
+        model: a local folder or its URI in a bucket, models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or the id
+            of the training run.
 
     Raises:
-        UserError: MLflow does not have the model.
+        UserError: MLflow or the bucket does not have the model.
     """
+    if run := re.fullmatch(r"runs:/([0-9a-f]{32})/model/?", model):
+        model = run[1]
     is_run_id = re.fullmatch(r"[0-9a-f]{32}", model) and not Path(model).exists()
     if not is_run_id and not model.startswith("models:/"):
-        return Path(model)
+        return local_input(model)
     if not is_run_id and not re.fullmatch(r"models:/[^/@]+[/@][^/@]+", model):
         raise UserError(f"{model}: no version; use models:/NAME@ALIAS or models:/NAME/VERSION")
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,7 +26,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from pipelines import tracking
+from pipelines import storage, tracking
 from pipelines.cluster import connect, is_local
 from pipelines.config import Config, StageConfig, TrainConfig
 from pipelines.dataset import INFO_FILE, check_clip_files, read_info
@@ -87,7 +87,7 @@ def train(
         UserError: the dataset, the pretrained models, the model and the configuration do not match, or OUT contains a
             run with other settings.
     """
-    dataset, out = Path(dataset).absolute(), Path(out).absolute()
+    dataset, out = storage.absolute(dataset), _local_out(out)
     if from_model and stage == "1":
         raise UserError("--from: only stage 2 starts from a model; remove --from or --stage 1")
     info = read_info(dataset)
@@ -114,11 +114,22 @@ def train(
         return models[2]
 
 
+def _local_out(out: str | Path) -> Path:
+    if storage.is_remote(out):
+        raise UserError(
+            f"--out {out}: a bucket; pass a local folder for the model, and set --train.storage {out} for the checkpoints"
+        )
+    return Path(storage.absolute(out))
+
+
 @contextmanager
 def _locked(out: Path, config: Config) -> Iterator[None]:
     """Lock the run folder, and the location of the checkpoints if it is another one."""
-    storage = config.train.storage
-    with locked(out, "train"), locked(storage.removeprefix("file://"), "train") if storage else nullcontext():
+    checkpoints = config.train.storage
+    with (
+        locked(out, "train"),
+        locked(storage.absolute(checkpoints), "train") if checkpoints else nullcontext(),
+    ):
         yield
 
 
@@ -135,7 +146,7 @@ def _check_start(start: Path, config: Config) -> None:
         )
 
 
-def _check_dataset(dataset: Path, info: dict[str, Any], config: Config) -> None:
+def _check_dataset(dataset: str, info: dict[str, Any], config: Config) -> None:
     if min(info["height"], info["width"]) < config.size:
         raise UserError(
             f"{dataset}: its canvas of {info['width']} x {info['height']} pixels is smaller than the training size "
@@ -151,7 +162,7 @@ def _check_dataset(dataset: Path, info: dict[str, Any], config: Config) -> None:
 
 def _train_stage(
     stage: int,
-    dataset: Path,
+    dataset: str,
     info: dict[str, Any],
     out: Path,
     model: Path,
@@ -232,14 +243,14 @@ def _fit(task: Task, out: Path, recorder: Recorder) -> ray.train.Result:
     config = task.config.train
     # Imports need most of a minute on a busy machine or a cold disk; after Ray's default of one minute it starts over.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    storage, name = config.storage or str(out), f"stage{task.stage}"
-    checkpoint.remove_incomplete(f"{storage}/{name}")
-    trainer = _ray_trainer(task, storage, name)
+    location, name = config.storage or str(out), f"stage{task.stage}"
+    checkpoint.remove_incomplete(f"{location}/{name}")
+    trainer = _ray_trainer(task, location, name)
     bar = progress(f"stage {task.stage}", task.stage_config.steps)
     with _signals() as received, bar if task.show_bar else nullcontext() as update_bar:
         fitted = _in_thread(trainer.fit)  # in the main thread, Ray Train would handle Ctrl-C itself
         _wait(fitted, task, recorder, received, update_bar)
-    checkpoint.remove_incomplete(f"{storage}/{name}")
+    checkpoint.remove_incomplete(f"{location}/{name}")
     if reason := ray.get(task.monitor.abort_reason.remote()):
         raise UserError(reason)
     result = fitted.result()
@@ -249,7 +260,7 @@ def _fit(task: Task, out: Path, recorder: Recorder) -> ray.train.Result:
     return result
 
 
-def _ray_trainer(task: Task, storage: str, name: str) -> TorchTrainer:
+def _ray_trainer(task: Task, location: str, name: str) -> TorchTrainer:
     config = task.config.train
     resources = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:
@@ -265,7 +276,7 @@ def _ray_trainer(task: Task, storage: str, name: str) -> TorchTrainer:
         ),
         run_config=ray.train.RunConfig(
             name=name,  # with the storage path, the key under which a later start finds the checkpoints
-            storage_path=storage,
+            storage_path=location,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=config.num_checkpoints,
@@ -371,13 +382,14 @@ def _connect(config: Config) -> None:
 # --- settings of a run ---------------------------------------------------------------------------------------
 
 
-def _settings(stage: int, dataset: Path, start: Path | None, config: Config) -> dict[str, Any]:
+def _settings(stage: int, dataset: str, start: Path | None, config: Config) -> dict[str, Any]:
     """All settings that determine the results of a run."""
-    start_digest = _digest(*sorted(start.rglob("*.safetensors"))) if start else None
+    files = sorted(start.rglob("*.safetensors")) if start else []
+    start_digest = _digest(file.read_bytes() for file in files) if start else None
     return {
         "seed": config.seed,
         "size": config.size,
-        "dataset": _digest(dataset / INFO_FILE),
+        "dataset": _digest([storage.read_bytes(f"{dataset}/{INFO_FILE}")]),
         "from": start_digest,
         **_settings_of_config(config, stage),
     }
@@ -393,11 +405,10 @@ def _settings_of_config(config: Config, stage: int) -> dict[str, Any]:
     }
 
 
-def _digest(*files: Path) -> str:
+def _digest(files: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for content in files:
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]
 
 
