@@ -48,9 +48,8 @@ def locked(folder: str | Path, job: str, name: str = LOCK_FILE) -> Iterator[None
 
 
 def _busy(folder: str, job: str, owner: str) -> UserError:
-    return UserError(
-        f"{folder}: another {job} job is writing here{f' ({owner})' if owner else ''}; wait for it or choose another OUT"
-    )
+    by = f" ({owner})" if owner else ""
+    return UserError(f"{folder}: another {job} job is writing here{by}; wait for it or choose another OUT")
 
 
 def _owner() -> str:

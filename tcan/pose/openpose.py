@@ -177,9 +177,14 @@ class OpenPose:
         copies = [HostCopy(self.maps(upload(images, self.device))) for images, _ in batches]
         people: list[NDArray[np.float32]] = []
         for copy, (_, size) in zip(copies, batches, strict=True):
-            paf, heatmap = torch.from_numpy(copy.numpy()).split([PAF_MAPS, JOINT_MAPS], dim=1)
-            people += self.decode(paf, heatmap, size, frames.shape[1:3])
+            people += self._decode_on_host(copy.numpy(), size, frames.shape[1:3])
         return people
+
+    def _decode_on_host(
+        self, maps: NDArray[np.float32], size: tuple[int, int], frame_size: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        paf, heatmap = torch.from_numpy(maps).split([PAF_MAPS, JOINT_MAPS], dim=1)
+        return self.decode(paf, heatmap, size, frame_size)
 
     def maps(self, images: Tensor) -> Tensor:
         """The network's maps float32 `[B, 38 + 18, h/8, w/8]`, affinity fields and joints, without a host synchronization.

@@ -226,15 +226,13 @@ class HostBoundary:
         for module in (preprocess_latents, openpose, hands):
             patch.setattr(module, "upload", self._upload)
             patch.setattr(module, "HostCopy", self._download)
-        decode = OpenPose.decode
+        decode = OpenPose._decode_on_host
 
         def decode_real(*args: Any) -> Any:
             with unset_fake_temporarily():  # the maps are on the host
                 return decode(*args)
 
-        patch.setattr(OpenPose, "decode", decode_real)
-        # `detect` splits the maps of the host, which are real tensors.
-        patch.setattr(openpose.torch, "from_numpy", lambda array: _Splittable(array))
+        patch.setattr(OpenPose, "_decode_on_host", decode_real)
 
     def _upload(self, array: np.ndarray, device: Any) -> Tensor:
         assert array.dtype == np.uint8
@@ -246,15 +244,6 @@ class HostBoundary:
         self.downloads.append(tuple(tensor.shape))
         array = np.zeros(tensor.shape, np.float16 if tensor.dtype == torch.float16 else np.float32)
         return type("Copy", (), {"numpy": lambda self: array})()
-
-
-class _Splittable:
-    def __init__(self, array: np.ndarray):
-        self.array = array
-
-    def split(self, sizes: list[int], dim: int) -> list[Tensor]:
-        with unset_fake_temporarily():
-            return list(torch.tensor(self.array).split(sizes, dim))
 
 
 @pytest.mark.parametrize(("preset", "dtype"), CASES)
