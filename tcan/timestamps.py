@@ -7,6 +7,9 @@ from statistics import median
 from typing import TypeVar
 
 TOLERANCE = 2e-3  # seconds; containers round times
+MAX_DRIFT = (
+    2  # frames; less is not noticed, and containers may declare frames at either end that cannot be decoded
+)
 MAX_GAP = 10.0  # seconds; FFmpeg's limit for a discontinuity of the clock
 STANDARD_RATES = [Fraction(r) for r in (24, 25, 30, 50, 60, 12, 15)] + [
     Fraction(r * 1000, 1001) for r in (24, 30, 60)
@@ -18,7 +21,7 @@ T = TypeVar("T")
 def constant_rate(
     times: list[float], last_duration: float, candidates: Iterable[Fraction | None]
 ) -> tuple[float, bool]:
-    """The frame rate, and whether it varies: whether a frame is more than half a frame off the constant rate.
+    """The frame rate, and whether it varies: whether a frame is more than MAX_DRIFT frames off the constant rate.
 
     Args:
         times: of the frames in seconds, increasing.
@@ -29,13 +32,15 @@ def constant_rate(
     intervals = [b - a for a, b in pairwise(times) if b > a]
     if not intervals:
         return float(rates[0]) if rates else 1 / last_duration if last_duration > 0 else 25.0, False
-    typical = 1 / median(intervals)
+    usual = [interval for interval in intervals if interval < 1.5 * median(intervals)]
+    typical = len(usual) / sum(usual)
     choices = [*rates, *STANDARD_RATES, Fraction(len(intervals) / sum(intervals)).limit_denominator(1001)]
-    for rate in choices:
-        if rate and all(abs(t - times[0] - i / rate) <= 0.5 / rate for i, t in enumerate(times)):
-            return float(rate), False
-    close = [rate for rate in [*rates, *STANDARD_RATES] if abs(1 / rate - 1 / typical) <= TOLERANCE]
-    return float(min(close, key=lambda rate: abs(1 / rate - 1 / typical), default=typical)), True
+    for limit in (0.5, MAX_DRIFT):
+        for rate in choices:
+            if rate and all(abs((t - times[0]) * rate - i) <= limit for i, t in enumerate(times)):
+                return float(rate), False
+    nearest = min([*rates, *STANDARD_RATES], key=lambda rate: abs(rate - typical))
+    return float(nearest) if abs(nearest / typical - 1) < 0.01 else typical, True
 
 
 class Clock:

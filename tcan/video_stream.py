@@ -71,8 +71,8 @@ class VideoStream:
     Attributes:
         height, width: size in pixels. If the frames have different sizes, all are fitted to the first one.
         fps: frames per second.
-        variable_rate: whether the times differ from a constant rate by more than half a frame. Then `fps` is the rate
-            that most frames have.
+        variable_rate: whether the times differ from every constant rate by more than `timestamps.MAX_DRIFT` frames. Then
+            `fps` is the rate that most frames have.
         num_frames: number of frames that the container claims to show.
         seconds: duration by the container's time stamps.
         start: time of the first frame on the file's clock, in seconds.
