@@ -36,7 +36,7 @@ class Animation:
     character: Path | None = None
     """Replaces the pose detected in `image`; same formats."""
     fps: float | None = None
-    """Frames per second; None: the rate of the driving video, else that of the file of poses."""
+    """Frames per second, to which a driving video is resampled; None: its rate, else that of the file of poses."""
     audio: bool = False
     side_by_side: bool = False
 
@@ -77,7 +77,7 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
     image = read_image(animation.image)
     if animation.driving is not None and is_image(animation.driving):
         raise UserError(f"{animation.driving}: an image, not a video; pass a driving video with --driving")
-    video = None if animation.driving is None else VideoFrames(animation.driving)
+    video = None if animation.driving is None else VideoFrames(animation.driving, animation.fps)
     size = None if video is None else (video.height, video.width)
     poses, fps = None, animation.fps or (video and video.fps)
     if animation.poses is not None:

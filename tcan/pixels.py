@@ -4,13 +4,19 @@ diffusers' `VaeImageProcessor` converts float images in [0, 1] on the CPU. Here 
 device, which moves 25 % of the bytes.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from tcan.errors import UserError
+
+if TYPE_CHECKING:  # modules that decoder processes import must not import torch
+    import torch
+    from torch import Tensor
 
 
 def to_vae_input(frames: Tensor, dtype: torch.dtype) -> Tensor:
