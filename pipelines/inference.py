@@ -27,6 +27,7 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
     pipe = TCANPipeline.from_pretrained(
         model, torch_dtype=PRECISIONS[config.animate.precision], device=device, **pretrained
     )
+    pipe.check_window(config.animate)
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: shown only on a terminal
     return pipe
