@@ -32,6 +32,7 @@ from tcan.pipeline_input import (
     to_image,
     to_motion,
 )
+from tcan.pipeline_options import VaeOptions
 from tcan.pixels import from_vae_output, to_vae_input
 from tcan.pose import PoseDetector, draw_poses, find_people, main_person_poses
 from tcan.pose import retarget as retarget_poses
@@ -56,7 +57,7 @@ class TCANPipelineOutput(BaseOutput):
     """Driving poses after retargeting: keypoints `[F, 18, 3]` in pixels of the frames."""
 
 
-class TCANPipeline(DiffusionPipeline):
+class TCANPipeline(VaeOptions, DiffusionPipeline):
     """Animates the person of one image with a sequence of poses (TCAN, arXiv 2407.09012).
 
         pipe = TCANPipeline.from_pretrained("runs/model").to("cuda")
@@ -386,27 +387,6 @@ class TCANPipeline(DiffusionPipeline):
                 f"{sampling.prefix}window = {sampling.window}: the model's motion modules have {self.tcan.max_frames} "
                 f"positions; set at most {self.tcan.max_frames}"
             )
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the denoising ends after the current step; a callback sets `pipe._interrupt = True`."""
-        return self._interrupt
-
-    def enable_vae_slicing(self) -> None:
-        """Let the VAE process one frame at a time."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        """Undo `enable_vae_slicing`."""
-        self.vae.disable_slicing()
-
-    def enable_vae_tiling(self) -> None:
-        """Let the VAE process overlapping tiles of an image: less memory for large frames; tiles are blended."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        """Undo `enable_vae_tiling`."""
-        self.vae.disable_tiling()
 
     @property
     def height(self) -> int:
