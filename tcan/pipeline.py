@@ -400,10 +400,7 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
 
     def _info(self, key: str) -> int:
         if key not in self.model_info:
-            raise UserError(
-                f"{key}: unknown, because the TCAN of this pipeline was not loaded from a model folder; set "
-                f"pipe.model_info[{key!r}]"
-            )
+            raise UserError(f"{key}: unknown, as no model folder was loaded; set pipe.model_info[{key!r}]")
         return self.model_info[key]
 
     def draw(self, poses: np.ndarray, height: int | None = None, width: int | None = None) -> np.ndarray:
