@@ -80,6 +80,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
         parser.add_argument("--submit", metavar="http://HOST:8265", help=SUBMIT_HELP)
         parser.add_argument("--environment", metavar="requirements.lock", help=ENVIRONMENT_HELP)
         parser.add_argument("--job_id", metavar="ID", help=JOB_ID_HELP)
+    known = {option for action in parser._actions for option in action.option_strings}
+    # A file whose name starts with a dash is a path, not an option.
+    options = [f"./{o}" if o[:1] == "-" and o not in known and os.path.exists(o) else o for o in options]
     config, values = parse(parser, options)
     for argument in command.arguments:  # an empty path would mean the working directory
         if getattr(values, argument.removeprefix("--"), None) == "":

@@ -25,9 +25,19 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
     if config.animate.pretrained == "model":
         pretrained = {} if "pose" in read_model_info(model)["pretrained"] else {"pose": pretrained["pose"]}
     pipe = TCANPipeline.from_pretrained(
-        model, torch_dtype=PRECISIONS[config.animate.precision], device=device, **pretrained
+        model,
+        torch_dtype=PRECISIONS[config.animate.precision],
+        device=device if config.animate.offload == "none" else "cpu",
+        **pretrained,
     )
+    pipe.check_window(config.animate)
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
+    if config.animate.vae_tiling:
+        pipe.enable_vae_tiling()
+    if config.animate.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif config.animate.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: shown only on a terminal
     return pipe
 

@@ -40,6 +40,11 @@ def memory(config: Config, gpus: int, stage: str = "all") -> None:
             tcan = fake_tcan(lambda: networks(config.pretrained, train.lora_rank), dtype)
             if checkpointing:
                 tcan.enable_gradient_checkpointing()
+            if train.clip_frames > tcan.max_frames:
+                raise UserError(
+                    f"train.clip_frames = {train.clip_frames}: the motion modules of {config.pretrained.motion_adapter} have "
+                    f"{tcan.max_frames} positions; set at most {tcan.max_frames}"
+                )
             estimates[checkpointing] = training_memory(
                 tcan, number, 1, train.clip_frames, config.size, config.size
             )

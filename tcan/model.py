@@ -1,10 +1,12 @@
 """TCAN as one module: frozen pretrained models, the trainable parameters of each stage, and the loss."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler, MotionAdapter, UNet2DConditionModel
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from tcan.appa import add_appa, appa_parameters, appa_state_dict, load_appa_state_dict
@@ -29,6 +31,8 @@ class TCAN(nn.Module):
         empty_prompt: `[1, T, D]`, the text encoder's output for the empty prompt. It follows the module's device and
             dtype; floating-point inputs are cast to its dtype.
         lora_rank, lora_alpha: rank and alpha of APPA.
+
+    The methods that a pipeline calls trigger accelerate's offloading hooks, as `forward` does.
 
     Raises:
         ValueError: the motion adapter or the ControlNet is incompatible (`tcan.temporal.motion_unet`,
@@ -58,6 +62,7 @@ class TCAN(nn.Module):
         self.register_buffer("empty_prompt", empty_prompt.detach().clone(), persistent=False)
         self._motion_adapter_config = motion_adapter.config
         self.stage: int | None = None
+        self.info: dict[str, Any] = {}  # of the model folder; set by `tcan.weights.load_model`
         self.requires_grad_(False)
         self.eval()
 
@@ -104,11 +109,17 @@ class TCAN(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.empty_prompt.dtype
 
+    @property
+    def max_frames(self) -> int:
+        """Number of positions of the temporal layers: the maximum number of frames of a clip or a window."""
+        return self._motion_adapter_config.motion_max_seq_length
+
     def enable_gradient_checkpointing(self) -> None:
         """Store only the inputs of each block and recompute its activations in the backward pass."""
         for network in (self.appearance_unet, self.denoiser, self.controlnet):
             network.enable_gradient_checkpointing()
 
+    @apply_forward_hook
     def appearance(self, reference_latent: Tensor, timestep: Tensor) -> list[Tensor]:
         """Return the reference features, one per block with reference attention (10 at SD1.5 size).
 
@@ -122,6 +133,7 @@ class TCAN(nn.Module):
         prompt = self.empty_prompt.expand(len(reference_latent), -1, -1)
         return capture_features(self.appearance_unet, reference_latent.to(prompt.dtype), timestep, prompt)
 
+    @apply_forward_hook
     def embed_pose(self, pose: Tensor) -> Tensor:
         """Encode pose images `[B, F, 3, H, W]` in [0, 1] with the ControlNet's pose encoder: `[B, F, C_0, h, w]`.
 
@@ -130,6 +142,7 @@ class TCAN(nn.Module):
         embed = self.controlnet.controlnet_cond_embedding
         return embed(pose.flatten(0, 1).to(self.dtype)).unflatten(0, pose.shape[:2])
 
+    @apply_forward_hook
     def pose_residuals(self, noisy: Tensor, timestep: Tensor, pose: Tensor, scale: float = 1.0) -> Residuals:
         """Return the ControlNet's residuals: 12 for the down blocks and one for the middle block at SD1.5 size.
 
@@ -153,6 +166,7 @@ class TCAN(nn.Module):
             scale,
         )
 
+    @apply_forward_hook
     def denoise(
         self,
         noisy: Tensor,

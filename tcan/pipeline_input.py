@@ -1,6 +1,8 @@
 """Validation and conversion of the arguments of `TCANPipeline`."""
 
 import os
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -114,6 +116,43 @@ def check_options(generator: torch.Generator | None, decode_batch: int, output_t
         raise UserError(f"decode_batch = {decode_batch}: must be an integer >= 1; set e.g. 8")
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type = {output_type!r}: unknown; use one of {', '.join(OUTPUT_TYPES)}")
+
+
+def check_size(height: Any, width: Any) -> None:
+    """Check the size of the output in pixels.
+
+    Raises:
+        UserError: not a positive multiple of 64.
+    """
+    for side in (height, width):
+        if not isinstance(side, Integral) or side < 1 or side % 64:
+            raise UserError(
+                f"height {height}, width {width}: must be multiples of 64, above 0; change the size"
+            )
+
+
+def check_tensor_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
+    """Check `callback_on_step_end_tensor_inputs`.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if unknown := [name for name in names if name not in allowed]:
+        raise UserError(
+            f"callback_on_step_end_tensor_inputs: unknown {unknown[0]!r}; use {', '.join(allowed)}"
+        )
+
+
+def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A data type, or its name as in `torch`, such as "float16".
+
+    Raises:
+        UserError: not a floating-point type.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"torch_dtype = {dtype}: unknown; use float32, bfloat16 or float16")
+    return found
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

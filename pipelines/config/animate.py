@@ -34,6 +34,13 @@ class AnimateConfig(SamplingConfig):
     device: str = "auto"
     """Device: cpu, cuda or cuda:N. auto: a GPU if available, else the CPU."""
 
+    offload: Literal["none", "model", "sequential"] = "none"
+    """Offloading of weights from the GPU to host memory. model: one network at a time is on the GPU. sequential: one layer
+    at a time, which is much slower."""
+
+    vae_tiling: bool = False
+    """Encoding and decoding in overlapping tiles, which are blended: less memory for large frames."""
+
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of weights and activations."""
 

@@ -93,10 +93,8 @@ def train(
     info = read_info(dataset)
     check_clip_files(dataset, info)
     _check_dataset(dataset, info, config)
-    for number in (1, 2):  # reports contradictions before anything starts
-        if stage in ("all", str(number)):
-            given = read_settings(config.train.deepspeed)
-            deepspeed_settings(config.train, stage_config(config, number), config.train.workers, given)
+    for number in [1] * (stage != "2" and not from_model) + [2] * (stage != "1"):
+        _check_clips(dataset, info, config, number)  # all stages, before the first one starts
     models = {1: out / "stage1" / checkpoint.MODEL, 2: out / checkpoint.MODEL}
     if stage == "2" and not from_model and not models[1].is_dir():
         raise UserError(
@@ -152,12 +150,36 @@ def _check_dataset(dataset: str, info: dict[str, Any], config: Config) -> None:
             f"{dataset}: its canvas of {info['width']} x {info['height']} pixels is smaller than the training size "
             f"{config.size}; preprocess with --size {config.size}, or lower --size"
         )
-    vae = load_pretrained(**pretrained_sources(config)).info["vae"]
+    pretrained = load_pretrained(**pretrained_sources(config))
+    positions = pretrained.motion_adapter.config.motion_max_seq_length
+    if config.train.clip_frames > positions:
+        raise UserError(
+            f"train.clip_frames = {config.train.clip_frames}: the motion modules of {config.pretrained.motion_adapter} have "
+            f"{positions} positions; set at most {positions}"
+        )
+    vae = pretrained.info["vae"]
     if vae["fingerprint"] != info["vae_fingerprint"]:
         raise UserError(
             f"{dataset}: encoded with another VAE ({info['vae_fingerprint']}) than {vae['source']} "
             f"({vae['fingerprint']}); preprocess with this VAE, or set --pretrained.vae to the other one"
         )
+
+
+def _check_clips(dataset: str, info: dict[str, Any], config: Config, stage: int) -> None:
+    """Check that the dataset has clips that a stage can train on, and that DeepSpeed's settings match the configuration.
+
+    Raises:
+        UserError: no clip is long enough; contradictory settings.
+    """
+    stage_options = stage_config(config, stage)
+    deepspeed_settings(
+        config.train, stage_options, config.train.workers, read_settings(config.train.deepspeed)
+    )
+    Sampler(
+        ClipStore(dataset), stage, seed=config.seed, batch_size=stage_options.batch_size, size=config.size,
+        vae_scaling_factor=info["vae_scaling_factor"], stick_width=config.train.stick_width, frames=config.train.clip_frames,
+        drop_reference=config.train.drop_reference,
+    )  # fmt: skip
 
 
 def _train_stage(
@@ -183,12 +205,6 @@ def _train_stage(
             )
             return
         print(f"stage {stage}: resumes from the last checkpoint in {folder}", flush=True)
-    # Raises UserError if the dataset has no clip to train on, before anything starts.
-    Sampler(
-        ClipStore(dataset), stage, seed=config.seed, batch_size=stage_options.batch_size, size=config.size,
-        vae_scaling_factor=info["vae_scaling_factor"], stick_width=config.train.stick_width, frames=config.train.clip_frames,
-        drop_reference=config.train.drop_reference,
-    )  # fmt: skip
     _connect(config)
 
     start_run = read_model_info(start).get("mlflow_run_id") if start else None

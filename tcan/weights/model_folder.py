@@ -27,6 +27,7 @@ from tcan.weights.pretrained import (
     load_scheduler,
     pretrained_fingerprint,
 )
+from tcan.weights_file import impostor
 
 MODEL_FILE = "tcan.json"
 MODEL_PARTS = {
@@ -187,7 +188,7 @@ def read_model_info(folder: str | os.PathLike) -> dict[str, Any]:
         )
     for entry in info["pretrained"].values():
         if entry["source"].startswith("./"):
-            entry["source"] = str((Path(folder) / entry["source"]).resolve())
+            entry["source"] = str((Path(folder) / entry["source"]).absolute())
     return info
 
 
@@ -211,6 +212,7 @@ def load_model(folder: str | os.PathLike, pretrained: PretrainedModels) -> TCAN:
         info["lora_alpha"],
     )
     tcan.load_parts(read_parts(folder, info, tcan))
+    tcan.info = info
     return tcan.to(pretrained.empty_prompt.device, pretrained.empty_prompt.dtype).eval()
 
 
@@ -250,6 +252,8 @@ def read_parts(folder: Path, info: Mapping[str, Any], tcan: TCAN) -> dict[str, d
     """
     expected, parts = tcan.parts(), {}
     for part, file in _trained_parts(info).items():
+        if found := impostor(folder / file):
+            raise UserError(f"{folder / file}: {found}")
         try:
             weights = load_file(folder / file)
         except (OSError, SafetensorError) as error:

@@ -409,3 +409,96 @@ def test_moving_the_pipeline_moves_the_pose_network(pipe: TCANPipeline, pretrain
     ).to("meta")
     assert copied.device.type == copied.pose_detector.device.type == "meta"
     assert {parameter.device.type for parameter in copied.pose_detector.network.parameters()} == {"meta"}
+
+
+OPTIONS: dict[str, Any] = dict(retarget=False, window=2, overlap=0, output_type="latent")
+
+
+def seeded(pipe: TCANPipeline, **options: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(random_image(), dance(2), generator=generator, **{**OPTIONS, "steps": 2, **options}).frames
+
+
+def test_pipeline_of_components_gives_the_same_result(pipe: TCANPipeline) -> None:
+    copied = TCANPipeline(**pipe.components)
+    assert (copied.height, copied.width) == (SIZE, SIZE)
+    assert torch.equal(seeded(copied), seeded(pipe))
+    assert torch.equal(seeded(pipe, steps=7, num_inference_steps=2), seeded(pipe))
+
+
+def test_interrupt_ends_the_denoising_after_the_step(pipe: TCANPipeline) -> None:
+    steps = []
+
+    def interrupt(pipe: TCANPipeline, step: int, timestep: int, tensors: dict[str, Tensor]) -> None:
+        steps.append((step, sorted(tensors)))
+        pipe._interrupt = True
+        assert pipe.interrupt
+
+    seeded(pipe, callback_on_step_end=interrupt, callback_on_step_end_tensor_inputs=["noise_pred"])
+    assert steps == [(0, ["noise_pred"])]
+    steps.clear()
+    seeded(pipe, callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(step))
+    assert steps == [0, 1]  # the interruption does not last
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_inference_steps": 0}, "steps = 0: must be from 1"),
+        ({"num_inference_steps": -1}, "steps = -1: must be from 1"),
+        ({"num_inference_steps": 1.5}, "steps = 1.5: must be an integer"),
+        ({"guidance_scale": float("inf")}, "guidance_scale = inf: must be finite"),
+        ({"guidance_scale": "7"}, "guidance_scale = 7"),
+        ({"window": 33}, "window = 33: the model's motion modules have 32 positions; set at most 32"),
+        ({"height": 0}, "height 0, width 64: must be multiples of 64"),
+        ({"width": -64}, "height 64, width -64: must be multiples of 64"),
+        ({"height": 64.5}, "height 64.5"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "unknown 'prompt'; use latents, noise_pred"),
+    ],
+)
+def test_options_out_of_range_are_user_errors(pipe: TCANPipeline, options: dict, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        seeded(pipe, **options)
+
+
+def test_decode_batch_of_zero_is_a_user_error(pipe: TCANPipeline) -> None:
+    with pytest.raises(UserError, match="decode_batch = 0"):
+        next(pipe.decode(torch.zeros(1, 4, 8, 8), 0))
+
+
+def test_simultaneous_calls_of_one_pipeline_do_not_share_a_schedule(pipe: TCANPipeline) -> None:
+    """A call inside the callback of another one changes neither result."""
+    expected, inner = seeded(pipe), []
+    outer = seeded(pipe, callback_on_step_end=lambda *_: inner.append(seeded(pipe, steps=1)))
+    assert torch.equal(outer, expected) and torch.equal(inner[0], seeded(pipe, steps=1))
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_offloading_does_not_change_the_result(pipe: TCANPipeline, model_folder: Path, kind: str) -> None:
+    """Sequential offloading leaves no weight in the modules between calls, so a missed hook fails on the meta device."""
+    offloaded = TCANPipeline.from_pretrained(model_folder)
+    offloaded.tcan.load_state_dict(pipe.tcan.state_dict())
+    getattr(offloaded, f"enable_{kind}_cpu_offload")(device="cpu")
+    if kind == "sequential":
+        assert {parameter.device.type for parameter in offloaded.tcan.parameters()} == {"meta"}
+    assert torch.equal(seeded(offloaded), seeded(pipe))
+    frames = seeded(offloaded, output_type="np")
+    np.testing.assert_array_equal(frames, seeded(pipe, output_type="np"))
+
+
+def test_dtype_can_be_a_name(model_folder: Path) -> None:
+    assert TCANPipeline.from_pretrained(model_folder, torch_dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(UserError, match="torch_dtype = int8: unknown; use float32"):
+        TCANPipeline.from_pretrained(model_folder, torch_dtype="int8")
+
+
+def test_vae_slicing_and_tiling_reach_the_vae(pipe: TCANPipeline) -> None:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = np.concatenate(list(pipe.decode(latents)))
+    pipe.enable_vae_slicing()
+    np.testing.assert_allclose(np.concatenate(list(pipe.decode(latents))), expected, atol=1e-5)
+    pipe.disable_vae_slicing()
+    pipe.enable_vae_tiling()
+    assert pipe.vae.use_tiling and not pipe.vae.use_slicing
+    pipe.disable_vae_tiling()
+    assert not pipe.vae.use_tiling

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from tcan.errors import UserError
 from tcan.pipeline_input import (
@@ -83,6 +83,23 @@ def test_float_tiff_is_scaled_or_refused(tmp_path: Path) -> None:
         read_image(tmp_path / "bytes.tiff")
     with pytest.raises(UserError, match="the image: 32-bit integer pixels"):
         to_image(Image.fromarray(values.astype(np.int32)))
+
+
+def test_colors_with_an_icc_profile_are_converted_to_srgb(tmp_path: Path) -> None:
+    """A profile whose red and green channels are swapped gives the swapped colors; PIL's own conversion ignores it."""
+    srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = srgb.index(b"rXYZ"), srgb.index(b"gXYZ")
+    srgb[red : red + 4], srgb[green : green + 4] = b"gXYZ", b"rXYZ"
+    pixels = np.full((4, 4, 3), (200, 40, 90), np.uint8)
+    for alpha in (False, True):
+        image = Image.fromarray(pixels)
+        if alpha:
+            image.putalpha(255)
+        image.save(tmp_path / "image.png", icc_profile=bytes(srgb))
+        for found in (read_image(tmp_path / "image.png"), to_image(Image.open(tmp_path / "image.png"))):
+            np.testing.assert_allclose(found, pixels[..., [1, 0, 2]], atol=2)
+    Image.fromarray(pixels).save(tmp_path / "broken.png", icc_profile=b"no profile")
+    np.testing.assert_array_equal(read_image(tmp_path / "broken.png"), pixels)
 
 
 def test_transparent_pixels_of_pil_images_are_white() -> None:
