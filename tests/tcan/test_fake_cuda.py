@@ -255,15 +255,18 @@ def test_preprocessing_actor_copies_frames_to_cuda_and_two_results_back(
     side = SIZES[preset] * 8
     with fake() as mode:
         actor = object.__new__(PoseAndLatents)
-        actor.vae = Networks(preset, dtype, "cuda", mode).vae
+        networks = Networks(preset, dtype, "cuda", mode)
+        actor.vae, channels = networks.vae, networks.channels
         actor.detector = pose_detectors(torch.float32, mode)["body" if preset == "sd15" else "mini"]
         actor.parts, actor.batch_frames = {}, 2
         boundary = HostBoundary(monkeypatch)
         columns = actor.encode(np.zeros((4, side, side, 3), np.uint8))
     assert columns["people_per_frame"] == [0] * 4
-    assert len(columns["latent_mean"]) == len(columns["latent_logvar"]) == 4 * 4 * SIZES[preset] ** 2 * 2
+    assert (
+        len(columns["latent_mean"]) == len(columns["latent_logvar"]) == 4 * channels * SIZES[preset] ** 2 * 2
+    )
     assert boundary.uploads == [(2, side, side, 3)] * 2 + [(2, 184, 184, 3)] * 2
-    assert boundary.downloads == [(2, 4, 4, side // 8, side // 8)] + [(2, 56, 23, 23)] * 2
+    assert boundary.downloads == [(2, 4, channels, side // 8, side // 8)] + [(2, 56, 23, 23)] * 2
 
 
 def test_model_offloading_moves_one_network_at_a_time_to_the_gpu() -> None:
