@@ -116,7 +116,7 @@ class Run:
         Args:
             alias: alias of the new version; moved from an older version that has it.
             sampling: defaults of the params of `predict`: every `SamplingConfig` field whose default is not None.
-                `predict` also accepts `seed` (default 0).
+                `predict` also accepts `seed` (default 0) and `retarget` (default robust).
         """
         import mlflow.pyfunc
         from mlflow.exceptions import MlflowException
@@ -131,7 +131,9 @@ class Run:
             for item in dataclasses.fields(SamplingConfig)
             if isinstance(item.type, type) and item.default is not None
         ]
-        params = ParamSchema([*declared, ParamSpec("seed", "long", 0)])
+        params = ParamSchema(
+            [*declared, ParamSpec("seed", "long", 0), ParamSpec("retarget", "string", "robust")]
+        )
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "model"
             mlflow.pyfunc.save_model(

@@ -21,6 +21,7 @@ from tcan.person_box import describe_crop, person_box
 from tcan.pipeline_input import (
     ImageInput,
     MotionInput,
+    Retargeting,
     changed_latents,
     check_options,
     draw_noise,
@@ -138,7 +139,7 @@ class TCANPipeline(DiffusionPipeline):
         poses: MotionInput,
         *,
         sampling: SamplingConfig | None = None,
-        retarget: bool = True,
+        retarget: Retargeting = "robust",
         character: np.ndarray | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -153,12 +154,12 @@ class TCANPipeline(DiffusionPipeline):
 
         Args:
             image: the character, of any size and in any form of `ImageInput`. It is cropped to the aspect ratio of the
-                output: with `retarget` around the person (see `tcan.person_box.person_box`), else at the center.
+                output: with retargeting around the person (see `tcan.person_box.person_box`), else at the center.
             poses: keypoints `[F, 18, 3]`, or the frames of a driving video (see `MotionInput`), in which the pose
-                network tracks the main person. With `retarget`, keypoints may be in pixels of any image; without it,
+                network tracks the main person. With retargeting, keypoints may be in pixels of any image; without it,
                 they are in pixels of the output.
             sampling: options of the denoising loop; None: the defaults.
-            retarget: fit the poses to the proportions and the position of the character.
+            retarget: fit the poses to the proportions and the position of the character (see `tcan.pose.retarget`), or "none".
             character: keypoints of the character `[18, 3]` in pixels of the image; None: detected by the pose network.
             height, width: size of the output in pixels, multiples of 64; None: the size used in training.
             generator: source of the noise, on any device; a CPU generator gives the same noise on every device.
@@ -177,7 +178,7 @@ class TCANPipeline(DiffusionPipeline):
         height, width = height or self.height, width or self.width
         if height % 64 or width % 64:
             raise UserError(f"height {height}, width {width}: must be multiples of 64; change the size")
-        check_options(generator, decode_batch, output_type)
+        check_options(generator, decode_batch, output_type, retarget)
         image, poses = to_image(image), to_motion(poses)
         character = None if character is None else to_character(character)
         poses, box = self._prepare_poses(image, poses, retarget, character, height, width)
@@ -335,7 +336,7 @@ class TCANPipeline(DiffusionPipeline):
         self,
         image: np.ndarray,
         poses: np.ndarray,
-        retarget: bool,
+        retarget: Retargeting,
         character: np.ndarray | None,
         height: int,
         width: int,
@@ -345,16 +346,16 @@ class TCANPipeline(DiffusionPipeline):
         if poses.ndim == 4:
             frame_height, frame_width = poses.shape[1:3]
             poses = self.detect_poses(poses, "the driving video")
-            if not retarget:
+            if retarget == "none":
                 poses = self.scale_poses(poses, frame_height, frame_width, height, width)
         box = crop_box(*size)
-        if not retarget:
+        if retarget == "none":
             return poses, box
         if character is None:
             character = self.detect_poses(image[None], "the image")[0]
         if (around := person_box(character, *size)) != box:
             logger.warning("the image: %s", describe_crop(character, around))
-        return retarget_poses(poses, fit_keypoints(character, *size, box=around)), around
+        return retarget_poses(poses, fit_keypoints(character, *size, box=around), retarget), around
 
     @property
     def height(self) -> int:
@@ -429,8 +430,7 @@ class _WindowInputs:
         return len(self._padded)
 
     def _draw(self, frames: Tensor) -> Tensor:
-        """Pose images uint8 `[F, H, W, 3]`, drawn on demand: for all windows they would need far more memory than the
-        latents."""
+        """Pose images uint8 `[F, H, W, 3]`, drawn on demand: together they are far larger than the latents."""
         return torch.from_numpy(self._pipe.draw(self._padded[frames.numpy()], self._height, self._width))
 
     def pose_embedding(self, index: int) -> Tensor:
