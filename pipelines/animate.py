@@ -155,7 +155,7 @@ def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, c
         assert inputs.video is not None
         poses = pipe.detect_poses(inputs.video, str(animation.driving), options.smoothing_window)
     character = inputs.character
-    if not options.retarget:
+    if options.retarget == "none":
         assert inputs.size is not None
         poses = pipe.scale_poses(poses, *inputs.size, height, width)
     elif character is None:
