@@ -98,7 +98,7 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
         )
     if not fps:
         raise UserError(f"{animation.poses}: no frame rate; pass --fps, or the video with --driving")
-    if size is None and not config.animate.retarget:
+    if size is None and config.animate.retarget == "none":
         raise UserError(
             f"{animation.poses}: no height and width of the image, required without retargeting; add both to the "
             "file, or pass the video with --driving"
@@ -114,9 +114,9 @@ def _check_options(animation: Animation, config: Config) -> None:
         )
     if animation.audio and animation.driving is None:
         raise UserError("--audio copies the audio of the driving video; pass one with --driving")
-    if animation.character is not None and not config.animate.retarget:
+    if animation.character is not None and config.animate.retarget == "none":
         raise UserError(
-            "--character has no effect without retargeting; omit it, or set animate.retarget to true"
+            "--character has no effect without retargeting; omit it, or set animate.retarget to robust"
         )
     if animation.fps is not None and not 0.1 <= animation.fps <= 1000:
         raise UserError(f"--fps {animation.fps:g}: must be from 0.1 to 1000; pass frames per second")
@@ -155,7 +155,7 @@ def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, c
         assert inputs.video is not None
         poses = pipe.detect_poses(inputs.video, str(animation.driving), options.smoothing_window)
     character = inputs.character
-    if not options.retarget:
+    if options.retarget == "none":
         assert inputs.size is not None
         poses = pipe.scale_poses(poses, *inputs.size, height, width)
     elif character is None:

@@ -202,7 +202,12 @@ def _signature(sampling: dict[str, Any]) -> "ModelSignature":
         for item in dataclasses.fields(SamplingConfig)
         if isinstance(item.type, type) and item.default is not None
     ]
-    return ModelSignature(inputs, params=ParamSchema([*declared, ParamSpec("seed", "long", 0)]))
+    return ModelSignature(
+        inputs,
+        params=ParamSchema(
+            [*declared, ParamSpec("seed", "long", 0), ParamSpec("retarget", "string", "robust")]
+        ),
+    )
 
 
 def _markdown(run: Any) -> str:

@@ -179,7 +179,7 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
         truth[0],
         poses,
         sampling=config.animate,
-        retarget=False,  # the poses already are the character's
+        retarget="none",  # the poses already are the character's
         generator=torch.Generator().manual_seed(config.seed),
         decode_batch=config.animate.decode_batch,
         return_dict=False,

@@ -120,7 +120,7 @@ class Run:
         Args:
             alias: alias of the new version; moved from an older version that has it.
             sampling: defaults of the params of `predict`: every `SamplingConfig` field whose default is not None.
-                `predict` also accepts `seed` (default 0).
+                `predict` also accepts `seed` (default 0) and `retarget` (default robust).
         """
         self._record("model", local=os.path.abspath(local), name=name, alias=alias, sampling=vars(sampling))
 

@@ -21,6 +21,7 @@ from tcan.person_box import describe_crop, person_box
 from tcan.pipeline_input import (
     ImageInput,
     MotionInput,
+    Retargeting,
     changed_latents,
     check_options,
     check_size,
@@ -139,7 +140,7 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
         poses: MotionInput,
         *,
         sampling: SamplingConfig | None = None,
-        retarget: bool = True,
+        retarget: Retargeting = "robust",
         character: np.ndarray | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -156,12 +157,12 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
 
         Args:
             image: the character, of any size and in any form of `ImageInput`. It is cropped to the aspect ratio of the
-                output: with `retarget` around the person (see `tcan.person_box.person_box`), else at the center.
+                output: with retargeting around the person (see `tcan.person_box.person_box`), else at the center.
             poses: keypoints `[F, 18, 3]`, or the frames of a driving video (see `MotionInput`), in which the pose
-                network tracks the main person. With `retarget`, keypoints may be in pixels of any image; without it,
+                network tracks the main person. With retargeting, keypoints may be in pixels of any image; without it,
                 they are in pixels of the output.
             sampling: options of the denoising loop; None: the defaults.
-            retarget: fit the poses to the proportions and the position of the character.
+            retarget: fit the poses to the proportions and the position of the character (see `tcan.pose.retarget`), or "none".
             character: keypoints of the character `[18, 3]` in pixels of the image; None: detected by the pose network.
             height, width: size of the output in pixels, multiples of 64; None: the size used in training.
             num_inference_steps: diffusers' name of `SamplingConfig.steps`.
@@ -186,7 +187,7 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
         height = self.height if height is None else height
         width = self.width if width is None else width
         check_size(height, width)
-        check_options(generator, decode_batch, output_type)
+        check_options(generator, decode_batch, output_type, retarget)
         check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         image, poses = to_image(image), to_motion(poses)
         character = None if character is None else to_character(character)
@@ -355,7 +356,7 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
         self,
         image: np.ndarray,
         poses: np.ndarray,
-        retarget: bool,
+        retarget: Retargeting,
         character: np.ndarray | None,
         height: int,
         width: int,
@@ -365,16 +366,16 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
         if poses.ndim == 4:
             frame_height, frame_width = poses.shape[1:3]
             poses = self.detect_poses(poses, "the driving video")
-            if not retarget:
+            if retarget == "none":
                 poses = self.scale_poses(poses, frame_height, frame_width, height, width)
         box = crop_box(*size)
-        if not retarget:
+        if retarget == "none":
             return poses, box
         if character is None:
             character = self.detect_poses(image[None], "the image")[0]
         if (around := person_box(character, *size)) != box:
             logger.warning("the image: %s", describe_crop(character, around))
-        return retarget_poses(poses, fit_keypoints(character, *size, box=around)), around
+        return retarget_poses(poses, fit_keypoints(character, *size, box=around), retarget), around
 
     def check_window(self, sampling: SamplingConfig) -> None:
         """Require that the temporal layers have a position for every frame of a window.

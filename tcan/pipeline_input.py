@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.pixels import float_to_uint8, pil_to_uint8
+from tcan.pose.keypoints import check_keypoints
 from tcan.video import read_image
 
 ImageInput: TypeAlias = np.ndarray | Image.Image | Tensor | str | os.PathLike
@@ -23,6 +24,9 @@ path of an image file."""
 MotionInput: TypeAlias = np.ndarray | Tensor | list | tuple
 """Keypoints `[F, 18, 3]`, or frames: RGB as a numpy array `[F, H, W, 3]` or a tensor `[F, 3, H, W]`, both uint8 or float
 in [0, 1]; a list of `ImageInput` of equal size."""
+
+Retargeting = Literal["robust", "paper", "none"]
+"""Method of `tcan.pose.retarget`, or "none"."""
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 
@@ -86,7 +90,8 @@ def to_motion(poses: MotionInput) -> np.ndarray:
         return np.stack([_to_uint8(frame, "the driving frames") for frame in poses])
     if poses.ndim != 3 or poses.shape[1:] != (18, 3) or not len(poses):
         raise UserError(f"{source}: shape {_text(poses.shape)}; pass {_MOTION_FORMS}")
-    return _check_keypoints(poses, source)
+    check_keypoints(poses, source, frames=True)
+    return poses
 
 
 def to_character(character: np.ndarray | Tensor) -> np.ndarray:
@@ -96,12 +101,13 @@ def to_character(character: np.ndarray | Tensor) -> np.ndarray:
         UserError: another shape; NaN or inf.
     """
     character = _to_numpy(character.detach()) if isinstance(character, Tensor) else np.asarray(character)
-    if character.shape != (18, 3):
-        raise UserError(f"the character: shape {_text(character.shape)}; pass keypoints [18, 3]")
-    return _check_keypoints(character, "the character")
+    check_keypoints(character, "the character", frames=False)
+    return character
 
 
-def check_options(generator: torch.Generator | None, decode_batch: int, output_type: str) -> None:
+def check_options(
+    generator: torch.Generator | None, decode_batch: int, output_type: str, retarget: str
+) -> None:
     """Check options that take effect late, before anything runs.
 
     Raises:
@@ -116,6 +122,8 @@ def check_options(generator: torch.Generator | None, decode_batch: int, output_t
         raise UserError(f"decode_batch = {decode_batch}: must be an integer >= 1; set e.g. 8")
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type = {output_type!r}: unknown; use one of {', '.join(OUTPUT_TYPES)}")
+    if retarget not in get_args(Retargeting):
+        raise UserError(f"retarget = {retarget!r}: unknown; use one of {', '.join(get_args(Retargeting))}")
 
 
 def check_size(height: Any, width: Any) -> None:
@@ -224,12 +232,6 @@ def _to_uint8(image: np.ndarray, source: str) -> NDArray[np.uint8]:
 def _to_numpy(tensor: Tensor) -> np.ndarray:
     # numpy has no bfloat16; float16 and float32 in [0, 1] give the same uint8
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-
-
-def _check_keypoints(keypoints: np.ndarray, source: str) -> np.ndarray:
-    if keypoints.dtype.kind not in "fiu" or not np.isfinite(keypoints).all():
-        raise UserError(f"{source}: NaN, inf or values that are not numeric; set missing joints to 0, 0, 0")
-    return keypoints
 
 
 def _text(shape: Any) -> str:

@@ -16,8 +16,9 @@ class AnimateConfig(SamplingConfig):
     scheduler: str = "DDIMScheduler"
     """Class name of the diffusers scheduler for sampling, e.g. DPMSolverMultistepScheduler."""
 
-    retarget: bool = True
-    """Retargeting of the poses to the proportions and the position of the character."""
+    retarget: Literal["robust", "paper", "none"] = "robust"
+    """Retargeting of the poses to the proportions and the position of the character. robust: bone lengths estimated over
+    the driving video; paper: relative to its first frame; none: the poses are only scaled and cropped."""
 
     smoothing_window: int = 0
     """Smoothing window of the poses in frames (odd, >= 5), after outlier removal. 0 disables both."""

@@ -119,7 +119,7 @@ def test_latents_equal_two_full_passes_per_window(
     image, poses = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8), dance(num_frames)
     options = dict(steps=2, guidance_scale=3.0, window=4, overlap=2, height=height, width=width)
     options |= dict(start_from_reference=start, generator=torch.Generator().manual_seed(5))
-    latents = pipe(image, poses, retarget=False, output_type="latent", **options).frames
+    latents = pipe(image, poses, retarget="none", output_type="latent", **options).frames
     expected = baseline_latents(
         pipe, image, poses, steps=2, scale=3.0, length=4, overlap=2, seed=5, start_from_reference=start
     )
@@ -134,7 +134,7 @@ def test_euler_scheduler_matches_its_formula(pipe: TCANPipeline) -> None:
     euler.model_info = pipe.model_info
     image, poses = random_image(), dance(3)
     latents = euler(
-        image, poses, retarget=False, generator=torch.Generator().manual_seed(5), output_type="latent",
+        image, poses, retarget="none", generator=torch.Generator().manual_seed(5), output_type="latent",
         steps=2, guidance_scale=1, window=3, overlap=0, ptm=False,
     ).frames  # fmt: skip
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -159,7 +159,7 @@ def test_every_compatible_scheduler_is_deterministic(pipe: TCANPipeline) -> None
         other.set_progress_bar_config(disable=True)
         runs = [
             other(
-                random_image(), dance(2), retarget=False, generator=torch.Generator().manual_seed(5), window=2, overlap=0,
+                random_image(), dance(2), retarget="none", generator=torch.Generator().manual_seed(5), window=2, overlap=0,
                 steps=2, guidance_scale=1, output_type="latent",
             ).frames
             for _ in range(2)
@@ -178,7 +178,7 @@ def test_loading_restores_the_noise_schedule(model_folder: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("num_frames", [1, 3, 5])
 def test_output_has_one_frame_per_pose(pipe: TCANPipeline, num_frames: int) -> None:
-    output = pipe(random_image(), dance(num_frames), retarget=False, steps=1, window=4, overlap=1)
+    output = pipe(random_image(), dance(num_frames), retarget="none", steps=1, window=4, overlap=1)
     assert output.frames.shape == (num_frames, SIZE, SIZE, 3)
     assert output.frames.min() >= 0 and output.frames.max() <= 1
 
@@ -187,7 +187,7 @@ def test_rectangular_output_as_pil_images(pipe: TCANPipeline) -> None:
     wide = pipe(
         random_image(),
         dance(2),
-        retarget=False,
+        retarget="none",
         steps=1,
         height=64,
         width=128,
@@ -206,7 +206,7 @@ def test_overrides_replace_fields_of_the_sampling_config(pipe: TCANPipeline) -> 
     def latents(**options: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         output = pipe(
-            random_image(), dance(3), retarget=False, generator=generator, output_type="latent", **options
+            random_image(), dance(3), retarget="none", generator=generator, output_type="latent", **options
         )
         return output.frames
 
@@ -223,7 +223,7 @@ def test_overrides_replace_fields_of_the_sampling_config(pipe: TCANPipeline) -> 
 def test_output_depends_on_seed_image_poses_and_options(pipe: TCANPipeline) -> None:
     def frames(image: np.ndarray, poses: np.ndarray, seed: int, **overrides: object) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        options = dict(retarget=False, steps=1, window=4, overlap=1, output_type="latent") | overrides
+        options = dict(retarget="none", steps=1, window=4, overlap=1, output_type="latent") | overrides
         return pipe(image, poses, generator=generator, **options).frames
 
     poses = dance(4)
@@ -254,6 +254,15 @@ def test_retargeting_fits_the_poses_to_the_character(pipe: TCANPipeline) -> None
     driving[:, :, 0] += np.arange(3)[:, None]
     output = pipe(image, driving, character=character, steps=1)
     np.testing.assert_allclose(output.poses, driving, atol=1e-3)
+
+    driving[0, 4, :2] = driving[0, 3, :2] + 0.5 * (
+        driving[1, 4, :2] - driving[1, 3, :2]
+    )  # foreshortened forearm
+    lengths = {}
+    for method in ("robust", "paper"):
+        poses = pipe(image, driving, character=character, retarget=method, steps=1).poses
+        lengths[method] = np.linalg.norm(poses[1, 4, :2] - poses[1, 3, :2])
+    assert lengths["paper"] == pytest.approx(1.1 * lengths["robust"], rel=1e-3)  # its limit of stretching
 
 
 def test_driving_frames_without_pose_network_are_a_user_error(pipe: TCANPipeline) -> None:
@@ -294,7 +303,7 @@ def test_float_image_and_tensor_output_equal_uint8_image_and_array(pipe: TCANPip
 
     def frames(image: Any, output_type: str) -> Any:
         generator = torch.Generator().manual_seed(0)
-        options = dict(retarget=False, steps=1, window=2, overlap=0, guidance_scale=1)
+        options = dict(retarget="none", steps=1, window=2, overlap=0, guidance_scale=1)
         return pipe(image, dance(2), generator=generator, output_type=output_type, **options).frames
 
     expected = frames(random_image(), "np")
@@ -305,7 +314,7 @@ def test_float_image_and_tensor_output_equal_uint8_image_and_array(pipe: TCANPip
 
 def test_latents_returned_by_the_callback_replace_the_latents(pipe: TCANPipeline) -> None:
     """Doubled after the last step: the result is doubled. Padded frames (3 of 5 + 3) stay, other returns are ignored."""
-    options = dict(retarget=False, steps=2, window=4, overlap=0, guidance_scale=1, output_type="latent")
+    options = dict(retarget="none", steps=2, window=4, overlap=0, guidance_scale=1, output_type="latent")
 
     def latents(callback: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -333,11 +342,12 @@ def test_invalid_arguments_are_refused_before_denoising(pipe: TCANPipeline) -> N
         ({"decode_batch": 0}, "decode_batch = 0"),
         ({"output_type": "numpy"}, "output_type = 'numpy'"),
         ({"generator": 0}, "generator: type int"),
+        ({"retarget": False}, "retarget = False: unknown; use one of robust, paper, none"),
         ({"guidance_scale": float("nan")}, "guidance_scale = nan"),
         ({"poses": np.zeros((2, 17, 3))}, "the driving poses: shape"),
         ({"image": random_image().astype(np.float32)}, "the image: float values from 0 to 255"),
     ):
-        arguments = {"image": random_image(), "poses": dance(2), "retarget": False, "steps": 1} | options
+        arguments = {"image": random_image(), "poses": dance(2), "retarget": "none", "steps": 1} | options
         with pytest.raises(UserError, match=reason):
             pipe(**arguments, callback_on_step_end=fail)
 

@@ -176,7 +176,7 @@ def test_keypoints_are_unchanged() -> None:
         ([], r"the driving poses: shape \[0, 18, 3\]"),
         (np.zeros((2, 3, 8, 8)), r"the driving poses: shape \[2, 3, 8, 8\]"),
         (torch.zeros(2, 8, 8, 3), r"the driving poses: shape \[2, 8, 3, 8\]"),
-        (np.full((2, 18, 3), np.nan), "the driving poses: NaN, inf"),
+        (np.full((2, 18, 3), np.nan), "the driving poses: NaN or inf"),
         ("dance.mp4", "the driving poses: type str; pass keypoints"),
         (np.full((2, 8, 8, 3), 2.0), "the driving frames: float values from 2 to 2"),
         ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "driving frame 1: shape"),
@@ -189,7 +189,7 @@ def test_other_driving_motions_are_user_errors(poses: Any, reason: str) -> None:
 
 
 def test_invalid_options_are_user_errors() -> None:
-    check_options(torch.Generator(), 1, "pt")
+    check_options(torch.Generator(), 1, "pt", "paper")
     for options, reason in (
         ((0, 8, "np"), "generator: type int; pass one torch.Generator"),
         (([torch.Generator()], 8, "np"), "generator: type list"),
@@ -198,10 +198,10 @@ def test_invalid_options_are_user_errors() -> None:
         ((None, 8, "numpy"), "output_type = 'numpy': unknown; use one of np, pil, pt, latent"),
     ):
         with pytest.raises(UserError, match=reason):
-            check_options(*options)
+            check_options(*options, "robust")
     with pytest.raises(UserError, match=r"the character: shape \[17, 3\]"):
         to_character(np.zeros((17, 3)))
-    with pytest.raises(UserError, match="the character: NaN, inf"):
+    with pytest.raises(UserError, match="the character: NaN or inf"):
         to_character(np.full((18, 3), np.inf))
     with pytest.raises(UserError, match=r"callback_on_step_end: returned latents of shape \[1, 4, 8, 8\]"):
         changed_latents({"latents": torch.zeros(1, 4, 8, 8)}, torch.zeros(2, 4, 8, 8))
