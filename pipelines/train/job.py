@@ -34,11 +34,11 @@ from pipelines.train.data import ClipStore, Sampler
 from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.progress import progress
-from pipelines.train.task import Task, pretrained_sources, schedule_options, stage_config
+from pipelines.train.task import Task, pretrained_sources, schedule_options, stage_config, variant
 from pipelines.train.worker import run_worker
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
-from tcan.weights import MODEL_FILE, load_pretrained, read_model_info
+from tcan.weights import MODEL_FILE, load_pretrained, read_model_info, read_variant
 
 RUN_FILE = "run.json"
 REGISTERED_NAMES = {1: "tcan-stage1", 2: "tcan"}  # in the MLflow model registry
@@ -106,8 +106,18 @@ def train(
         raise UserError(
             f"{start}: trained with {start_info['schedule']}, not {options}; set the same options for stage 2"
         )
+    _check_variant(start, start_info, config)
     _train_stage(2, dataset, info, out, models[2], start, config)
     return models[2]
+
+
+def _check_variant(start: Path, info: dict[str, Any], config: Config) -> None:
+    before, now = read_variant(info), variant(config.train)
+    for key in ("appa", "controlnet"):
+        if (old := getattr(before, key)) != (new := getattr(now, key)):
+            raise UserError(
+                f"{start}: trained with {key} = {old}, not {new}; set train.{key} {str(old).lower()} for stage 2"
+            )
 
 
 def _check_dataset(dataset: Path, info: dict[str, Any], config: Config) -> None:
