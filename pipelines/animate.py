@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipelines.config import Config
-from pipelines.inference import create_folder, load_pipeline
+from pipelines.inference import create_folder, driving_poses, load_pipeline
 from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.person_box import person_box
@@ -154,6 +154,8 @@ def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, c
     if poses is None:
         assert inputs.video is not None
         poses = pipe.detect_poses(inputs.video, str(animation.driving), options.smoothing_window)
+    pose_height = inputs.size[0] if inputs.size else round(float(poses[..., 1].max(initial=1)))
+    poses = driving_poses(poses, pose_height, config)
     character = inputs.character
     if options.retarget == "none":
         assert inputs.size is not None

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipelines import storage, tracking
 from pipelines.config import Config
-from pipelines.inference import create_folder, load_pipeline
+from pipelines.inference import create_folder, driving_poses, load_pipeline
 from pipelines.lock import locked
 from pipelines.preprocess.sources import list_sources
 from pipelines.staging import local_input, original_names
@@ -81,7 +81,7 @@ class Evaluated:
     path: Path
     fps: float
     truth: np.ndarray  # uint8 [F, H, W, 3]
-    poses: np.ndarray  # [F, 18, 3], detected in the truth; drives the result
+    poses: np.ndarray  # [F, 18, 3], detected in the truth; drives the result, after `animate.pose_errors`
     drawn: np.ndarray  # uint8 [F, H, W, 3], the pose images of the model
     result: np.ndarray  # uint8 [F, H, W, 3]
     found: np.ndarray  # [F, 18, 3], detected in the result
@@ -175,9 +175,10 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
     frames, fps = read_video(path, config.evaluate.frames)
     truth = np.stack([fit_image(frame, pipe.height, pipe.width) for frame in frames])
     poses = pipe.detect_poses(truth, str(path), config.animate.smoothing_window)
+    driving = driving_poses(poses, pipe.height, config)
     frames_01, _ = pipe(
         truth[0],
-        poses,
+        driving,
         sampling=config.animate,
         retarget="none",  # the poses already are the character's
         generator=torch.Generator().manual_seed(config.seed),
@@ -190,7 +191,7 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
         people, pipe.height, pipe.width
     )  # without gap filling: undetected joints count as misses
     true_poses = read_true_poses(path.with_suffix(".json"), pipe, len(truth))
-    return Evaluated(path, fps, truth, poses, pipe.draw(poses), result, found, true_poses)
+    return Evaluated(path, fps, truth, poses, pipe.draw(driving), result, found, true_poses)
 
 
 def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarray | None:

@@ -3,11 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipelines.config import Config
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
+from tcan.pose import corrupt_poses
 from tcan.schedule import sampler
 from tcan.weights import read_model_info
 
@@ -54,6 +56,12 @@ def choose_device(config: Config) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"animate.device = {device}: no GPU available; use auto or cpu")
     return device
+
+
+def driving_poses(poses: np.ndarray, height: int, config: Config) -> np.ndarray:
+    """Keypoints `[F, 18, 3]` in an image of this height with the errors of `config.animate.pose_errors`."""
+    errors = config.animate.pose_errors
+    return corrupt_poses(poses, errors.kind, errors.share, errors.size, height, errors.seed)
 
 
 def create_folder(folder: Path) -> None:

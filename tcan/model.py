@@ -15,7 +15,13 @@ from tcan.attention import Appearance
 from tcan.memory_efficient import make_memory_efficient
 from tcan.schedule import min_snr_weight
 from tcan.temporal import load_temporal_state_dict, motion_unet, temporal_layers, temporal_state_dict
-from tcan.temporal_controlnet import control_residuals, temporal_controlnet
+from tcan.temporal_controlnet import (
+    control_residuals,
+    load_spatial_state_dict,
+    spatial_state_dict,
+    temporal_controlnet,
+)
+from tcan.variant import PAPER, Variant
 
 Residuals = tuple[Sequence[Tensor], Tensor]
 
@@ -31,6 +37,7 @@ class TCAN(nn.Module):
         empty_prompt: `[1, T, D]`, the text encoder's output for the empty prompt. It follows the module's device and
             dtype; floating-point inputs are cast to its dtype.
         lora_rank, lora_alpha: rank and alpha of APPA.
+        variant: which parts the model has and trains.
 
     The methods that a pipeline calls trigger accelerate's offloading hooks, as `forward` does.
 
@@ -49,14 +56,17 @@ class TCAN(nn.Module):
         empty_prompt: Tensor,
         lora_rank: int = 16,
         lora_alpha: int = 16,
+        variant: Variant = PAPER,
     ):
         super().__init__()
+        self.variant, self.lora_rank, self.lora_alpha = variant, lora_rank, lora_alpha
         self.appearance_unet = appearance_unet(unet)
         self.denoiser = motion_unet(unet, motion_adapter)
         install_appearance(self.denoiser)
         share_down_blocks(self.denoiser)
-        add_appa(self.denoiser, lora_rank, lora_alpha)
-        self.controlnet = temporal_controlnet(controlnet, motion_adapter)
+        if variant.appa:
+            add_appa(self.denoiser, lora_rank, lora_alpha)
+        self.controlnet = temporal_controlnet(controlnet, motion_adapter, variant.temporal_controlnet)
         for network in (self.appearance_unet, self.denoiser, self.controlnet):
             make_memory_efficient(network)
         self.register_buffer("empty_prompt", empty_prompt.detach().clone(), persistent=False)
@@ -69,7 +79,8 @@ class TCAN(nn.Module):
     def set_stage(self, stage: int) -> None:
         """Set `requires_grad` for exactly the parameters of a training stage.
 
-        Stage 1: appearance UNet and APPA. Stage 2: temporal layers of the denoiser and of the ControlNet.
+        Stage 1: appearance UNet and APPA; with `variant.controlnet` "finetune" also the ControlNet without its temporal
+        layers. Stage 2: temporal layers of the denoiser and of the ControlNet.
 
         Raises:
             ValueError: `stage` is not 1 or 2.
@@ -82,6 +93,10 @@ class TCAN(nn.Module):
             self.appearance_unet.requires_grad_(True)
             for parameter in appa_parameters(self.denoiser).values():
                 parameter.requires_grad_(True)
+            if self.variant.controlnet == "finetune":
+                self.controlnet.requires_grad_(True)
+                for layer in temporal_layers(self.controlnet).values():
+                    layer.requires_grad_(False)
         else:
             for layer in self._temporal_layers():
                 layer.requires_grad_(True)
@@ -93,6 +108,7 @@ class TCAN(nn.Module):
         self.training = mode
         if self.stage == 1:
             self.appearance_unet.train(mode)
+            self.controlnet.train(mode and self.variant.controlnet == "finetune")
         elif self.stage == 2:
             for layer in self._temporal_layers():
                 layer.train(mode)
@@ -242,17 +258,23 @@ class TCAN(nn.Module):
         return eps
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """Return the trained weights by part, as stored in a model folder. Stage 1 changes only the first two parts.
+        """Return the trained weights by part, as stored in a model folder, without the parts that `variant` does not have.
 
-        `appearance_unet`: names of the source UNet; `appa`: PEFT's names (`tcan.appa`);
-        `motion_adapter`: names of a `MotionAdapter`; `temporal_controlnet`: names in the ControlNet.
+        Stage 1 changes only `appearance_unet`: names of the source UNet; `appa`: PEFT's names (`tcan.appa`);
+        `controlnet` (if fine-tuned): names of the ControlNet. Stage 2 changes only `motion_adapter`: names of a
+        `MotionAdapter`; `temporal_controlnet`: names in the ControlNet.
         """
-        return {
+        parts = {
             "appearance_unet": self.appearance_unet.state_dict(),
-            "appa": appa_state_dict(self.denoiser),
             "motion_adapter": temporal_state_dict(self.denoiser),
-            "temporal_controlnet": temporal_state_dict(self.controlnet),
         }
+        if self.variant.appa:
+            parts["appa"] = appa_state_dict(self.denoiser)
+        if self.variant.controlnet == "finetune":
+            parts["controlnet"] = spatial_state_dict(self.controlnet)
+        if self.variant.temporal_controlnet:
+            parts["temporal_controlnet"] = temporal_state_dict(self.controlnet)
+        return parts
 
     def load_parts(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """Load some or all of the parts returned by `parts`.
@@ -264,6 +286,7 @@ class TCAN(nn.Module):
             "appearance_unet": self.appearance_unet.load_state_dict,
             "appa": lambda state: load_appa_state_dict(self.denoiser, state),
             "motion_adapter": lambda state: load_temporal_state_dict(self.denoiser, state),
+            "controlnet": lambda state: load_spatial_state_dict(self.controlnet, state),
             "temporal_controlnet": lambda state: load_temporal_state_dict(self.controlnet, state),
         }
         for name, state in parts.items():

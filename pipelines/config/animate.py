@@ -1,12 +1,35 @@
 """Configuration of `tcan animate` and `tcan evaluate`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from pipelines.config.rules import at_least, check, multiple_of
+from pipelines.config.rules import at_least, between, check, multiple_of
 from tcan.errors import UserError
 from tcan.sampling import SamplingConfig
+
+
+@dataclass
+class PoseErrorConfig:
+    """Synthetic errors of one kind in the driving poses, to test how a model reacts to them."""
+
+    kind: Literal["none", "missing", "jitter", "outliers", "swaps", "frozen", "offset", "burst"] = "none"
+    """Kind of the errors. missing: removed joints. jitter: Gaussian noise. outliers: unusable poses of single frames. swaps:
+    left and right exchanged. frozen: the pose of the previous frame. offset: all frames shifted. burst: consecutive
+    unusable poses."""
+
+    share: float = 0.1
+    """Fraction of the joints (missing) or of the frames (all other kinds but offset) with errors (0 to 1)."""
+
+    size: float = 0.03
+    """Standard deviation of jitter, and distance of offset, as a fraction of the image height (0 to 1)."""
+
+    seed: int = 0
+    """Seed of the errors (>= 0)."""
+
+    def __post_init__(self) -> None:
+        check(self, "animate.pose_errors.", between(0, 1), share=0.1, size=0.03)
+        check(self, "animate.pose_errors.", at_least(0), seed=0)
 
 
 @dataclass
@@ -22,6 +45,9 @@ class AnimateConfig(SamplingConfig):
 
     smoothing_window: int = 0
     """Smoothing window of the poses in frames (odd, >= 5), after outlier removal. 0 disables both."""
+
+    pose_errors: PoseErrorConfig = field(default_factory=PoseErrorConfig)
+    """Synthetic errors of the driving poses, added before retargeting."""
 
     height: int | None = None
     """Height of the result in pixels (multiple of 64). Default: the training size of the model."""

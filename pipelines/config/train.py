@@ -95,6 +95,17 @@ class TrainConfig:
     """Fraction of the stage 2 frames with unusable poses (0 to 1): joints shuffled in 50 % of them, all joints missing in
     50 %. 0 disables."""
 
+    appa: bool = True
+    """APPA layers (LoRA on the spatial attention of the denoiser). false: the reference features are concatenated, but the
+    projections remain the pretrained ones. Saved in the model folder."""
+
+    controlnet: Literal["frozen", "finetune"] = "frozen"
+    """Training of the ControlNet in stage 1. frozen (the paper's): none. finetune: with the same learning rate as the other
+    networks; its weights are saved in the model folder."""
+
+    temporal_controlnet: bool = True
+    """Temporal layers of the ControlNet, trained in stage 2. Saved in the model folder."""
+
     lora_rank: int = 16
     """Rank of the APPA layers (>= 1)."""
 

@@ -38,11 +38,11 @@ from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.mailbox import Mailbox, Recorder, on_driver_node
 from pipelines.train.progress import progress
-from pipelines.train.task import Task, pretrained_sources, schedule_options, stage_config
+from pipelines.train.task import Task, pretrained_sources, schedule_options, stage_config, variant
 from pipelines.train.worker import run_worker
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
-from tcan.weights import MODEL_FILE, load_pretrained, read_model_info
+from tcan.weights import MODEL_FILE, load_pretrained, read_model_info, read_variant
 
 RUN_FILE = "run.json"
 START_GRACE_SECONDS = 5  # after a signal, for workers that are about to make their first step
@@ -142,6 +142,16 @@ def _check_start(start: Path, config: Config) -> None:
         raise UserError(
             f"{start}: trained with {start_info['schedule']}, not {options}; set the same options for stage 2"
         )
+    _check_variant(start, start_info, config)
+
+
+def _check_variant(start: Path, info: dict[str, Any], config: Config) -> None:
+    before, now = read_variant(info), variant(config.train)
+    for key in ("appa", "controlnet"):
+        if (old := getattr(before, key)) != (new := getattr(now, key)):
+            raise UserError(
+                f"{start}: trained with {key} = {old}, not {new}; set train.{key} {str(old).lower()} for stage 2"
+            )
 
 
 def _check_dataset(dataset: str, info: dict[str, Any], config: Config) -> None:

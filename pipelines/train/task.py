@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.config import Config, StageConfig, TrainConfig
+from tcan.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ def pretrained_sources(config: Config) -> dict[str, str]:
     sources = dataclasses.asdict(config.pretrained)
     del sources["pose"]
     return sources
+
+
+def variant(config: TrainConfig) -> Variant:
+    return Variant(config.appa, config.controlnet, config.temporal_controlnet)
 
 
 def schedule_options(config: TrainConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ the image and score in [0, 1]. A joint that was not found is all 0.
 """
 
 from tcan.pose.cleaning import main_person_poses
-from tcan.pose.corrupt import PoseErrors
+from tcan.pose.corrupt import PoseErrors, corrupt_poses
 from tcan.pose.draw import draw_poses
 from tcan.pose.files import PoseFile, read_poses, write_poses
 from tcan.pose.openpose import OpenPose, PoseDetector, find_people
@@ -17,6 +17,7 @@ __all__ = [
     "PoseDetector",
     "PoseErrors",
     "PoseFile",
+    "corrupt_poses",
     "draw_poses",
     "find_people",
     "main_person_poses",

@@ -1,6 +1,13 @@
 """Load the frozen pretrained models; save, load and export trained models."""
 
-from tcan.weights.model_folder import MODEL_FILE, export_model, load_model, read_model_info, save_model
+from tcan.weights.model_folder import (
+    MODEL_FILE,
+    export_model,
+    load_model,
+    read_model_info,
+    read_variant,
+    save_model,
+)
 from tcan.weights.pretrained import (
     PretrainedModels,
     encode_empty_prompt,
@@ -21,5 +28,6 @@ __all__ = [
     "load_pretrained",
     "portable_source",
     "read_model_info",
+    "read_variant",
     "save_model",
 ]

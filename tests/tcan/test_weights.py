@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
@@ -17,6 +17,7 @@ from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
 from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
+from tcan.variant import Variant
 from tcan.weights import (
     PretrainedModels,
     export_model,
@@ -389,3 +390,84 @@ def test_source_behind_a_symlink_keeps_its_name(tmp_path: Path) -> None:
     source = portable_source(str(link))
     assert source == str(link)
     assert load_part("vae", source).config.latent_channels == 4
+
+
+VARIANTS = [
+    Variant(appa=False),
+    Variant(controlnet="finetune"),
+    Variant(temporal_controlnet=False),
+    Variant(False, "finetune", False),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_variants_train_save_and_load_exactly_their_parts(
+    loaded: PretrainedModels, tmp_path: Path, variant: Variant, stage: int
+) -> None:
+    torch.manual_seed(0)
+    base = (loaded.unet, loaded.controlnet, loaded.motion_adapter, loaded.empty_prompt)
+    model = TCAN(*base, variant=variant)
+    model.set_stage(stage)
+    trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
+    spatial_controlnet = {
+        name
+        for name, _ in model.controlnet.named_parameters(prefix="controlnet")
+        if ".motion_modules." not in name
+    }
+    assert any("lora" in name for name in trained_names) == (stage == 1 and variant.appa)
+    assert (spatial_controlnet <= trained_names) == (stage == 1 and variant.controlnet == "finetune")
+    temporal = {
+        name for name in trained_names if name.startswith("controlnet.") and ".motion_modules." in name
+    }
+    assert bool(temporal) == (stage == 2 and variant.temporal_controlnet)
+
+    inputs = {
+        "noisy": torch.randn(1, 3, 4, 8, 8),
+        "timestep": torch.tensor([300]),
+        "pose": torch.rand(1, 3, 3, 64, 64),
+        "reference_latent": torch.randn(1, 4, 8, 8),
+    }
+    for parameter in model.parameters():  # APPA and the temporal layers start with zeros
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.train()(**inputs).square().mean().backward()
+    assert not [
+        name for name, p in model.named_parameters() if (p.grad is not None) != (name in trained_names)
+    ]
+
+    folder = tmp_path / "model"
+    options = {"pretrained": loaded.info, "height": 64, "width": 64, "stick_width": 2}
+    save_model(model, folder, stage=stage, **options)
+    assert (folder / "appa").exists() == variant.appa
+    assert (folder / "controlnet").exists() == (variant.controlnet == "finetune")
+    assert (folder / "temporal_controlnet").exists() == (stage == 2 and variant.temporal_controlnet)
+    with torch.no_grad():
+        reloaded = load_model(folder, loaded)
+        assert reloaded.variant == variant
+        for part, weights in model.parts().items():
+            if stage == 2 or part not in ("motion_adapter", "temporal_controlnet"):
+                assert all(torch.equal(reloaded.parts()[part][name], w) for name, w in weights.items()), part
+        torch.testing.assert_close(reloaded(**inputs), model.eval()(**inputs), rtol=0, atol=1e-5)
+        assert (reloaded(**inputs) - TCAN(*base)(**inputs)).abs().max() > 1e-4
+
+
+def test_finetuned_controlnet_loads_strictly_and_with_plain_diffusers(
+    loaded: PretrainedModels, tmp_path: Path
+) -> None:
+    model = TCAN(
+        loaded.unet,
+        loaded.controlnet,
+        loaded.motion_adapter,
+        loaded.empty_prompt,
+        variant=Variant(controlnet="finetune"),
+    )
+    options = {"pretrained": loaded.info, "height": 64, "width": 64, "stick_width": 2}
+    save_model(model, tmp_path / "model", stage=1, **options)
+    plain = ControlNetModel.from_pretrained(tmp_path / "model" / "controlnet")
+    assert fingerprint(plain) == fingerprint(loaded.controlnet)
+    file = tmp_path / "model" / "controlnet" / UNET
+    weights = load_file(file)
+    save_file({name: weights[name] for name in list(weights)[1:]}, file)
+    with pytest.raises(UserError, match="controlnet"):
+        load_model(tmp_path / "model", loaded)
