@@ -2,6 +2,7 @@
 
 from tcan.weights.model_folder import MODEL_FILE, export_model, load_model, read_model_info, save_model
 from tcan.weights.pretrained import (
+    MINI_MODEL,
     PretrainedModels,
     encode_empty_prompt,
     load_part,
@@ -11,6 +12,7 @@ from tcan.weights.pretrained import (
 )
 
 __all__ = [
+    "MINI_MODEL",
     "MODEL_FILE",
     "PretrainedModels",
     "encode_empty_prompt",

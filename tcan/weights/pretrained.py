@@ -18,6 +18,8 @@ from tcan.weights.common import check_keys, quiet
 from tcan.weights.original import SD15, SUFFIXES, load_original
 
 MINI = Path(__file__).parents[1] / "mini"
+MINI_MODEL = MINI / "trained"
+"""Model folder of a TCAN trained on the mini weights."""
 NETWORKS: dict[str, Any] = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
