@@ -12,8 +12,11 @@ from tcan.video import write_image
 
 SEED = 20_000_100
 """First seed; disjoint from those of pretraining, and of training and evaluation in the demo."""
-FRAMES = 32
-CHARACTERS: dict[str, tuple[Distribution, int]] = {"dancer": ("dance", SEED + 4), "creature": ("bizarre", SEED + 5)}
+FRAMES = 24
+CHARACTERS: dict[str, tuple[Distribution, int]] = {
+    "dancer": ("dance", SEED + 4),
+    "creature": ("bizarre", SEED + 5),
+}
 DANCES: dict[str, tuple[Distribution, int]] = {"dance": ("dance", SEED + 101)}
 
 
