@@ -71,22 +71,22 @@ def _animate(arguments: Any, config: Any) -> None:
         if given:
             raise UserError(f"--pairs: conflicts with --{', --'.join(given)}; remove --{', --'.join(given)}")
         from pipelines.animate_pairs import animate_pairs
-        from pipelines.tracking import local_model
+        from pipelines.inference import find_model
 
-        model = local_model(arguments.model, config.tracking)
+        model = find_model(arguments.model, config)
         animate_pairs(Path(arguments.pairs), model, config, **options)
         return
     if missing := [f"--{name}" for name in ("image", "out") if name not in given]:
         raise UserError(f"missing {', '.join(missing)}; see tcan animate --help")
 
     from pipelines.animate import Animation, animate
+    from pipelines.inference import find_model
     from pipelines.staging import local_input, local_output
-    from pipelines.tracking import local_model
 
     inputs: dict[str, Any] = {
         name: local_input(value) for name, value in given.items() if name not in ("fps", "out")
     }
-    model = local_model(arguments.model, config.tracking)
+    model = find_model(arguments.model, config)
     with local_output(arguments.out) as out:
         animate(Animation(**inputs, out=out, fps=arguments.fps, **options), model, config)
 
@@ -170,9 +170,9 @@ def _required_path(text: str) -> dict[str, Any]:
 
 
 DATASET = _path("Clip dataset: the OUT folder of `tcan preprocess`.")
-MODEL = _required_path(
-    "Trained model: a folder, models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
-)
+OWN_MODEL = "a folder, models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
+MINI_OR_OWN = _path(f"Trained model: mini (the one in this package), {OWN_MODEL}", default="mini")
+MODEL = _required_path(f"Trained model: {OWN_MODEL}")
 
 COMMANDS = {
     "preprocess": Command(
@@ -250,7 +250,7 @@ COMMANDS = {
                 "Table (.csv or .parquet) with the columns image, driving and out, instead of a single image. Missing "
                 "results are generated on the Ray cluster."
             ),
-            "--model": MODEL,
+            "--model": MINI_OR_OWN,
             "--out": _path("Result: .mp4, .webm, .gif, or a folder of PNG images (no suffix)."),
             "--fps": {
                 "type": float,

@@ -11,9 +11,31 @@ from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pose import corrupt_poses
 from tcan.schedule import sampler
-from tcan.weights import read_model_info
+from tcan.weights import MINI_MODEL, read_model_info
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_model(model: str, config: Config) -> Path:
+    """Resolve `--model` to a folder: "mini" is the trained model in this package, others as in `local_model`.
+
+    Raises:
+        UserError: "mini" with the pretrained models of another preset; MLflow does not have the model.
+    """
+    if model != "mini":
+        from pipelines.tracking import local_model
+
+        return local_model(model, config.tracking)
+    if config.pretrained.unet != "mini":
+        raise UserError(
+            f"--model mini: the model in this package belongs to the preset mini, not to {config.pretrained.unet}; pass "
+            "a model trained on it with --model"
+        )
+    print(
+        "model: mini, the one in this package, trained on rendered puppets at 128 x 128; use your own with --model",
+        flush=True,
+    )
+    return MINI_MODEL
 
 
 def load_pipeline(model: Path, config: Config) -> TCANPipeline:

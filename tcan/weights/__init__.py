@@ -9,6 +9,7 @@ from tcan.weights.model_folder import (
     save_model,
 )
 from tcan.weights.pretrained import (
+    MINI_MODEL,
     PretrainedModels,
     encode_empty_prompt,
     load_part,
@@ -18,6 +19,7 @@ from tcan.weights.pretrained import (
 )
 
 __all__ = [
+    "MINI_MODEL",
     "MODEL_FILE",
     "PretrainedModels",
     "encode_empty_prompt",

@@ -21,6 +21,8 @@ from tcan.weights.original import SD15, SUFFIXES, check_positions, load_original
 from tcan.weights_file import impostor
 
 MINI = Path(__file__).parents[1] / "mini"
+MINI_MODEL = MINI / "trained"
+"""Model folder of a TCAN trained on the mini weights."""
 NETWORKS: dict[str, Any] = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
