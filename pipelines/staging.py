@@ -97,7 +97,7 @@ def upload(folder: Path, uri: str) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda path: (path.suffix == UPLOAD_LAST, path)):
         name = f"{uri}/{path.relative_to(folder).as_posix()}"
-        with storage.user_errors(name), path.open("rb") as file:
+        with storage.user_errors(name), path.open("r+b") as file:
             storage.upload(file, name)
 
 

@@ -347,7 +347,7 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 8) -> Iterator[np.ndarray]:
         """Decode scaled latents `[F, C, h, w]` in batches: float32 RGB `[<= batch, H, W, 3]` in [0, 1] each."""
-        check_options(None, batch, "np")
+        check_options(None, batch, "np", "none")
         for part in latents.split(batch):
             part = part.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
             yield from_vae_output(self.vae.decode(part, return_dict=False)[0]).cpu().numpy()
