@@ -126,7 +126,7 @@ def test_selected_people_are_those_at_the_position() -> None:
     with pytest.raises(UserError, match="largest\\+1 selects one person twice"):
         selected("largest+1")
     for invalid in ("", "0", "1.5", "above", "1,2,3", "nan,1", "left,right"):
-        with pytest.raises(UserError, match="--person .*: invalid person; use largest"):
+        with pytest.raises(UserError, match=r"--person .*: invalid person; use largest"):
             check_selection(invalid, "--person")
 
 
