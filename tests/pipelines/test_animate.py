@@ -265,7 +265,7 @@ def test_two_people_get_the_motions_that_are_mapped_to_them(model_folder: Path, 
     assert necks[0] < 64 < necks[1]
     for index, selection in enumerate((("left", "right"), ("right", "left"))):
         np.testing.assert_array_equal(both[:, index : index + 1], motion(*selection))
-    with pytest.raises(UserError, match="duo.png: 1 people selected, but 2 in the driving motion"):
+    with pytest.raises(UserError, match=r"duo\.png: 1 people selected, but 2 in the driving motion"):
         motion("left", "left+right")
 
     animation = Animation(
