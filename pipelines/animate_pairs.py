@@ -69,7 +69,7 @@ def animate_pairs(file: Path, model: Path, config: Config, **options: Any) -> li
     """
     outcomes = read_pairs(file)
     with locked(file.absolute().parent, "animate --pairs", f".{file.name}.lock"):
-        return _animate_missing(outcomes, file, model, config, {"audio": audio, "side_by_side": side_by_side})
+        return _animate_missing(outcomes, file, model, config, options)
 
 
 def _animate_missing(
