@@ -9,14 +9,12 @@ Rerunning the command resumes from the last checkpoint; finished stages are skip
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,8 +26,8 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import storage, tracking
 from pipelines.cluster import connect, is_local
-from pipelines.config import Config, StageConfig, TrainConfig
-from pipelines.dataset import INFO_FILE, check_clip_files, read_info
+from pipelines.config import Config
+from pipelines.dataset import check_clip_files, read_info
 from pipelines.lock import locked
 from pipelines.train import checkpoint
 from pipelines.train.clips import ClipStore
@@ -38,36 +36,14 @@ from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.mailbox import Mailbox, Recorder, on_driver_node
 from pipelines.train.progress import progress
+from pipelines.train.run_file import check_same_settings, read_run, run_settings, write_run
 from pipelines.train.task import Task, pretrained_sources, schedule_options, stage_config, variant
 from pipelines.train.worker import run_worker
-from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
 from tcan.weights import MODEL_FILE, load_pretrained, read_model_info, read_variant
 
-RUN_FILE = "run.json"
 START_GRACE_SECONDS = 5  # after a signal, for workers that are about to make their first step
 REGISTERED_NAMES = {1: "tcan-stage1", 2: "tcan"}  # in the MLflow model registry
-# Keys that may change when a run is resumed: they change its results by no more than rounding.
-RESUME_MAY_CHANGE = {
-    "workers",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "zero_stage",
-    "deepspeed",
-    "gradient_checkpointing",
-    "min_workers",
-    "max_failures",
-    "num_checkpoints",
-    "keep_checkpoints",
-    "validation_samples",
-    "on_bad_loss",
-    "loss_spike_factor",
-    "hang_timeout",
-    "log_every",
-    "profile_steps",
-    "clip_cache_mb",
-}
-STAGE_RESUME_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "sample_every", "validate_every"}
 
 
 def train(
@@ -203,11 +179,11 @@ def _train_stage(
 ) -> None:
     stage_options = stage_config(config, stage)
     folder = out / f"stage{stage}"
-    settings = _settings(stage, dataset, start, config)
+    settings = run_settings(stage, dataset, start, config)
     given = read_settings(config.train.deepspeed)
-    run = _read_run(folder)
+    run = read_run(folder)
     if run:
-        _check_same_settings(folder, run["settings"], settings)
+        check_same_settings(folder, run["settings"], settings)
         if run["finished_steps"] >= stage_options.steps and (model / MODEL_FILE).is_file():
             print(
                 f"stage {stage}: already finished ({run['finished_steps']} steps), skipped: {model}",
@@ -227,7 +203,7 @@ def _train_stage(
         resumed = record.id == run_id
         record.tag("tcan.dataset_fingerprint", settings["dataset"])
         run = {"mlflow_run_id": record.id, "finished_steps": 0, "settings": settings}
-        _write_run(folder, run)
+        write_run(folder, run)
         task = Task(
             config=config,
             stage=stage,
@@ -253,7 +229,7 @@ def _train_stage(
             recorder.close()
         checkpoint.publish(result.checkpoint, model)
         record.model(model, REGISTERED_NAMES[stage], out.name, config.animate)
-        _write_run(folder, {**run, "finished_steps": stage_options.steps})
+        write_run(folder, {**run, "finished_steps": stage_options.steps})
     print(f"stage {stage}: finished, model in {model}", flush=True)
 
 
@@ -403,78 +379,3 @@ def _connect(config: Config) -> None:
                 f"train.workers = {workers} need {amount} {kind}s, this machine has {available.get(kind, 0):.0f}; "
                 f"lower train.workers or train.{kind.lower()}s_per_worker"
             )
-
-
-# --- settings of a run ---------------------------------------------------------------------------------------
-
-
-def _settings(stage: int, dataset: str, start: Path | None, config: Config) -> dict[str, Any]:
-    """All settings that determine the results of a run."""
-    files = sorted(start.rglob("*.safetensors")) if start else []
-    start_digest = _digest(file.read_bytes() for file in files) if start else None
-    return {
-        "seed": config.seed,
-        "size": config.size,
-        "dataset": _digest([storage.read_bytes(f"{dataset}/{INFO_FILE}")]),
-        "from": start_digest,
-        **_settings_of_config(config, stage),
-    }
-
-
-def _settings_of_config(config: Config, stage: int) -> dict[str, Any]:
-    values = dataclasses.asdict(config.train)
-    relevant = {
-        key: value for key, value in values.items() if key not in RESUME_MAY_CHANGE | {"stage1", "stage2"}
-    }
-    return relevant | {
-        key: value for key, value in values[f"stage{stage}"].items() if key not in STAGE_RESUME_MAY_CHANGE
-    }
-
-
-def _digest(files: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for content in files:
-        digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()[:16]
-
-
-def _check_same_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Compare the settings of a run with those of its start.
-
-    A field that was added after the start has no value there: the run was started with the behaviour of its default.
-    """
-    defaults = {
-        field.name: field.default
-        for config in (TrainConfig, StageConfig)
-        for field in dataclasses.fields(config)
-    }
-    for key in new:
-        started = old.get(key, defaults.get(key))
-        if started != new[key]:
-            raise UserError(
-                f"{folder}: this run was started with {key} = {started}, not {new[key]}; set the same value, or use "
-                "another OUT"
-            )
-
-
-def _read_run(folder: Path) -> dict[str, Any] | None:
-    path = folder / RUN_FILE
-    if not path.is_file():
-        return None
-    try:
-        run = json.loads(path.read_text())
-        is_valid = isinstance(run["settings"], dict) and isinstance(run["finished_steps"], int)
-        is_valid = is_valid and isinstance(run["mlflow_run_id"], str)
-    except (OSError, ValueError, KeyError, TypeError):
-        is_valid = False
-    if not is_valid:
-        raise UserError(
-            f"{path}: cannot be read, or is not a file of tcan train; restore it or use another OUT"
-        )
-    return run
-
-
-def _write_run(folder: Path, run: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / RUN_FILE) as partial:
-        partial.write_text(json.dumps(run, indent=2) + "\n")
