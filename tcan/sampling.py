@@ -64,7 +64,7 @@ class SamplingConfig:
             self._reject("overlap", f"must be from 0 to below window = {self.window}; change one of them")
         for key, example in (("guidance_scale", 7.5), ("controlnet_scale", 1), ("ptm_strength", 1)):
             value = getattr(self, key)
-            if not isinstance(value, Real) or not 0 <= value < math.inf:
+            if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
                 self._reject(
                     key, f"must be {'finite' if value == math.inf else 'at least 0'}; set e.g. {example}"
                 )

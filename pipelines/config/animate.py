@@ -15,6 +15,12 @@ class AnimateConfig(SamplingConfig):
     scheduler: str = "DDIMScheduler"
     """Class name of the diffusers scheduler for sampling, e.g. DPMSolverMultistepScheduler."""
 
+    lora: str | None = None
+    """LoRA of SD1.5 that is merged into the denoising UNet: a file, or a folder or hub id with one. Default: none."""
+
+    lora_scale: float = 1.0
+    """Scale of `animate.lora` (>= 0)."""
+
     retarget: bool = True
     """Retargeting of the poses to the proportions and the position of the character."""
 
@@ -55,7 +61,7 @@ class AnimateConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "animate.", at_least(1), decode_batch=8)
-        check(self, "animate.", at_least(0), workers=0)
+        check(self, "animate.", at_least(0), workers=0, lora_scale=1)
         if self.smoothing_window and (self.smoothing_window < 5 or self.smoothing_window % 2 == 0):
             raise UserError(
                 f"animate.smoothing_window = {self.smoothing_window}: must be odd and at least 5; set e.g. 7, or 0 to "

@@ -22,7 +22,6 @@ from pipelines.train.data import Batch
 from pipelines.train.engine import AdamW
 from tcan.memory import to_fake
 from tcan.model import TCAN, diffusion_loss
-from tcan.pipeline import TCANPipeline
 from tcan.pixels import from_vae_output, to_vae_input
 from tcan.schedule import sampler
 
@@ -161,33 +160,6 @@ def test_vae_runs_on_cuda_from_uint8_to_pixels(preset: str, dtype: torch.dtype) 
             pixels = from_vae_output(networks.vae.decode(latents).sample)
         assert pixels.shape == (2, side, side, 3) and pixels.dtype == torch.float32
         assert pixels.device.type == "cuda"
-
-
-def test_model_offloading_moves_one_network_at_a_time_to_the_gpu() -> None:
-    frames = 4
-    with fake() as mode, torch.no_grad():
-        networks = Networks("mini", torch.float32, "cpu", mode)
-        pipe = TCANPipeline(networks.vae, networks.tcan, networks.scheduler)
-        pipe.enable_model_cpu_offload(device="cuda")
-
-        def devices() -> tuple[str, str]:
-            return next(pipe.vae.parameters()).device.type, next(pipe.tcan.parameters()).device.type
-
-        assert devices() == ("cpu", "cpu")
-        cuda, side = pipe._execution_device, networks.latent_size
-        assert cuda.type == "cuda"
-        reference = pipe.vae.encode(torch.zeros(1, 3, 8 * side, 8 * side, device=cuda)).latent_dist.mean
-        assert devices() == ("cuda", "cpu")
-        t = torch.zeros(1, dtype=torch.int64, device=cuda)
-        features = pipe.tcan.appearance(reference, t)
-        assert devices() == ("cpu", "cuda")
-        pose = pipe.tcan.embed_pose(torch.zeros(1, frames, 3, side * 8, side * 8, device=cuda))
-        noisy = torch.zeros(1, frames, networks.channels, side, side, device=cuda)
-        residuals = pipe.tcan.pose_residuals(noisy, t, pose)
-        eps = pipe.tcan.denoise(noisy, t, residuals, features, [False, True])
-        assert eps.device.type == "cuda"
-        pipe.maybe_free_model_hooks()
-        assert devices() == ("cpu", "cpu")
 
 
 def test_every_scheduler_steps_after_training_used_its_schedule() -> None:
