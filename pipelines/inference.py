@@ -9,6 +9,7 @@ import torch
 from pipelines.config import Config
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
+from tcan.pipeline_input import check_window
 from tcan.pose import corrupt_poses
 from tcan.schedule import sampler
 from tcan.weights import MINI_MODEL, read_model_info
@@ -54,8 +55,11 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
         device=device if config.animate.offload == "none" else "cpu",
         **pretrained,
     )
-    pipe.check_window(config.animate)
+    check_window(config.animate, pipe.tcan.max_frames)
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
+    if config.animate.lora is not None:
+        pipe.load_lora_weights(config.animate.lora)
+        pipe.fuse_lora(config.animate.lora_scale)
     if config.animate.vae_tiling:
         pipe.enable_vae_tiling()
     if config.animate.offload == "model":

@@ -26,20 +26,23 @@ from tcan.pipeline_input import (
     check_options,
     check_size,
     check_tensor_inputs,
+    check_window,
     draw_noise,
     on_cpu,
+    set_timesteps,
     to_character,
     to_dtype,
     to_image,
     to_motion,
 )
-from tcan.pipeline_options import VaeOptions
+from tcan.pipeline_options import LoraOptions, VaeOptions
 from tcan.pixels import from_vae_output, to_vae_input
 from tcan.pose import PoseDetector, draw_poses, find_people, main_person_poses
 from tcan.pose import retarget as retarget_poses
 from tcan.sampling import SamplingConfig
 from tcan.schedule import noise_schedule
 from tcan.weights import load_model, load_pose_detector, load_pretrained, read_model_info, save_model
+from tcan.weights.common import quiet
 from tcan.window_inputs import WindowInputs
 
 logger = logging.getLogger(__name__)
@@ -58,7 +61,7 @@ class TCANPipelineOutput(BaseOutput):
     """Driving poses after retargeting: keypoints `[F, 18, 3]` in pixels of the frames."""
 
 
-class TCANPipeline(VaeOptions, DiffusionPipeline):
+class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
     """Animates the person of one image with a sequence of poses (TCAN, arXiv 2407.09012).
 
         pipe = TCANPipeline.from_pretrained("runs/model").to("cuda")
@@ -122,7 +125,8 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
 
     def to(self, *args: Any, **kwargs: Any) -> "TCANPipeline":
         """Same as `DiffusionPipeline.to`; also moves the pose network, which keeps its dtype."""
-        super().to(*args, **kwargs)
+        with quiet():  # diffusers warns about modules to keep in float32, of which there are none
+            super().to(*args, **kwargs)
         if self.pose_detector is not None:
             self.pose_detector.to(self.device)
         return self
@@ -131,6 +135,10 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
         """Save a model folder for `from_pretrained`: the trained weights, and the names of the pretrained models."""
         if kwargs:
             raise ValueError(f"save_pretrained does not support these options: {', '.join(kwargs)}")
+        if self._loras.loras:
+            raise UserError(
+                f"{save_directory}: a LoRA is merged into the weights; call unload_lora_weights first"
+            )
         save_model(self.tcan, save_directory, **self.model_info)
 
     @torch.no_grad()
@@ -183,7 +191,7 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
         if num_inference_steps is not None:
             overrides["steps"] = num_inference_steps
         sampling = (sampling or SamplingConfig()).override(**overrides)
-        self.check_window(sampling)
+        check_window(sampling, self.tcan.max_frames)
         height = self.height if height is None else height
         width = self.width if width is None else width
         check_size(height, width)
@@ -244,7 +252,7 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
         height, width = image.shape[:2]
         clip = WindowInputs(self.tcan, lambda part: self.draw(part, height, width), poses, sampling, device)
 
-        scheduler.set_timesteps(sampling.steps)
+        set_timesteps(scheduler, sampling.steps)
         shape = (sampling.window, *reference.shape[1:])
         noise = draw_noise(shape, generator)
         # The noise of one window, repeated along time: all windows start from the same noise.
@@ -376,18 +384,6 @@ class TCANPipeline(VaeOptions, DiffusionPipeline):
         if (around := person_box(character, *size)) != box:
             logger.warning("the image: %s", describe_crop(character, around))
         return retarget_poses(poses, fit_keypoints(character, *size, box=around), retarget), around
-
-    def check_window(self, sampling: SamplingConfig) -> None:
-        """Require that the temporal layers have a position for every frame of a window.
-
-        Raises:
-            UserError: the window is longer.
-        """
-        if sampling.window > self.tcan.max_frames:
-            raise UserError(
-                f"{sampling.prefix}window = {sampling.window}: the model's motion modules have {self.tcan.max_frames} "
-                f"positions; set at most {self.tcan.max_frames}"
-            )
 
     @property
     def height(self) -> int:

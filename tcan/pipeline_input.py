@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tcan.errors import UserError
+from tcan.errors import UserError, first_line
 from tcan.pixels import float_to_uint8, pil_to_uint8
 from tcan.pose.keypoints import check_keypoints
+from tcan.sampling import SamplingConfig
 from tcan.video import read_image
 
 ImageInput: TypeAlias = np.ndarray | Image.Image | Tensor | str | os.PathLike
@@ -151,6 +152,19 @@ def check_tensor_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
         )
 
 
+def check_window(sampling: SamplingConfig, max_frames: int) -> None:
+    """Require that the temporal layers have a position for every frame of a window.
+
+    Raises:
+        UserError: the window is longer.
+    """
+    if sampling.window > max_frames:
+        raise UserError(
+            f"{sampling.prefix}window = {sampling.window}: the model's motion modules have {max_frames} positions; set at "
+            f"most {max_frames}"
+        )
+
+
 def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A data type, or its name as in `torch`, such as "float16".
 
@@ -161,6 +175,20 @@ def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise UserError(f"torch_dtype = {dtype}: unknown; use float32, bfloat16 or float16")
     return found
+
+
+def set_timesteps(scheduler: Any, steps: int) -> None:
+    """Set the number of steps of a scheduler.
+
+    Raises:
+        UserError: the scheduler does not support it, such as `LCMScheduler` above 50 steps.
+    """
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise UserError(
+            f"steps = {steps}: not supported by {type(scheduler).__name__} ({first_line(error)}); set fewer steps"
+        ) from None
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 import inspect
 
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, LCMScheduler, SchedulerMixin
 from torch import Tensor
 
 from tcan.errors import UserError
@@ -59,7 +59,7 @@ def sampler(scheduler: DDIMScheduler, name: str) -> SchedulerMixin:
         cls.__name__: cls
         for cls in scheduler.compatibles
         if "beta_schedule" in inspect.signature(cls.__init__).parameters  # excludes the EDM schedulers
-    }
+    } | {"LCMScheduler": LCMScheduler}
     if name not in supported:
         raise UserError(f"scheduler {name}: not supported; use one of {', '.join(sorted(supported))}")
     parameters = inspect.signature(supported[name].__init__).parameters

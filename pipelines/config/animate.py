@@ -39,6 +39,12 @@ class AnimateConfig(SamplingConfig):
     scheduler: str = "DDIMScheduler"
     """Class name of the diffusers scheduler for sampling, e.g. DPMSolverMultistepScheduler."""
 
+    lora: str | None = None
+    """LoRA of SD1.5 that is merged into the denoising UNet: a file, or a folder or hub id with one. Default: none."""
+
+    lora_scale: float = 1.0
+    """Scale of `animate.lora` (>= 0)."""
+
     retarget: Literal["robust", "paper", "none"] = "robust"
     """Retargeting of the poses to the proportions and the position of the character. robust: bone lengths estimated over
     the driving video; paper: relative to its first frame; none: the poses are only scaled and cropped."""
@@ -83,7 +89,7 @@ class AnimateConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "animate.", at_least(1), decode_batch=8)
-        check(self, "animate.", at_least(0), workers=0)
+        check(self, "animate.", at_least(0), workers=0, lora_scale=1)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"animate.device = {self.device}: no such device; use auto, cpu, cuda or cuda:N")
         if self.smoothing_window and (self.smoothing_window < 5 or self.smoothing_window % 2 == 0):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
 from safetensors import SafetensorError
@@ -54,6 +55,7 @@ def save_model(
 ) -> None:
     """Write the trained weights, and the sources and fingerprints of the pretrained models, but not their weights.
 
+        model_index.json, pipeline.py    for `DiffusionPipeline.from_pretrained`
         tcan.json              pretrained, stage, variant, lora_rank, lora_alpha, height, width, stick_width, library_version
         appearance_unet/       a diffusers UNet without the layers after its last feature
         appa/                  a LoRA that diffusers pipelines of the pretrained UNet can load
@@ -151,7 +153,16 @@ def export_model(model: str | os.PathLike, folder: str | os.PathLike, pose: str 
 
 
 def _write_info(info: Mapping[str, Any], folder: Path) -> None:
+    """Write tcan.json, and the files with which `DiffusionPipeline.from_pretrained` finds this package."""
     (folder / MODEL_FILE).write_text(json.dumps(info, indent=2) + "\n")
+    loaders = {"vae": "Vae", "tcan": "Tcan", "scheduler": "Scheduler"}
+    loaders |= {"pose_detector": "Pose"} if "pose" in info["pretrained"] else {}
+    index = {"_class_name": ["pipeline", "TCANPipeline"], "_diffusers_version": diffusers.__version__}
+    index |= {name: ["tcan.weights.components", loader] for name, loader in loaders.items()}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "pipeline.py").write_text(
+        'from tcan.pipeline import TCANPipeline\n\n__all__ = ["TCANPipeline"]\n'
+    )
 
 
 @contextmanager

@@ -77,6 +77,12 @@ def _convert_text_encoder(checkpoint: dict[str, Tensor], config: Any) -> dict[st
     return {f"text_model.{new.removeprefix('text_model.')}": checkpoint[name] for name, new in names.items()}
 
 
+def _convert_unet(checkpoint: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """diffusers' converter ignores keys without the prefix of complete checkpoints."""
+    prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in checkpoint.items()}
+    return convert_ldm_unet_checkpoint(prefixed, config)
+
+
 def _layouts() -> tuple[Layout, ...]:
     unet, vae, controlnet = "SD1.5 UNet", "SD1.5 VAE", "SD1.5 ControlNet"
     text, motion = "SD1.5 text encoder", "AnimateDiff motion modules"
@@ -103,7 +109,7 @@ def _layouts() -> tuple[Layout, ...]:
         Layout("controlnet", controlnet, "controlnet_cond_embedding.conv_in.weight", convert=_same_keys),
         Layout("vae", vae, vae_mark, "", r"loss\..*|model_ema\..*", convert_ldm_vae_checkpoint),
         Layout("vae", vae, "encoder.down_blocks.0.resnets.0.norm1.weight", convert=_same_keys),
-        Layout("unet", unet, "input_blocks.0.0.weight", convert=convert_ldm_unet_checkpoint),
+        Layout("unet", unet, "input_blocks.0.0.weight", convert=_convert_unet),
         Layout("unet", unet, "time_embedding.linear_1.weight", convert=_same_keys),
         Layout(
             "motion_adapter",

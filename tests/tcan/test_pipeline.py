@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from tcan.crop import fit_image
@@ -19,6 +21,7 @@ from tcan.pose import OpenPose, draw_poses
 from tcan.sampling import SamplingConfig
 from tcan.schedule import sampler
 from tcan.temperature import temperature_map
+from tcan.weights import export_model
 
 SIZE = 64
 
@@ -486,14 +489,42 @@ def test_simultaneous_calls_of_one_pipeline_do_not_share_a_schedule(pipe: TCANPi
 @pytest.mark.parametrize("kind", ["model", "sequential"])
 def test_offloading_does_not_change_the_result(pipe: TCANPipeline, model_folder: Path, kind: str) -> None:
     """Sequential offloading leaves no weight in the modules between calls, so a missed hook fails on the meta device."""
-    offloaded = TCANPipeline.from_pretrained(model_folder)
-    offloaded.tcan.load_state_dict(pipe.tcan.state_dict())
-    getattr(offloaded, f"enable_{kind}_cpu_offload")(device="cpu")
-    if kind == "sequential":
+    offloaded = TCANPipeline(copy.deepcopy(pipe.vae), copy.deepcopy(pipe.tcan), pipe.scheduler)
+    offloaded.set_progress_bar_config(disable=True)
+    if kind == "model":
+        offloaded.enable_model_cpu_offload(device="cpu")
+    else:  # as `enable_sequential_cpu_offload` does, which names the device cpu:0, for which accelerate has no support
+        for network in (offloaded.vae, offloaded.tcan):
+            cpu_offload(network, torch.device("cpu"))
         assert {parameter.device.type for parameter in offloaded.tcan.parameters()} == {"meta"}
-    assert torch.equal(seeded(offloaded), seeded(pipe))
-    frames = seeded(offloaded, output_type="np")
-    np.testing.assert_array_equal(frames, seeded(pipe, output_type="np"))
+    for output_type in ("latent", "np"):
+        expected = seeded(pipe, output_type=output_type)
+        np.testing.assert_array_equal(seeded(offloaded, output_type=output_type), expected)
+
+
+@pytest.mark.parametrize(
+    "method", ["encode", "decode", "appearance", "embed_pose", "pose_residuals", "denoise"]
+)
+def test_every_call_of_the_pipeline_triggers_the_offloading_hooks(pipe: TCANPipeline, method: str) -> None:
+    """accelerate's hooks are on `forward`; the meta device stands for a GPU, which tests lack."""
+    offloaded = TCANPipeline(copy.deepcopy(pipe.vae), copy.deepcopy(pipe.tcan), pipe.scheduler)
+    offloaded.enable_model_cpu_offload(device="meta")
+    network = offloaded.vae if method in ("encode", "decode") else offloaded.tcan
+    assert offloaded._execution_device.type == "meta"
+    assert {parameter.device.type for parameter in network.parameters()} == {"cpu"}
+    noisy, pose = torch.zeros(1, 2, 4, 8, 8, device="meta"), torch.zeros(1, 2, 3, 64, 64, device="meta")
+    t = torch.zeros(1, dtype=torch.int64, device="meta")
+    arguments: dict[str, tuple] = {
+        "encode": (pose[0],),
+        "decode": (noisy[0],),
+        "appearance": (noisy[0, :1], t),
+        "embed_pose": (pose,),
+        "pose_residuals": (noisy, t, pose),
+        "denoise": (noisy, t, None, None),
+    }
+    with torch.no_grad():
+        getattr(network, method)(*arguments[method])
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
 
 
 def test_dtype_can_be_a_name(model_folder: Path) -> None:
@@ -512,3 +543,20 @@ def test_vae_slicing_and_tiling_reach_the_vae(pipe: TCANPipeline) -> None:
     assert pipe.vae.use_tiling and not pipe.vae.use_slicing
     pipe.disable_vae_tiling()
     assert not pipe.vae.use_tiling
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_diffusion_pipeline_loads_the_model_folder(
+    model_folder: Path, pretrained_folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    export_model(model_folder, tmp_path / "model", pose=str(pretrained_folder / "pose"))
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "model", trust_remote_code=True, torch_dtype=dtype)
+    expected = TCANPipeline.from_pretrained(model_folder, torch_dtype=dtype)
+    assert (
+        type(loaded) is TCANPipeline
+        and loaded.dtype == dtype
+        and (loaded.height, loaded.width) == (SIZE, SIZE)
+    )
+    assert isinstance(loaded.pose_detector, OpenPose)
+    assert dict(loaded.scheduler.config) == dict(expected.scheduler.config)
+    assert torch.equal(seeded(loaded), seeded(expected))
