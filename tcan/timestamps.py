@@ -75,7 +75,8 @@ def resample(frames: Iterable[tuple[float, T]], fps: float, last_duration: float
         frames: (time in seconds, frame), times increasing from 0. One frame is held at a time.
         last_duration: of the last frame in seconds; 0: as long as the frame before it.
     """
-    count, before, interval, shown = 0, 0.0, 0.0, []
+    count, before, interval = 0, 0.0, 0.0
+    shown: list[T] = []
     for time, frame in frames:
         while shown and count / fps < time - TOLERANCE:
             yield shown[0]
