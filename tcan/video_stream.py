@@ -222,7 +222,11 @@ class VideoStream:
             reader = decord.VideoReader(self.path, num_threads=self.threads)
             for time in times if len(reader) == len(times) else ():
                 image = reader.next().asnumpy()
-                if image.shape[:2] != (self.height, self.width):
+                if image.shape != (
+                    self.height,
+                    self.width,
+                    3,
+                ):  # decord returns padded narrow frames as 4 channels
                     break
                 count += 1
                 yield time - times[0], image
