@@ -106,7 +106,7 @@ def track_main_person(people: People, height: float, width: float) -> NDArray[np
 def track_poses(people: People, indices: NDArray[np.int64]) -> NDArray[np.float32]:
     """Keypoints `[F, 18, 3]` of a track; all 0 where its index is -1."""
     poses = np.zeros((len(people), 18, 3), np.float32)
-    for frame in np.flatnonzero(indices >= 0):
+    for frame in np.flatnonzero(indices >= 0).tolist():
         poses[frame] = people[frame][indices[frame]]
     return poses
 
@@ -259,7 +259,7 @@ def _first_pose(people: People, indices: NDArray[np.int64]) -> NDArray[np.float3
 
 def _extent(people: People, indices: NDArray[np.int64]) -> float:
     """Sum of the sizes of a track over all frames, in pixels."""
-    return sum(body_size(people[frame][indices[frame]]) for frame in np.flatnonzero(indices >= 0))
+    return sum(body_size(people[frame][indices[frame]]) for frame in np.flatnonzero(indices >= 0).tolist())
 
 
 def _center(body: NDArray[np.floating]) -> NDArray[np.float64]:
