@@ -86,7 +86,7 @@ def number_labels(people: People, height: int, width: int) -> Sequence[Labels]:
     labels: list[list[tuple[int, tuple[float, float]]]] = [[] for _ in people]
     tracks = numbered_people(people, height, width)
     for number, track in enumerate(tracks, start=1):
-        for frame in np.flatnonzero(track >= 0) if len(tracks) > 1 else ():
+        for frame in np.flatnonzero(track >= 0).tolist() if len(tracks) > 1 else ():
             body = people[frame][track[frame]]
             found = body[body[:, 2] > 0]
             labels[frame].append((number, (float(found[:, 0].mean()), float(found[:, 1].min()))))
