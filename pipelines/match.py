@@ -88,7 +88,7 @@ def match_motion(
             f"{source}: {len(characters)} people selected, but {len(drivers)} in the driving motion; select the same number "
             "with --person and --driving_person"
         )
-    sizes = (image.shape[0], image.shape[1], size[0], size[1])
+    sizes = (image.shape[0], image.shape[1], *size)
     box = person_box(characters[0], *sizes) if len(characters) == 1 else crop_box(*sizes)
     if box != crop_box(*sizes):
         logger.warning("%s: %s", source, describe_crop(characters[0], box))

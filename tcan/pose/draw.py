@@ -39,7 +39,7 @@ def draw_poses(
     radius `stick_width`. The default of 4 gives the strokes of controlnet_aux, which are designed for 512 x 512.
     """
     images = np.zeros((len(keypoints), height, width, 3), np.uint8)
-    people = np.asarray(keypoints, np.float64).reshape(len(keypoints), -1, 18, 3)
+    people = [bodies.reshape(-1, 18, 3) for bodies in np.asarray(keypoints, np.float64)]
     for image, joints in ((images[frame], body) for frame, bodies in enumerate(people) for body in bodies):
         for (start, end), color in zip(LIMBS[:DRAWN_LIMBS], COLORS, strict=False):
             (x0, y0, s0), (x1, y1, s1) = joints[start], joints[end]

@@ -345,8 +345,8 @@ def test_invalid_animate_input_is_one_line_user_error(
         ({"animate.smoothing_window": 4}, "animate.smoothing_window = 4: must be odd"),
         ({"animate.width": 100}, "animate.width = 100: must be above 0 and a multiple of 64"),
         ({"animate.overlap": 16}, "animate.overlap = 16"),
-        ({"person": "above"}, "--person above: invalid person; use largest"),
-        ({"driving_person": "0"}, "--driving_person 0: invalid person"),
+        ({"person": 1.5}, "--person 1.5: invalid person; use largest"),
+        ({"driving_person": 0}, "--driving_person 0: invalid person"),
         ({"pairs": "pairs.csv"}, "remove --image, --driving, --out"),
     ):
         arguments = []

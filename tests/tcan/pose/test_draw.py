@@ -34,3 +34,9 @@ def test_stick_width_scales_the_drawing_and_missing_people_are_black():
     assert 0 < thin < thick
     assert not draw_poses(np.zeros((2, 18, 3), np.float32), 128, 128).any()
     assert draw_poses(np.zeros((0, 18, 3), np.float32), 64, 32).shape == (0, 64, 32, 3)
+
+
+def test_several_people_are_drawn_on_one_image() -> None:
+    first, second = body(20, 20, 40)[None], body(90, 20, 40)[None]
+    both = draw_poses(np.stack([first, second], axis=1), 64, 128)
+    np.testing.assert_array_equal(both, draw_poses(first, 64, 128) | draw_poses(second, 64, 128))
