@@ -29,7 +29,7 @@ class Vae(ModelMixin):
     """Loader of the VAE."""
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, folder: Folder, torch_dtype: torch.dtype | None = None, variant: str | None = None, **unused: Any
     ) -> AutoencoderKL:
         """Load the VAE that the model was trained on."""
@@ -44,7 +44,7 @@ class Tcan(ModelMixin):
     """Loader of TCAN."""
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, folder: Folder, torch_dtype: torch.dtype | None = None, variant: str | None = None, **unused: Any
     ) -> TCAN:
         """Load the trained parts and the pretrained models that they need."""
@@ -59,7 +59,7 @@ class Scheduler(SchedulerMixin):
     """Loader of the noise schedule."""
 
     @classmethod
-    def from_pretrained(cls, folder: Folder, **unused: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, folder: Folder, **unused: Any) -> Any:
         """Load the schedule with the options of the training."""
         info = read_model_info(folder)
         return noise_schedule(
@@ -71,6 +71,6 @@ class Pose(ModelMixin):
     """Loader of the pose network."""
 
     @classmethod
-    def from_pretrained(cls, folder: Folder, **unused: Any) -> OpenPose:  # type: ignore[override]
+    def from_pretrained(cls, folder: Folder, **unused: Any) -> OpenPose:
         """Load the pose network that the model folder names."""
         return load_pose_detector(read_model_info(folder)["pretrained"]["pose"]["source"])
