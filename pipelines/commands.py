@@ -130,7 +130,7 @@ def _demo(arguments: Any, config: Any) -> None:
 def _memory(arguments: Any, config: Any) -> None:
     from pipelines.memory import memory
 
-    memory(config, arguments.gpus, arguments.stage)
+    memory(config, arguments.gpus, arguments.stage, arguments.job)
 
 
 def _ui(arguments: Any, config: Any) -> None:
@@ -288,8 +288,13 @@ COMMANDS = {
         ("pretrained", "preprocess", "train", "animate", "evaluate", "tracking"),
     ),
     "memory": Command(
-        "Estimate the GPU memory of training.",
+        "Estimate the GPU memory of a job, and what fits into GPUs of common sizes.",
         {
+            "--job": {
+                "type": Literal["train", "preprocess", "animate"],
+                "default": "train",
+                "help": "Job to estimate.",
+            },
             "--gpus": {
                 "type": int,
                 "default": 8,
@@ -302,7 +307,7 @@ COMMANDS = {
             },
         },
         _memory,
-        ("pretrained", "train"),
+        ("pretrained", "preprocess", "train", "animate"),
     ),
     "ui": Command(
         "Serve the MLflow page of the recorded runs.",

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pipelines.config import Config
+from tcan.acceleration import compile_tcan, compile_vae, is_compiled, use_fast_formats
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.schedule import sampler
@@ -27,6 +28,11 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
     pipe = TCANPipeline.from_pretrained(
         model, torch_dtype=PRECISIONS[config.animate.precision], device=device, **pretrained
     )
+    use_fast_formats(pipe.device, pipe.tcan, pipe.vae)
+    if is_compiled(config.animate.compile, pipe.device):
+        print("compiling the networks: the first step of a size takes minutes", flush=True)
+        compile_tcan(pipe.tcan, cuda_graphs=True)
+        compile_vae(pipe.vae, cuda_graphs=True)
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: shown only on a terminal
     return pipe

@@ -33,6 +33,9 @@ class AnimateConfig(SamplingConfig):
     device: str = "auto"
     """Device, e.g. cpu, cuda or cuda:1. auto: a GPU if available, else the CPU."""
 
+    compile: bool | Literal["auto"] = "auto"
+    """Compilation of the networks with torch.compile: faster steps after a first step of minutes. auto: on GPUs."""
+
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of weights and activations."""
 

@@ -146,6 +146,10 @@ def deepspeed_settings(
         for key in ("optimizer", "scheduler")
         if key in given
     ]
+    if config.precision == "bf16" and config.zero_stage >= 2:
+        # By default DeepSpeed sums the gradients of accumulation steps in bf16, whose rounding loses small ones. ZeRO 0
+        # does not support another type, and ZeRO 1 then replaces its optimizer by one without partitioned updates.
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = _merge(ours, given, "", conflicts, set_by)
     if conflicts:
         raise UserError(
@@ -156,6 +160,9 @@ def deepspeed_settings(
         # The contiguous buffer prevents fragmentation of GPU memory, but costs a copy of all gradients.
         zero = merged["zero_optimization"]
         merged["zero_optimization"] = {"contiguous_gradients": zero["stage"] == 3} | zero
+    else:
+        # Reduce gradients on a side stream while the backward pass continues; DeepSpeed's default is only ZeRO 3.
+        merged["zero_optimization"] = {"overlap_comm": True} | merged["zero_optimization"]
     quiet = {
         "steps_per_print": 1 << 30,
         "zero_allow_untested_optimizer": True,

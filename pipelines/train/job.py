@@ -49,6 +49,7 @@ RESUME_MAY_CHANGE = {
     "gpus_per_worker",
     "zero_stage",
     "deepspeed",
+    "compile",
     "gradient_checkpointing",
     "min_workers",
     "max_failures",
@@ -137,8 +138,9 @@ def _train_stage(
     folder = out / f"stage{stage}"
     settings = _settings(stage, dataset, start, config)
     given = read_settings(config.train.deepspeed)
+    one = dataclasses.replace(stage_options, micro_batch=1)  # "auto" is resolved by the workers
     deepspeed_settings(
-        config.train, stage_options, config.train.workers, given
+        config.train, one if stage_options.micro_batch == "auto" else stage_options, config.train.workers, given
     )  # reports contradictions before anything starts
     run = _read_run(folder)
     if run:
@@ -246,8 +248,15 @@ def _ray_trainer(task: Task, storage: str, name: str) -> TorchTrainer:
                 checkpoint_score_order="min",
             ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            # Before CUDA starts: Ray Train starts it for NCCL, ahead of the worker's function.
+            worker_runtime_env={"env_vars": _allocator_settings()} if config.gpus_per_worker else {},
         ),
     )
+
+
+def _allocator_settings() -> dict[str, str]:
+    """The driver's settings of torch's CUDA allocator; `pipelines.cli` sets expandable segments."""
+    return {name: value for name, value in os.environ.items() if name == "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 def _wait(
