@@ -32,6 +32,11 @@ class CountOperators(TorchDispatchMode):
 
         return compile_graph
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Under other modes, torch does not run compiled graphs."""
+        return True
+
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += not op.is_view and not self._in_graph
         return op(*args, **(kwargs or {}))

@@ -123,6 +123,7 @@ def deepspeed_settings(
     Raises:
         UserError: the contradictions and the keys to change instead.
     """
+    assert stage.micro_batch != "auto"
     ours = {
         "train_batch_size": stage.batch_size,
         "train_micro_batch_size_per_gpu": stage.micro_batch,
@@ -138,6 +139,7 @@ def deepspeed_settings(
         "gradient_accumulation_steps": "train.stageN.batch_size, micro_batch and train.workers",
         "gradient_clipping": "train.max_grad_norm",
         "bf16.enabled": "train.precision",
+        "data_types.grad_accum_dtype": "train.precision",
         "fp16.enabled": "train.precision (fp32 or bf16)",
         "zero_optimization.stage": "train.zero_stage",
     }

@@ -115,6 +115,19 @@ def test_gradients_of_compiled_networks(stage: int, checkpointing: bool) -> None
     assert set(compilations(counted).values()) == {1}
 
 
+@pytest.mark.slow
+def test_inductor_decodes_like_eager_mode() -> None:
+    """With the mode of CUDA graphs, which compiles without them on a CPU; their outputs are copies in any case."""
+    vae = tiny_vae().eval()
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+        compile_vae(vae, cuda_graphs=True)
+        first, second = (vae.decode(latents).sample for _ in range(2))
+    assert difference([expected], [first]) < TOLERANCE and torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
+
+
 def test_reference_mask_on_the_device_equals_the_mask_on_the_host() -> None:
     tcan = tiny_tcan()
     batch = tiny_batch(3, 2)
