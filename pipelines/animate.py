@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipelines.config import Config
-from pipelines.inference import create_folder, load_pipeline
+from pipelines.inference import create_folder, load_pipeline, memory_advice
 from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.person_box import person_box
@@ -63,7 +63,8 @@ def animate(animation: Animation, model: Path, config: Config) -> None:
             model folder that is incomplete or does not match its pretrained models; a target that cannot be written.
     """
     inputs = read_inputs(animation, config)
-    count = render_animation(load_pipeline(model, config), animation, inputs, config)
+    with memory_advice(config):
+        count = render_animation(load_pipeline(model, config), animation, inputs, config)
     print(f"{animation.out}: {count} frames at {inputs.fps:g} frames/s", flush=True)
 
 

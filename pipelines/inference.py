@@ -1,6 +1,8 @@
 """Functions shared by the jobs that run a trained model: animate, animate_pairs, pose, evaluate."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,6 +38,27 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: shown only on a terminal
     return pipe
+
+
+@contextmanager
+def memory_advice(config: Config) -> Iterator[None]:
+    """Context in which exhausted GPU memory is an error with the settings to change.
+
+    Raises:
+        UserError: out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        options = config.animate
+        advice = [
+            f"lower animate.decode_batch ({options.decode_batch})" if options.decode_batch > 1 else "",
+            "set animate.precision to fp16" if options.precision == "fp32" else "",
+            "lower animate.height and animate.width",
+        ]
+        raise UserError(
+            f"animate: out of GPU memory; {', or '.join(filter(None, advice))}; see tcan memory --job animate"
+        ) from None
 
 
 def choose_device(config: Config) -> str:

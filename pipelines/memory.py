@@ -80,7 +80,9 @@ def training_estimate(config: Config, stage: int, checkpointing: bool) -> Traini
 def _print_training(config: Config, stage: int, gpus: int) -> None:
     train = config.train
     settings = train.stage1 if stage == 1 else train.stage2
-    estimates = {checkpointing: training_estimate(config, stage, checkpointing) for checkpointing in (False, True)}
+    estimates = {
+        checkpointing: training_estimate(config, stage, checkpointing) for checkpointing in (False, True)
+    }
     sample = "image" if stage == 1 else f"clip of {train.clip_frames} frames"
     lines = [
         f"stage {stage}: {sample} of {config.size} x {config.size}, {train.precision}, GiB",
@@ -89,7 +91,9 @@ def _print_training(config: Config, stage: int, gpus: int) -> None:
         "  fits into one GPU, with the fastest options first",
     ]
     for card in CARDS:
-        lines.append(f"    {card:>2} GiB  {next(training_options(estimates, settings.batch_size, card), '-')}")
+        lines.append(
+            f"    {card:>2} GiB  {next(training_options(estimates, settings.batch_size, card), '-')}"
+        )
     print("\n".join(lines) + "\n", flush=True)
 
 
@@ -149,7 +153,8 @@ def _print_animation(config: Config) -> None:
     guidance = animate.guidance_scale != 1
     batches = sorted({1, animate.decode_batch}, reverse=True)
     estimates = {
-        batch: animation_memory(tcan, vae, animate.window, height, width, batch, guidance) for batch in batches
+        batch: animation_memory(tcan, vae, animate.window, height, width, batch, guidance)
+        for batch in batches
     }
     print(f"animate: window of {animate.window} frames of {width} x {height}, {animate.precision}, GiB")
     print("\n".join(_phases(estimates[batches[0]])))
@@ -220,7 +225,9 @@ def _pose_network(source: str) -> tuple[nn.Module, float]:
         from tcan.pose.network import BodyPoseNetwork
 
         config = json.loads((folder / "config.json").read_text())
-        return fake_network(lambda: BodyPoseNetwork.from_config(config), torch.float32), config["input_height"]
+        return fake_network(lambda: BodyPoseNetwork.from_config(config), torch.float32), config[
+            "input_height"
+        ]
     from tcan.pose.openpose_loading import open_pose_module
 
     return fake_network(open_pose_module("model").bodypose_model, torch.float32), 184.0

@@ -50,7 +50,8 @@ class Appearance:
             split = [*without_reference, *with_reference]
             self.num_with_reference = len(with_reference)
             self.with_reference, self.without_reference, self.order = (
-                self._index(group) for group in (with_reference, without_reference, [split.index(i) for i in indices])
+                self._index(group)
+                for group in (with_reference, without_reference, [split.index(i) for i in indices])
             )
 
     def _index(self, clips: list[int]) -> slice | Tensor:

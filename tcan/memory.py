@@ -134,7 +134,13 @@ class InferenceMemory:
 
 
 def animation_memory(
-    tcan: TCAN, vae: AutoencoderKL, frames: int, height: int, width: int, decode_batch: int, guidance: bool = True
+    tcan: TCAN,
+    vae: AutoencoderKL,
+    frames: int,
+    height: int,
+    width: int,
+    decode_batch: int,
+    guidance: bool = True,
 ) -> InferenceMemory:
     """Return the memory of an animation: of a denoising step of a window, and of decoding.
 
@@ -168,7 +174,12 @@ def animation_memory(
 
 
 def preprocess_memory(
-    vae: AutoencoderKL, pose_network: nn.Module, input_height: float, batch_frames: int, height: int, width: int
+    vae: AutoencoderKL,
+    pose_network: nn.Module,
+    input_height: float,
+    batch_frames: int,
+    height: int,
+    width: int,
 ) -> InferenceMemory:
     """Return the memory of the preprocessing actor: of VAE encoding and of the pose network, without its decoding.
 

@@ -10,7 +10,6 @@ import sys
 
 os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
-import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -39,7 +38,10 @@ def main(zero_stage: int, port: int) -> None:
         losses[name] = []
         for micro_step in range(6):  # three optimizer steps of two micro-batches
             loss = diffusion_loss(
-                engine, DDIMScheduler(), **tiny_batch(2, 1, micro_step), reference_mask=[True, micro_step % 2 == 0]
+                engine,
+                DDIMScheduler(),
+                **tiny_batch(2, 1, micro_step),
+                reference_mask=[True, micro_step % 2 == 0],
             )
             engine.backward(loss)
             engine.step()

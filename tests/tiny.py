@@ -26,7 +26,12 @@ def tiny_networks() -> dict[str, Any]:
         block_out_channels=CHANNELS, motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4,
         use_motion_mid_block=False,
     )  # fmt: skip
-    return {"unet": unet, "controlnet": controlnet, "motion_adapter": adapter, "empty_prompt": torch.randn(1, 4, 8)}
+    return {
+        "unet": unet,
+        "controlnet": controlnet,
+        "motion_adapter": adapter,
+        "empty_prompt": torch.randn(1, 4, 8),
+    }
 
 
 def tiny_tcan() -> TCAN:

@@ -140,7 +140,10 @@ def _train_stage(
     given = read_settings(config.train.deepspeed)
     one = dataclasses.replace(stage_options, micro_batch=1)  # "auto" is resolved by the workers
     deepspeed_settings(
-        config.train, one if stage_options.micro_batch == "auto" else stage_options, config.train.workers, given
+        config.train,
+        one if stage_options.micro_batch == "auto" else stage_options,
+        config.train.workers,
+        given,
     )  # reports contradictions before anything starts
     run = _read_run(folder)
     if run:

@@ -55,9 +55,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether device or main memory is exhausted; for main memory, torch raises a RuntimeError."""
     text = str(error)
     return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "allocate memory" in text
-        or "not enough memory" in text
+        isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text or "not enough memory" in text
     )
 
 

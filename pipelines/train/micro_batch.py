@@ -24,7 +24,9 @@ def choose_micro_batch(task: Task, rank: int, workers: int, limit: int | None) -
     """
     if task.stage_config.micro_batch != "auto":
         return task
-    gibibytes = torch.tensor(_device_memory(task.config) / GIB, device="cuda" if _has_gpu(task.config) else "cpu")
+    gibibytes = torch.tensor(
+        _device_memory(task.config) / GIB, device="cuda" if _has_gpu(task.config) else "cpu"
+    )
     dist.all_reduce(gibibytes, dist.ReduceOp.MIN)
     chosen, size = largest_micro_batch(task.config, task.stage, workers, float(gibibytes), limit)
     if rank == 0:

@@ -37,7 +37,10 @@ def run_worker(settings: dict[str, Task]) -> None:
         if is_auto and task.micro_batch > 1 and is_out_of_memory(error):
             # All workers restart from the last checkpoint, with the same samples in more accumulation steps.
             ray.get(task.monitor.limit_micro_batch.remote(task.micro_batch // 2))
-            print(f"stage {task.stage}: out of memory; restarting with micro_batch <= {task.micro_batch // 2}", flush=True)
+            print(
+                f"stage {task.stage}: out of memory; restarting with micro_batch <= {task.micro_batch // 2}",
+                flush=True,
+            )
             raise
         if reason := out_of_memory(error, task.config.train, task.stage_config, task.stage):
             ray.get(task.monitor.abort.remote(reason))  # a restart would end in the same way

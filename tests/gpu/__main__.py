@@ -26,7 +26,9 @@ REPORT = ROOT / "tests" / "benchmarks" / "GPU.md"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--results", type=Path, default=Path("gpu.jsonl"))
@@ -56,7 +58,17 @@ def run_parts(device: str, seconds: float, results: Path) -> int:
 
 def run_part(name: str, device: str, limit: float, results: Path) -> str:
     """Run a part in a process group of its own; returns "finished", or what went wrong."""
-    command = [sys.executable, "-m", "tests.gpu", "--part", name, "--device", device, "--results", str(results)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.gpu",
+        "--part",
+        name,
+        "--device",
+        device,
+        "--results",
+        str(results),
+    ]
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True
     )
@@ -83,7 +95,10 @@ def write_report(results: Path) -> None:
         "",
         "| part | metric | value | details |",
         "|---|---|---|---|",
-        *(f"| {row['part']} | {row['what']} | {row['value']} | {row['note']} |" for row in read_results(results)),
+        *(
+            f"| {row['part']} | {row['what']} | {row['value']} | {row['note']} |"
+            for row in read_results(results)
+        ),
     ]
     REPORT.write_text("\n".join(lines) + "\n")
 

@@ -34,14 +34,42 @@ def run_jobs(device: str, report: Any) -> None:
         job("preprocess", [str(folder / "videos"), dataset, "--preprocess.validation_fraction", "0"])
         train = [dataset, "--out", run, "--train.workers", "1"]
         for stage, steps in ((1, 6), (2, 2)):
-            train += [f"--train.stage{stage}.{key}" for key in (f"steps={steps}", "batch_size=2", "micro_batch=1", "checkpoint_every=1", "sample_every=0", "validate_every=0")]
-        job("train, killed after its first checkpoint", ["train", *train], kill_when=folder / "run" / "stage1")
+            train += [
+                f"--train.stage{stage}.{key}"
+                for key in (
+                    f"steps={steps}",
+                    "batch_size=2",
+                    "micro_batch=1",
+                    "checkpoint_every=1",
+                    "sample_every=0",
+                    "validate_every=0",
+                )
+            ]
+        job(
+            "train, killed after its first checkpoint", ["train", *train], kill_when=folder / "run" / "stage1"
+        )
         job("train", train)
         animated = str(folder / "animated.mp4")
         image, driving = str(folder / "held-out" / "00.png"), str(folder / "held-out" / "00.mp4")
         model = ["--model", str(folder / "run" / "model"), "--animate.steps", "2"]
-        job("animate", ["--image", image, "--driving", driving, "--out", animated, "--character", str(folder / "held-out" / "00.json"), *model])
-        job("evaluate", [str(folder / "held-out"), "--out", str(folder / "evaluation"), "--evaluate.frames", "8", *model])
+        job(
+            "animate",
+            [
+                "--image",
+                image,
+                "--driving",
+                driving,
+                "--out",
+                animated,
+                "--character",
+                str(folder / "held-out" / "00.json"),
+                *model,
+            ],
+        )
+        job(
+            "evaluate",
+            [str(folder / "held-out"), "--out", str(folder / "evaluation"), "--evaluate.frames", "8", *model],
+        )
         metrics = json.loads((folder / "evaluation" / "evaluation.json").read_text())["metrics"]
         report.add("evaluate", f"{len(metrics)} metrics")
 

@@ -88,13 +88,24 @@ def steps(device: str, report: Reporter) -> None:
         operations = sd15.flops(lambda t=trainer, d=data: t.step(*d.latents()))
         used = peak_bytes(lambda t=trainer, d=data: t.gradients(*d.latents()), device)
         estimate = training_memory(trainer.tcan, stage, batch, frames, size, size).activations
-        report.add(f"{what}: memory of the step, measured", f"{used / 2**30:.2f} GiB", f"activations estimated {estimate / 2**30:.2f} GiB")
+        report.add(
+            f"{what}: memory of the step, measured",
+            f"{used / 2**30:.2f} GiB",
+            f"activations estimated {estimate / 2**30:.2f} GiB",
+        )
         for name in ("eager", "compiled"):
             if name == "compiled":
                 compile_tcan(trainer.tcan, "inductor" if gpu else "eager")
             first = seconds(lambda t=trainer, d=data: t.step(*d.latents()), device)
-            best = min(seconds(lambda t=trainer, d=data: t.step(*d.latents()), device) for _ in range(5 if gpu else 1))
-            report.add(f"{what}, {name}", f"{best:.3f} s per step", f"MFU {operations / best / peak:.0%}, first step {first:.1f} s")
+            best = min(
+                seconds(lambda t=trainer, d=data: t.step(*d.latents()), device)
+                for _ in range(5 if gpu else 1)
+            )
+            report.add(
+                f"{what}, {name}",
+                f"{best:.3f} s per step",
+                f"MFU {operations / best / peak:.0%}, first step {first:.1f} s",
+            )
         del trainer, data
         if gpu:
             report.rows(training.against_baseline(models, stage, batch, frames, rounds=3))
@@ -108,14 +119,20 @@ def window(device: str, report: Reporter, models: Any, peak: float) -> None:
     from tcan.temperature import temperature_map
 
     gpu, size = device == "cuda", 8 * models.unet.config.sample_size
-    for name, options in (("eager", None), ("compiled", {"cuda_graphs": False}), ("compiled, CUDA graphs", {"cuda_graphs": True})):
+    for name, options in (
+        ("eager", None),
+        ("compiled", {"cuda_graphs": False}),
+        ("compiled, CUDA graphs", {"cuda_graphs": True}),
+    ):
         if not gpu and options is not None:
             continue  # the parts of a test run together in one minute
         tcan = animation.trained_like(models)
         use_fast_formats(torch.device(device), tcan)
         pipe = animation.pipeline(models, tcan)
         frames = animation.WINDOW if gpu else 2
-        poses = torch.from_numpy(pipe.draw(animation.walk(frames, size), size, size)).movedim(-1, 1).to(device)
+        poses = (
+            torch.from_numpy(pipe.draw(animation.walk(frames, size), size, size)).movedim(-1, 1).to(device)
+        )
         reference, timestep = pipe.encode(animation.image(size)), torch.tensor([500], device=device)
         noisy = torch.randn(1, frames, *reference.shape[1:], device=device, dtype=tcan.dtype)
         embedding, temperature = tcan.embed_pose(poses[None] / 255), temperature_map(poses)
@@ -130,7 +147,11 @@ def window(device: str, report: Reporter, models: Any, peak: float) -> None:
         if name == "eager":
             operations = sd15.flops(step)
         best = min(seconds(step, device) for _ in range(10 if gpu else 1))
-        report.add(f"denoising step of a window, {name}", f"{1000 * best:.0f} ms", f"MFU {operations / best / peak:.0%}, first step {first:.1f} s")
+        report.add(
+            f"denoising step of a window, {name}",
+            f"{1000 * best:.0f} ms",
+            f"MFU {operations / best / peak:.0%}, first step {first:.1f} s",
+        )
 
 
 def frames(device: str, report: Reporter) -> None:
@@ -165,11 +186,17 @@ def small_card(device: str, report: Reporter) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * 2**30 / total))
     models = load(device)
     for stage, batch, frames in ((1, 8, 1), (2, 1, 16)) if device == "cuda" else ((2, 1, 2),):
-        trainer, data = training.Trainer(models, stage, checkpointing=True), training.Batch(models, batch, frames)
+        trainer, data = (
+            training.Trainer(models, stage, checkpointing=True),
+            training.Batch(models, batch, frames),
+        )
         trainer.step(*data.latents())
         used = peak_bytes(lambda t=trainer, d=data: t.step(*d.latents()), trainer.device)
         static = tensor_bytes(trainer.tcan, trainer.optimizer)
-        report.add(f"24 GB: stage {stage}, {batch} x {frames} frames, gradient checkpointing", f"{(used + static) / 2**30:.1f} GiB")
+        report.add(
+            f"24 GB: stage {stage}, {batch} x {frames} frames, gradient checkpointing",
+            f"{(used + static) / 2**30:.1f} GiB",
+        )
         del trainer, data
     clip = animation.Clip(models, 16 if device == "cuda" else 2, 1)
     list(clip.ours.decode(clip.denoise(), 1))

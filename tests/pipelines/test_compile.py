@@ -47,7 +47,9 @@ def test_zero_3_cannot_be_compiled() -> None:
 
 @pytest.mark.parametrize("gpus", [0, 1])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_bf16_accumulates_gradients_in_fp32_and_gpus_overlap_communication(zero_stage: int, gpus: int) -> None:
+def test_bf16_accumulates_gradients_in_fp32_and_gpus_overlap_communication(
+    zero_stage: int, gpus: int
+) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     train = load_config(
@@ -89,7 +91,9 @@ def test_micro_batch_auto_is_the_largest_divisor_that_fits() -> None:
         assert chosen == max(fitting, default=1)
         assert size == estimate.per_device(zero, 2, chosen)["sum"]
     assert largest_micro_batch(config, 1, 2, 4.0, limit=5)[0] == 3
-    assert with_micro_batch(config, 1, 3).train.stage1 == dataclasses.replace(config.train.stage1, micro_batch=3)
+    assert with_micro_batch(config, 1, 3).train.stage1 == dataclasses.replace(
+        config.train.stage1, micro_batch=3
+    )
 
 
 def test_micro_batch_auto_keeps_the_rule_for_the_global_batch() -> None:

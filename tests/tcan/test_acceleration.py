@@ -80,7 +80,9 @@ def test_denoising_is_one_graph_per_network_over_timesteps_windows_and_guidance_
         print("\n| network | graph breaks | compilations in 4 window steps |\n|---|---|---|")
         for method, number in compilations(counted).items():
             print(f"| {TCAN_NETWORKS[method]} | 0 | {number} |")
-        print(f"operators launched from Python in a window step: eager {eager.count}, compiled {outside.count}")
+        print(
+            f"operators launched from Python in a window step: eager {eager.count}, compiled {outside.count}"
+        )
     assert 0 < outside.count < eager.count / 10
     assert set(compilations(counted).values()) == {1}
 

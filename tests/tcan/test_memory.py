@@ -85,7 +85,12 @@ def test_inference_estimates_match_the_measured_peaks(pretrained: dict) -> None:
     real, vae, network = TCAN(**build(pretrained)), tiny_vae().eval(), BodyPoseNetwork().eval()
     frames, side = 3, SIZE // 8
     estimate = animation_memory(
-        fake_tcan(lambda: build(pretrained), torch.float32), fake_network(tiny_vae, torch.float32), frames, SIZE, SIZE, 4
+        fake_tcan(lambda: build(pretrained), torch.float32),
+        fake_network(tiny_vae, torch.float32),
+        frames,
+        SIZE,
+        SIZE,
+        4,
     )
     assert estimate.weights["denoising"] == sum(t.nbytes for t in [*real.parameters(), *real.buffers()])
 
