@@ -9,7 +9,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipelines.config import Config, StageConfig
+from pipelines.config import Config
 from pipelines.memory import GIB, fits, training_estimate
 from pipelines.train.task import Task
 
@@ -55,9 +55,12 @@ def largest_micro_batch(
 
 def with_micro_batch(config: Config, stage: int, micro_batch: int) -> Config:
     """A copy of the configuration with this micro-batch in a stage."""
-    name = f"stage{stage}"
-    settings: StageConfig = dataclasses.replace(getattr(config.train, name), micro_batch=micro_batch)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **{name: settings}))
+    train = config.train
+    if stage == 1:
+        train = dataclasses.replace(train, stage1=dataclasses.replace(train.stage1, micro_batch=micro_batch))
+    else:
+        train = dataclasses.replace(train, stage2=dataclasses.replace(train.stage2, micro_batch=micro_batch))
+    return dataclasses.replace(config, train=train)
 
 
 def _has_gpu(config: Config) -> bool:
