@@ -1,9 +1,10 @@
-# make demo | test | test-all | check | bench | gpu: each first installs requirements.lock into .venv if it is out of date.
+# make install | demo | test | test-all | check | bench | gpu: each first installs requirements.lock into .venv if it is out of
+# date.
 # `make lock` regenerates requirements.lock from pyproject.toml.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all check bench gpu format lock
+.PHONY: install demo test test-all check bench gpu format lock
 
 # The first interpreter that is Python 3.11 or 3.12; override with PYTHON=...
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
@@ -12,6 +13,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 UV := .venv/uv/bin/uv
 BIN := .venv/bin
 STAMP := .venv/up-to-date
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/tcan demo --out demo

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipelines.config import Config
-from pipelines.inference import create_folder, load_pipeline, memory_advice
+from pipelines.inference import create_folder, driving_poses, load_pipeline, memory_advice
 from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.person_box import person_box
@@ -36,7 +36,7 @@ class Animation:
     character: Path | None = None
     """Replaces the pose detected in `image`; same formats."""
     fps: float | None = None
-    """Frames per second; None: the rate of the driving video, else that of the file of poses."""
+    """Frames per second, to which a driving video is resampled; None: its rate, else that of the file of poses."""
     audio: bool = False
     side_by_side: bool = False
 
@@ -78,7 +78,7 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
     image = read_image(animation.image)
     if animation.driving is not None and is_image(animation.driving):
         raise UserError(f"{animation.driving}: an image, not a video; pass a driving video with --driving")
-    video = None if animation.driving is None else VideoFrames(animation.driving)
+    video = None if animation.driving is None else VideoFrames(animation.driving, animation.fps)
     size = None if video is None else (video.height, video.width)
     poses, fps = None, animation.fps or (video and video.fps)
     if animation.poses is not None:
@@ -99,7 +99,7 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
         )
     if not fps:
         raise UserError(f"{animation.poses}: no frame rate; pass --fps, or the video with --driving")
-    if size is None and not config.animate.retarget:
+    if size is None and config.animate.retarget == "none":
         raise UserError(
             f"{animation.poses}: no height and width of the image, required without retargeting; add both to the "
             "file, or pass the video with --driving"
@@ -115,9 +115,9 @@ def _check_options(animation: Animation, config: Config) -> None:
         )
     if animation.audio and animation.driving is None:
         raise UserError("--audio copies the audio of the driving video; pass one with --driving")
-    if animation.character is not None and not config.animate.retarget:
+    if animation.character is not None and config.animate.retarget == "none":
         raise UserError(
-            "--character has no effect without retargeting; omit it, or set animate.retarget to true"
+            "--character has no effect without retargeting; omit it, or set animate.retarget to robust"
         )
     if animation.fps is not None and not 0.1 <= animation.fps <= 1000:
         raise UserError(f"--fps {animation.fps:g}: must be from 0.1 to 1000; pass frames per second")
@@ -155,8 +155,10 @@ def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, c
     if poses is None:
         assert inputs.video is not None
         poses = pipe.detect_poses(inputs.video, str(animation.driving), options.smoothing_window)
+    pose_height = inputs.size[0] if inputs.size else round(float(poses[..., 1].max(initial=1)))
+    poses = driving_poses(poses, pose_height, config)
     character = inputs.character
-    if not options.retarget:
+    if options.retarget == "none":
         assert inputs.size is not None
         poses = pipe.scale_poses(poses, *inputs.size, height, width)
     elif character is None:

@@ -28,6 +28,7 @@ from pipelines.animate import Animation, read_inputs, render_animation
 from pipelines.cluster import connect
 from pipelines.config import Config
 from pipelines.inference import load_pipeline
+from pipelines.lock import locked
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError, first_line
 from tcan.pipeline import TCANPipeline
@@ -68,6 +69,13 @@ def animate_pairs(
             models; failed pairs, raised after all pairs are processed.
     """
     outcomes = read_pairs(file)
+    with locked(file.absolute().parent, "animate --pairs", f".{file.name}.lock"):
+        return _animate_missing(outcomes, file, model, config, {"audio": audio, "side_by_side": side_by_side})
+
+
+def _animate_missing(
+    outcomes: list[Outcome], file: Path, model: Path, config: Config, options: dict[str, Any]
+) -> list[Outcome]:
     parents = {"model": read_model_info(model).get("mlflow_run_id")}
     for outcome in outcomes:
         if empty := [column for column in COLUMNS if not getattr(outcome, column)]:
@@ -79,10 +87,15 @@ def animate_pairs(
     report = file.with_name(f"{file.stem}.report.csv")
     if pending:
         with tracking.run(
-            "animate", f"animate {file.name}", config.tracking, dataclasses.asdict(config), parents
+            "animate",
+            f"animate {file.name}",
+            config.tracking,
+            dataclasses.asdict(config),
+            file.absolute().parent,
+            parents,
         ) as run:
             try:
-                _animate_all(pending, model, config, {"audio": audio, "side_by_side": side_by_side}, run)
+                _animate_all(pending, model, config, options, run)
             finally:
                 write_report(outcomes, report)
                 run.file(report)

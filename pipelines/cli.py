@@ -24,6 +24,10 @@ ENVIRONMENT_HELP = (
     "Requirements file, e.g. requirements.lock, that uv installs on the cluster for a job of --submit. Default: the "
     "packages of the cluster's Python."
 )
+JOB_ID_HELP = (
+    "Id of the job of --submit, for submitters that retry: if the cluster has a job with this id, its log is followed. "
+    "Default: chosen by Ray."
+)
 PATH_KEYS = ("--tracking.folder", "--train.deepspeed", "--train.storage")
 """Configuration keys whose values are paths."""
 
@@ -45,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from pipelines.cluster import disconnect
 
                 disconnect()  # no output of a worker may follow the error message
+            if "pipelines.staging" in sys.modules:
+                from pipelines.staging import original_names
+
+                message = original_names(message)
             print(f"tcan: error: {message}", file=sys.stderr)
             return 2
         raise
@@ -72,6 +80,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if command.submittable:
         parser.add_argument("--submit", metavar="http://HOST:8265", help=SUBMIT_HELP)
         parser.add_argument("--environment", metavar="requirements.lock", help=ENVIRONMENT_HELP)
+        parser.add_argument("--job_id", metavar="ID", help=JOB_ID_HELP)
+    known = {option for action in parser._actions for option in action.option_strings}
+    # A file whose name starts with a dash is a path, not an option.
+    options = [f"./{o}" if o[:1] == "-" and o not in known and os.path.exists(o) else o for o in options]
     config, values = parse(parser, options)
     for argument in command.arguments:  # an empty path would mean the working directory
         if getattr(values, argument.removeprefix("--"), None) == "":
@@ -82,18 +94,19 @@ def _dispatch(arguments: Sequence[str]) -> int:
         raise UserError(
             "--environment: only valid with --submit; remove it to use the packages of this Python"
         )
-    command.run(values, config)
-    return 0
+    if command.submittable and values.job_id is not None:
+        raise UserError("--job_id: only valid with --submit; remove it to run on this machine")
+    return command.run(values, config) or 0
 
 
 def _submit(command: Command, name: str, options: Sequence[str], values: Any, config: Any) -> int:
-    """Run the command on the cluster, without `--submit` and `--environment` and with absolute paths."""
+    """Run the command on the cluster, without `--submit`, `--environment` and `--job_id`, with absolute paths."""
     from pipelines.submit import absolute_paths, submit
 
     argv, tokens = [name], iter(options)
     for token in tokens:
         option, equals, _ = token.partition("=")
-        if option not in ("--submit", "--environment"):
+        if option not in ("--submit", "--environment", "--job_id"):
             argv.append(token)
         elif not equals:
             next(tokens)
@@ -102,7 +115,7 @@ def _submit(command: Command, name: str, options: Sequence[str], values: Any, co
     if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         argv.append(f"--tracking.folder={config.tracking.folder}")
     argv = absolute_paths(argv, [*paths, *PATH_KEYS], flags)
-    return submit(values.submit, argv, values.environment)
+    return submit(values.submit, argv, values.environment, values.job_id)
 
 
 def _help() -> str:

@@ -20,8 +20,8 @@ class Command:
     help: str
     arguments: dict[str, dict[str, Any]]
     """Name of an argument -> keyword arguments of the parser's `add_argument`."""
-    run: Callable[[Any, Any], None]
-    """Called with the parsed arguments and the configuration."""
+    run: Callable[[Any, Any], int | None]
+    """Called with the parsed arguments and the configuration; returns the exit status (None: 0)."""
     sections: tuple[str, ...]
     """Configuration sections that the command uses."""
     submittable: bool = False
@@ -71,40 +71,50 @@ def _animate(arguments: Any, config: Any) -> None:
         if given:
             raise UserError(f"--pairs: conflicts with --{', --'.join(given)}; remove --{', --'.join(given)}")
         from pipelines.animate_pairs import animate_pairs
-        from pipelines.tracking import local_model
+        from pipelines.inference import find_model
 
-        model = local_model(arguments.model, config.tracking)
+        model = find_model(arguments.model, config)
         animate_pairs(Path(arguments.pairs), model, config, **options)
         return
     if missing := [f"--{name}" for name in ("image", "out") if name not in given]:
         raise UserError(f"missing {', '.join(missing)}; see tcan animate --help")
 
     from pipelines.animate import Animation, animate
-    from pipelines.tracking import local_model
+    from pipelines.inference import find_model
+    from pipelines.staging import local_input, local_output
 
-    paths: dict[str, Any] = {name: Path(value) for name, value in given.items() if name != "fps"}
-    model = local_model(arguments.model, config.tracking)
-    animate(Animation(**paths, fps=arguments.fps, **options), model, config)
+    inputs: dict[str, Any] = {
+        name: local_input(value) for name, value in given.items() if name not in ("fps", "out")
+    }
+    model = find_model(arguments.model, config)
+    with local_output(arguments.out) as out:
+        animate(Animation(**inputs, out=out, fps=arguments.fps, **options), model, config)
 
 
 def _pose(arguments: Any, config: Any) -> None:
     from pipelines.pose import pose
+    from pipelines.staging import local_input, local_output
 
-    pose(Path(arguments.source), Path(arguments.out), config)
+    with local_output(arguments.out) as out:
+        pose(local_input(arguments.source), out, config)
 
 
 def _evaluate(arguments: Any, config: Any) -> None:
     from pipelines.evaluate import evaluate
+    from pipelines.staging import local_output
     from pipelines.tracking import local_model
 
     model = local_model(arguments.model, config.tracking)
-    evaluate(Path(arguments.videos), model, Path(arguments.out), config)
+    with local_output(arguments.out) as out:
+        evaluate(arguments.videos, model, out, config)
 
 
 def _export(arguments: Any, config: Any) -> None:
+    from pipelines.staging import local_input, local_output
     from tcan.weights import export_model
 
-    export_model(arguments.model, arguments.out, pose=config.pretrained.pose)
+    with local_output(arguments.out) as out:
+        export_model(local_input(arguments.model), out, pose=config.pretrained.pose)
     print(f"{arguments.out}: exported with all pretrained models", flush=True)
 
 
@@ -133,6 +143,18 @@ def _memory(arguments: Any, config: Any) -> None:
     memory(config, arguments.gpus, arguments.stage, arguments.job)
 
 
+def _jobs(arguments: Any, config: Any) -> int:
+    from pipelines.submit import manage_jobs
+
+    return manage_jobs(arguments.action, arguments.address, arguments.job_id)
+
+
+def _track(arguments: Any, config: Any) -> None:
+    from pipelines.tracking import sync
+
+    sync(Path(arguments.path), config.tracking)
+
+
 def _ui(arguments: Any, config: Any) -> None:
     from pipelines.ui import ui
 
@@ -148,9 +170,9 @@ def _required_path(text: str) -> dict[str, Any]:
 
 
 DATASET = _path("Clip dataset: the OUT folder of `tcan preprocess`.")
-MODEL = _required_path(
-    "Trained model: a folder, models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
-)
+OWN_MODEL = "a folder, models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
+MINI_OR_OWN = _path(f"Trained model: mini (the one in this package), {OWN_MODEL}", default="mini")
+MODEL = _required_path(f"Trained model: {OWN_MODEL}")
 
 COMMANDS = {
     "preprocess": Command(
@@ -228,7 +250,7 @@ COMMANDS = {
                 "Table (.csv or .parquet) with the columns image, driving and out, instead of a single image. Missing "
                 "results are generated on the Ray cluster."
             ),
-            "--model": MODEL,
+            "--model": MINI_OR_OWN,
             "--out": _path("Result: .mp4, .webm, .gif, or a folder of PNG images (no suffix)."),
             "--fps": {
                 "type": float,
@@ -308,6 +330,29 @@ COMMANDS = {
         },
         _memory,
         ("pretrained", "preprocess", "train", "animate"),
+    ),
+    "jobs": Command(
+        "List, follow or stop the jobs of a Ray cluster that were submitted with --submit.",
+        {
+            "action": {
+                "type": Literal["list", "follow", "stop"],
+                "help": "Action. list: id, status, start and command of each job; follow: log until the end of a job, and "
+                "its exit status; stop: end of a job.",
+            },
+            "--address": {"type": str, "required": True, "help": "Dashboard address, e.g. http://HOST:8265."},
+            "--job_id": {"type": str, "help": "Id of the job to follow or stop."},
+        },
+        _jobs,
+        (),
+    ),
+    "track": Command(
+        "Deliver the MLflow records of jobs that ended while MLflow was not available.",
+        {
+            "action": {"type": Literal["sync"], "help": "Action. sync: delivery of all waiting records."},
+            "path": _path("OUT folder of the job (searched recursively), or a .spool file."),
+        },
+        _track,
+        ("tracking",),
     ),
     "ui": Command(
         "Serve the MLflow page of the recorded runs.",

@@ -1,6 +1,7 @@
 """The clip dataset that `tcan preprocess` writes and `tcan train` reads.
 
     OUT/dataset.json          schema version, counts, files, sizes, fingerprints, settings; written last
+    OUT/index.parquet         one row per clip with the positions of its frames (dataset_index.py)
     OUT/clips/*.parquet       one row per clip: consecutive frames of one video as VAE latents and keypoints
     OUT/rejected/*.parquet    one row per source without clips, with the step that rejected it and the reason
 
@@ -8,14 +9,14 @@ The dataset is complete when dataset.json exists. OUT is a local folder or the U
 can be read with pyarrow or pandas alone; `decode_row` decodes the binary columns of a row to arrays.
 
 A file name contains the digest of the file's content (`file_name`); the file's metadata contains the identity of the
-dataset. Files are written once and never changed. A row group is about 2 MiB, or one clip if that is larger, so a training
-sample reads a single row group.
+dataset. Files are written once and never changed. A row group is about 2 MiB, or one clip if that is larger.
 
 Schema versions:
 
 - 1: first version;
 - 2: keypoints of all people and the index of the main person, versions of the sources, digests in file names, list of files
-  in dataset.json.
+  in dataset.json;
+- 3: index; latents and keypoints are not compressed.
 
 OPTIONAL_COLUMNS were added later without other changes.
 """
@@ -23,7 +24,7 @@ OPTIONAL_COLUMNS were added later without other changes.
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import pyarrow as pa
 from pipelines import storage
 from tcan.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 INFO_FILE = "dataset.json"
 CLIPS_FOLDER = "clips"
 REJECTED_FOLDER = "rejected"
@@ -122,6 +123,31 @@ def read_info(folder: str | Path) -> dict[str, Any]:
             "regenerate the dataset with tcan preprocess"
         )
     return info
+
+
+def check_clip_files(folder: str | Path, info: Mapping[str, Any]) -> None:
+    """Compare the files of a dataset with the list in its `dataset.json`.
+
+    Raises:
+        UserError: files are missing from the folder, or are not listed.
+    """
+    name = storage.absolute(folder)
+    existing = {file[len(name) + 1 :] for file in [*clip_files(name), *rejected_files(name)]}
+    if missing := sorted(info["files"].keys() - existing):
+        raise UserError(
+            f"{folder}: {_names(missing)} missing; restore the files, or rerun the same tcan preprocess command to "
+            "regenerate their videos"
+        )
+    if foreign := sorted(existing - info["files"].keys()):
+        raise UserError(
+            f"{folder}: {_names(foreign)} not listed in {INFO_FILE}; remove the files, or rerun the same tcan preprocess "
+            "command to add them to the dataset"
+        )
+
+
+def _names(files: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(files) - most} more" if len(files) > most else ""
+    return f"{', '.join(files[:most])}{more} {'is' if len(files) == 1 else 'are'}"
 
 
 def clip_schema(identity: Mapping[str, Any]) -> pa.Schema:

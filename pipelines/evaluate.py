@@ -12,7 +12,7 @@ import csv
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pipelines import tracking
+from pipelines import storage, tracking
 from pipelines.config import Config
-from pipelines.inference import create_folder, load_pipeline
+from pipelines.inference import create_folder, driving_poses, load_pipeline
+from pipelines.lock import locked
 from pipelines.preprocess.sources import list_sources
+from pipelines.staging import local_input, original_names
 from tcan.atomic_write import atomic_write
 from tcan.crop import fit_image
 from tcan.errors import UserError
@@ -79,7 +81,7 @@ class Evaluated:
     path: Path
     fps: float
     truth: np.ndarray  # uint8 [F, H, W, 3]
-    poses: np.ndarray  # [F, 18, 3], detected in the truth; drives the result
+    poses: np.ndarray  # [F, 18, 3], detected in the truth; drives the result, after `animate.pose_errors`
     drawn: np.ndarray  # uint8 [F, H, W, 3], the pose images of the model
     result: np.ndarray  # uint8 [F, H, W, 3]
     found: np.ndarray  # [F, 18, 3], detected in the result
@@ -87,7 +89,7 @@ class Evaluated:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, Any]:
+def evaluate(videos: str | Path, model: Path, out: Path, config: Config) -> dict[str, Any]:
     """Animate the first frame of each video with the video's poses, compute metrics, write OUT and print a table.
 
     A video that is damaged or shows no person is skipped, with a message and an entry in evaluation.json.
@@ -102,21 +104,29 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
     Raises:
         UserError: no video, no usable video, a model folder that is incomplete or does not match its pretrained models.
     """
-    paths = [Path(path) for path in list_sources(str(videos))]
+    paths = list_sources(str(videos))
     paths = paths[: config.evaluate.videos or None]
+    tracking.check(config.tracking)
     pipe = load_pipeline(model, config)
-    out = Path(out)
+    with locked(out, "evaluate"):
+        return _evaluate(paths, videos, pipe, model, out, config)
+
+
+def _evaluate(
+    paths: list[str], videos: str | Path, pipe: TCANPipeline, model: Path, out: Path, config: Config
+) -> dict[str, Any]:
     create_folder(out / "videos")
     parents = {"model": pipe.model_info.get("mlflow_run_id")}
     with tracking.run(
-        "evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), parents
+        "evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), out, parents
     ) as run:
         evaluated, rejected = [], []
-        for path in tqdm(paths, desc="videos", disable=None):
+        for name in tqdm(paths, desc="videos", disable=None):
             try:
+                path = _local_video(name)
                 evaluated.append(reconstruct(pipe, path, config))
             except UserError as error:
-                rejected.append({"source": str(path), "reason": str(error)})
+                rejected.append({"source": name, "reason": str(error)})
                 print(f"skipped: {error}", flush=True)
                 continue
             write_comparison(evaluated[-1], out / "videos" / f"{len(evaluated) - 1:03d}-{path.stem}.mp4")
@@ -142,10 +152,18 @@ def evaluate(videos: Path, model: Path, out: Path, config: Config) -> dict[str, 
         run.metrics({key: value for key, value in metrics.items() if np.isfinite(value)})
         for name in ("evaluation.json", "videos.csv", "sheet.png"):
             run.file(out / name)
-        run.folder(out / "videos", "videos")
+        run.file(out / "videos", "videos")
     print(table(metrics))
-    print(f"{len(evaluated)} videos, {report['frames']} frames; results: {out}, images: {out / 'sheet.png'}")
+    print(f"{len(evaluated)} videos, {report['frames']} frames; results: {original_names(str(out))}")
     return report
+
+
+def _local_video(name: str) -> Path:
+    """Local path of a video; downloads it and its true keypoints from a bucket."""
+    keypoints = str(PurePosixPath(name).with_suffix(".json")).replace(":/", "://", 1)
+    if storage.is_remote(name) and storage.exists(keypoints):
+        local_input(keypoints)
+    return local_input(name)
 
 
 def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
@@ -157,11 +175,12 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
     frames, fps = read_video(path, config.evaluate.frames)
     truth = np.stack([fit_image(frame, pipe.height, pipe.width) for frame in frames])
     poses = pipe.detect_poses(truth, str(path), config.animate.smoothing_window)
+    driving = driving_poses(poses, pipe.height, config)
     frames_01, _ = pipe(
         truth[0],
-        poses,
+        driving,
         sampling=config.animate,
-        retarget=False,  # the poses already are the character's
+        retarget="none",  # the poses already are the character's
         generator=torch.Generator().manual_seed(config.seed),
         decode_batch=config.animate.decode_batch,
         return_dict=False,
@@ -172,7 +191,7 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
         people, pipe.height, pipe.width
     )  # without gap filling: undetected joints count as misses
     true_poses = read_true_poses(path.with_suffix(".json"), pipe, len(truth))
-    return Evaluated(path, fps, truth, poses, pipe.draw(poses), result, found, true_poses)
+    return Evaluated(path, fps, truth, poses, pipe.draw(driving), result, found, true_poses)
 
 
 def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarray | None:

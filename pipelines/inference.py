@@ -5,16 +5,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pipelines.config import Config
 from tcan.acceleration import compile_tcan, compile_vae, is_compiled, use_fast_formats
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
+from tcan.pose import corrupt_poses
 from tcan.schedule import sampler
-from tcan.weights import read_model_info
+from tcan.weights import MINI_MODEL, read_model_info
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_model(model: str, config: Config) -> Path:
+    """Resolve `--model` to a folder: "mini" is the trained model in this package, others as in `local_model`.
+
+    Raises:
+        UserError: "mini" with the pretrained models of another preset; MLflow does not have the model.
+    """
+    if model != "mini":
+        from pipelines.tracking import local_model
+
+        return local_model(model, config.tracking)
+    if config.pretrained.unet != "mini":
+        raise UserError(
+            f"--model mini: the model in this package belongs to the preset mini, not to {config.pretrained.unet}; pass "
+            "a model trained on it with --model"
+        )
+    print(
+        "model: mini, the one in this package, trained on rendered puppets at 128 x 128; use your own with --model",
+        flush=True,
+    )
+    return MINI_MODEL
 
 
 def load_pipeline(model: Path, config: Config) -> TCANPipeline:
@@ -28,14 +52,25 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
     if config.animate.pretrained == "model":
         pretrained = {} if "pose" in read_model_info(model)["pretrained"] else {"pose": pretrained["pose"]}
     pipe = TCANPipeline.from_pretrained(
-        model, torch_dtype=PRECISIONS[config.animate.precision], device=device, **pretrained
+        model,
+        torch_dtype=PRECISIONS[config.animate.precision],
+        device=device if config.animate.offload == "none" else "cpu",
+        **pretrained,
     )
-    use_fast_formats(pipe.device, pipe.tcan, pipe.vae)
-    if is_compiled(config.animate.compile, pipe.device):
+    use_fast_formats(torch.device(device), pipe.tcan, pipe.vae)
+    # Offloading moves weights between the steps; CUDA graphs need them at fixed addresses.
+    if config.animate.offload == "none" and is_compiled(config.animate.compile, pipe.device):
         print("compiling the networks: the first step of a size takes minutes", flush=True)
         compile_tcan(pipe.tcan, cuda_graphs=True)
         compile_vae(pipe.vae, cuda_graphs=True)
+    pipe.check_window(config.animate)
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
+    if config.animate.vae_tiling:
+        pipe.enable_vae_tiling()
+    if config.animate.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif config.animate.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: shown only on a terminal
     return pipe
 
@@ -65,18 +100,20 @@ def choose_device(config: Config) -> str:
     """Resolve `config.animate.device`; "auto" is the GPU if there is one, else the CPU.
 
     Raises:
-        UserError: an unknown device, or a GPU on a machine without one.
+        UserError: a GPU on a machine without one.
     """
     device = config.animate.device
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"animate.device = {device}: no such device; use auto, cpu or cuda") from None
-    if kind == "cuda" and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"animate.device = {device}: no GPU available; use auto or cpu")
     return device
+
+
+def driving_poses(poses: np.ndarray, height: int, config: Config) -> np.ndarray:
+    """Keypoints `[F, 18, 3]` in an image of this height with the errors of `config.animate.pose_errors`."""
+    errors = config.animate.pose_errors
+    return corrupt_poses(poses, errors.kind, errors.share, errors.size, height, errors.seed)
 
 
 def create_folder(folder: Path) -> None:

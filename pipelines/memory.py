@@ -74,6 +74,11 @@ def training_estimate(config: Config, stage: int, checkpointing: bool) -> Traini
     tcan = fake_tcan(lambda: networks(config.pretrained, train.lora_rank), DTYPES[train.precision])
     if checkpointing:
         tcan.enable_gradient_checkpointing()
+    if train.clip_frames > tcan.max_frames:
+        raise UserError(
+            f"train.clip_frames = {train.clip_frames}: the motion modules of {config.pretrained.motion_adapter} have "
+            f"{tcan.max_frames} positions; set at most {tcan.max_frames}"
+        )
     return training_memory(tcan, stage, 1, train.clip_frames, config.size, config.size)
 
 

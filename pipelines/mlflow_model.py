@@ -23,7 +23,7 @@ class AnimationModel:
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any]) -> list[np.ndarray]:
         """Animate each row: paths `image` and `driving` (a video) -> frames, uint8 RGB `[F, H, W, 3]`.
 
-        params: `seed`, and fields of `tcan.sampling.SamplingConfig`. MLflow adds the defaults of the model's signature,
+        params: `seed`, `retarget` and fields of `tcan.sampling.SamplingConfig`. MLflow adds the defaults of the model's signature,
         which are the values of `tcan animate` at the time of training.
         """
         overrides = dict(params)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -38,9 +40,14 @@ def is_remote(name: str | Path) -> bool:
     return str(name).startswith(SCHEMES)
 
 
+def local_path(name: str | Path) -> Path:
+    """Path of a local file. `file://` URIs are converted."""
+    return Path(url2pathname(urlparse(str(name)).path) if str(name).startswith("file://") else name)
+
+
 def absolute(name: str | Path) -> str:
-    """Absolute form of a path or URI, independent of the working directory."""
-    return str(name).rstrip("/") if is_remote(name) else os.path.abspath(os.path.expanduser(name))
+    """Absolute form of a path or URI, independent of the working directory. `file://` URIs are converted to paths."""
+    return str(name).rstrip("/") if is_remote(name) else os.path.abspath(local_path(name).expanduser())
 
 
 def locate(name: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -82,6 +89,21 @@ def check_bucket(name: str) -> None:
         ) from None
     if info.type == pafs.FileType.NotFound:
         raise UserError(f"{bucket}: no such bucket; create it first")
+
+
+def exists(name: str | Path) -> bool:
+    """Whether a file or a non-empty folder exists.
+
+    Raises:
+        UserError: the bucket cannot be reached.
+    """
+    filesystem, path = locate(name)
+    try:
+        return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    except OSError as error:
+        raise UserError(
+            f"{name}: cannot be read: {one_line(error)}; check the endpoint and the credentials"
+        ) from None
 
 
 def list_files(folder: str | Path, recursive: bool = False) -> list[str]:
@@ -129,9 +151,15 @@ def open_parquet(name: str | Path) -> Iterator[pq.ParquetFile]:
         UserError: the file is missing or damaged.
     """
     filesystem, path = locate(name)
+    with damaged_file(name), pq.ParquetFile(path, filesystem=filesystem) as file:
+        yield file
+
+
+@contextmanager
+def damaged_file(name: str | Path) -> Iterator[None]:
+    """Convert errors of reading a file of a clip dataset to UserError."""
     try:
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
-            yield file
+        yield
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(
             f"{name}: cannot be read ({one_line(error)}); delete the file and rerun tcan preprocess to regenerate its videos"
@@ -168,14 +196,14 @@ def publish(file: io.BufferedRandom, name: str | Path) -> None:
     with user_errors(name), _discarded_on_error(file):
         file.flush()
         if is_remote(name):
-            _upload(file, name)
+            upload(file, name)
         else:
             os.fsync(file.fileno())
             os.replace(file.name, name)
         file.close()
 
 
-def _upload(file: io.BufferedRandom, name: str | Path) -> None:
+def upload(file: io.BufferedRandom, name: str | Path) -> None:
     """Upload a file directly to its final name.
 
     In a bucket an object becomes visible when its upload completes, and an interrupted upload leaves no object. Copying from

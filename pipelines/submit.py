@@ -18,12 +18,14 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from tcan.errors import UserError
 
@@ -36,10 +38,13 @@ VARIABLES = ("MLFLOW_TRACKING_URI", "HF_HUB_OFFLINE")
 
 REQUIREMENTS = "requirements.txt"  # in the working directory of the job
 
+PROBE_SECONDS = 5
 START_SECONDS = 60  # for a new cluster to accept jobs
 
 
-def submit(address: str, argv: Sequence[str], environment: str | None = None) -> int:
+def submit(
+    address: str, argv: Sequence[str], environment: str | None = None, job_id: str | None = None
+) -> int:
     """Run `tcan ARGV...` as a job, print its log, and return its exit status.
 
     On Ctrl-C, a prompt offers to stop the job (exit status 130) or to leave it running (exit status 0).
@@ -48,6 +53,8 @@ def submit(address: str, argv: Sequence[str], environment: str | None = None) ->
         address: dashboard of the cluster, e.g. http://head:8265.
         argv: command line without `--submit`, with absolute paths or URIs (see `absolute_paths`).
         environment: requirements file for uv, e.g. from `make lock`. Relative paths in it are not valid on the cluster.
+        job_id: id of the job; None: Ray chooses one. A job that already has this id is followed instead, so that a submitter
+            may retry.
 
     Raises:
         UserError: the requirements file does not exist; no Ray cluster responds at the address, or it rejects the job.
@@ -56,7 +63,12 @@ def submit(address: str, argv: Sequence[str], environment: str | None = None) ->
         raise UserError(
             f"--environment {environment}: no such file; pass a requirements file, e.g. requirements.lock"
         )
+    if job_id is not None and not re.fullmatch(r"[\w.-]+", job_id):
+        raise UserError(f"--job_id {job_id}: letters, digits, dots, - and _ only; set e.g. train-1")
     client = _connect(address)
+    if job_id is not None and (status := _status(client, job_id)):
+        print(f"job {job_id} on {address}: already submitted, {status.lower()}; this is its log", flush=True)
+        return _follow_until_interrupted(client, address, job_id)
     with tempfile.TemporaryDirectory() as folder:
         argv = _pack(Path(folder), argv)
         runtime = {
@@ -66,8 +78,49 @@ def submit(address: str, argv: Sequence[str], environment: str | None = None) ->
         if environment is not None:
             shutil.copy(environment, Path(folder) / REQUIREMENTS)
             runtime["uv"] = _uv()
-        job = _start(client, address, argv, runtime)
+        job = _start(client, address, argv, runtime, job_id)
     print(f"job {job} on {address}", flush=True)
+    return _follow_until_interrupted(client, address, job)
+
+
+def manage_jobs(action: Literal["list", "follow", "stop"], address: str, job_id: str | None) -> int:
+    """List the jobs of a cluster, or follow or stop one of them; returns the exit status.
+
+    Raises:
+        UserError: no cluster responds at the address, or it has no such job.
+    """
+    if (action == "list") != (job_id is None):
+        needs = "omit it" if action == "list" else "pass the id of a job, see tcan jobs list"
+        raise UserError(f"--job_id: {'not used' if job_id else 'missing'} with {action}; {needs}")
+    client = _connect(address)
+    if job_id is None:
+        for job in sorted(client.list_jobs(), key=lambda job: job.start_time or 0):
+            if job.submission_id:  # not the driver of another program
+                began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or 0) / 1000))
+                command = job.entrypoint.removeprefix("python -m pipelines.cli ")
+                print(job.submission_id, job.status.value.lower(), began, command, sep="\t")
+        return 0
+    if _status(client, job_id) is None:
+        raise UserError(
+            f"--job_id {job_id}: no such job on {address}; see tcan jobs list --address {address}"
+        )
+    if action == "follow":
+        return _follow_until_interrupted(client, address, job_id)
+    _stop(client, job_id)
+    return 0
+
+
+def _status(client: "JobSubmissionClient", job: str) -> str | None:
+    """Status of a job; None if there is no such job."""
+    try:
+        return client.get_job_status(job).value
+    except RuntimeError as error:
+        if "does not exist" in str(error):
+            return None
+        raise
+
+
+def _follow_until_interrupted(client: "JobSubmissionClient", address: str, job: str) -> int:
     try:
         return _follow(client, job)
     except KeyboardInterrupt:
@@ -109,8 +162,13 @@ def _connect(address: str) -> "JobSubmissionClient":
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
+        if (
+            url := urlsplit(address)
+        ).hostname:  # Ray itself waits for minutes if there is no machine at this address
+            port = url.port or {"http": 80, "https": 443}.get(url.scheme, 10001)
+            socket.create_connection((url.hostname, port), PROBE_SECONDS).close()
         return JobSubmissionClient(address)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"--submit {address}: no Ray cluster responds ({reason}); pass the address of its dashboard, e.g. "
@@ -153,7 +211,13 @@ def _uv() -> dict[str, Any]:
     }
 
 
-def _start(client: "JobSubmissionClient", address: str, argv: Sequence[str], runtime: dict[str, Any]) -> str:
+def _start(
+    client: "JobSubmissionClient",
+    address: str,
+    argv: Sequence[str],
+    runtime: dict[str, Any],
+    job_id: str | None,
+) -> str:
     """Submit the job and return its id. Retries for `START_SECONDS`, because a new cluster rejects jobs at first."""
     began = time.monotonic()
     while True:
@@ -161,8 +225,11 @@ def _start(client: "JobSubmissionClient", address: str, argv: Sequence[str], run
             return client.submit_job(
                 entrypoint=shlex.join(["python", "-m", "pipelines.cli", *argv]),
                 runtime_env=runtime,
+                submission_id=job_id,
             )
         except RuntimeError as error:
+            if job_id is not None and "already exists" in str(error):  # another submitter was faster
+                return job_id
             if time.monotonic() - began > START_SECONDS:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
@@ -196,10 +263,15 @@ def _stop_or_leave(client: "JobSubmissionClient", address: str, job: str) -> int
     except (KeyboardInterrupt, EOFError):  # second Ctrl-C, or no terminal
         answer = "l"
     if not answer.lower().startswith("s"):
-        print(f"job {job} is still running; stop it with: ray job stop --address {address} {job}", flush=True)
+        command = f"tcan jobs stop --address {address} --job_id {job}"
+        print(f"job {job} is still running; stop it with: {command}", flush=True)
         return 0
+    _stop(client, job)
+    return 130
+
+
+def _stop(client: "JobSubmissionClient", job: str) -> None:
     client.stop_job(job)
     while not client.get_job_status(job).is_terminal():
         time.sleep(0.2)
-    print(f"job {job} stopped", flush=True)
-    return 130
+    print(f"job {job}: {client.get_job_status(job).value.lower()}", flush=True)

@@ -1,24 +1,29 @@
-"""Recording of configurations, metrics and results in MLflow. Only this module and `pipelines.ui` use MLflow stores.
+"""Recording of configurations, metrics and results in MLflow.
 
-The driver of a job opens the run; a worker logs to the same run by its id:
+The driver of a job opens the run and logs to it; workers send their metrics to the driver:
 
-    with tracking.run("train", "stage 1", config.tracking, dataclasses.asdict(config), {"dataset": run_id}) as run:
+    with tracking.run("stage1", "stage 1", config.tracking, dataclasses.asdict(config), OUT, {"dataset": run_id}) as run:
         run.metrics({"loss": 0.1}, step=1)
-        ...  # in a worker: tracking.attach(run.config, run.id).metrics({"loss": 0.09}, step=2)
+
+No call of `Run` waits for MLflow: records go to a spool file in the folder of the job's results (`pipelines.spool`), from
+which a thread delivers them (`pipelines.delivery`). If MLflow is not available at the end, the file remains, and
+`tcan track sync` delivers it.
 """
 
-import dataclasses
+import base64
 import getpass
-import logging
+import io
+import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,50 +31,51 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from pipelines import storage
 from pipelines.config import TrackingConfig
-from tcan import __version__
-from tcan.errors import UserError, first_line
+from pipelines.delivery import Delivery, find_run
+from pipelines.mlflow_store import (
+    DATABASE,
+    connect,
+    experiment_id,
+    masked,
+    reason,
+    resolve,
+    resolve_uri,
+    store_errors,
+)
+from pipelines.spool import SUFFIX, Spool, read_header
+from pipelines.staging import local_input
+from tcan.errors import UserError
 from tcan.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SYSTEM_METRICS_SECONDS = 5  # gives a curve for a run of one minute at negligible cost for a run of days
-DATABASE = "mlflow.db"
-_MAX_PER_BATCH = 100  # parameters per MLflow call
-_MAX_VALUE = 6000  # characters of a parameter that MLflow stores
-
-
-def resolve(config: TrackingConfig) -> TrackingConfig:
-    """Return a configuration of the same store that is valid in any working directory and environment.
-
-    Precedence: `config.uri`, MLFLOW_TRACKING_URI, `config.folder` (made absolute).
-    """
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-    return dataclasses.replace(config, uri=uri, folder=str(Path(config.folder).absolute()))
-
-
-def resolve_uri(config: TrackingConfig) -> str:
-    """Return the MLflow tracking URI: that of the server if one is set, else the SQLite store in the tracking folder."""
-    config = resolve(config)
-    return config.uri or f"sqlite:///{config.folder}/{DATABASE}"
+FINAL_FAILURES = 3  # failed deliveries in a row after which a job ends without MLflow
 
 
 class Run:
-    """An open MLflow run. `config` is the resolved tracking configuration, for `attach` in a worker."""
+    """An open MLflow run. All methods except `last_step` return at once; their records are delivered in order."""
 
-    def __init__(self, client: "MlflowClient", config: TrackingConfig, run_id: str) -> None:
-        self._client = client
+    def __init__(self, config: TrackingConfig, run_id: str, folder: Path) -> None:
         self.config = config
         self.id = run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        header = {
+            "run_id": run_id,
+            "config": {**vars(config), "uri": masked(config.uri) if config.uri else None},
+        }
+        self.spool = Spool(_spool_path(folder, run_id), header, Delivery(config, run_id))
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        self.spool.append({"kind": kind, **fields})
 
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Log metrics synchronously; None is step 0."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, float(value), now, step or 0) for key, value in values.items()]
-        self._client.log_batch(self.id, metrics=metrics, synchronous=True)
+        """Log metrics; None is step 0."""
+        numbers = {key: float(value) for key, value in values.items()}
+        self._record("metrics", values=numbers, step=step or 0, time=_now())
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters; nested dicts are flattened to keys such as `train.workers`.
@@ -77,38 +83,36 @@ class Run:
         MLflow parameters are immutable. If a resumed run has another value, the parameter keeps the first value, and the
         tag `tcan.changed_params` records the new one.
         """
-        from mlflow.entities import Param
+        self._record("params", values={key: masked(str(value)) for key, value in _flatten(values).items()})
 
-        flat = {key: str(value)[:_MAX_VALUE] for key, value in _flatten(values).items()}
-        known = self._client.get_run(self.id).data.params
-        new = [Param(key, value) for key, value in flat.items() if key not in known]
-        for start in range(0, len(new), _MAX_PER_BATCH):
-            self._client.log_batch(self.id, params=new[start : start + _MAX_PER_BATCH], synchronous=True)
-        changed = {key: value for key, value in flat.items() if known.get(key, value) != value}
-        if changed:
-            self.tag(
-                "tcan.changed_params",
-                ", ".join(f"{key}={value}" for key, value in changed.items())[:_MAX_VALUE],
-            )
+    def bytes(self, data: bytes, path: str) -> None:
+        """Log data as the artifact `path`."""
+        self._record("bytes", path=path, data=base64.b64encode(data).decode())
 
     def image(self, image: np.ndarray | Image.Image, path: str, step: int | None = None) -> None:
         """Log an image (uint8 `[H, W, 3]` or PIL): with `step` in the image series `path`, else as the artifact `path`."""
+        from mlflow.tracking.multimedia import compress_image_size
+
+        pil = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         if step is None:
-            self._client.log_image(self.id, image, artifact_file=path)
-        else:
-            self._client.log_image(self.id, image, key=path, step=step, synchronous=True)
+            self.bytes(_encoded(pil, Path(path).suffix), path)
+            return
+        # The names that MLflow's page recognizes as an image series; MlflowClient.log_image would choose a new name per call.
+        name = f"images/{path.replace('/', '~')}+step+{step}+timestamp+{_now()}+{uuid.uuid4()}"
+        self.bytes(_encoded(pil, ".png"), f"{name}.png")
+        self.bytes(_encoded(compress_image_size(pil), ".webp"), f"{name}+compressed.webp")
+        self.tag("mlflow.loggedImages", "True")
 
     def file(self, local: str | Path, folder: str = "") -> None:
-        """Log a file to the artifact folder `folder`. The MLflow page plays mp4 files."""
-        self._client.log_artifact(self.id, str(local), folder or None)
+        """Log a file, or the contents of a folder, to the artifact folder `folder`. The MLflow page plays mp4 files.
+
+        It must not be deleted before it is delivered; use `bytes` for temporary files.
+        """
+        self._record("file", local=os.path.abspath(local), folder=folder)
 
     def json(self, values: Mapping[str, Any], path: str) -> None:
         """Log values as the JSON artifact `path`."""
-        self._client.log_dict(self.id, dict(values), path)
-
-    def folder(self, local: str | Path, folder: str = "") -> None:
-        """Log the contents of a folder to the artifact folder `folder`."""
-        self._client.log_artifacts(self.id, str(local), folder or None)
+        self.bytes(json.dumps(values, indent=2).encode(), path)
 
     def model(self, local: str | Path, name: str, alias: str, sampling: SamplingConfig) -> None:
         """Log a model folder as the artifact `model` (for `mlflow.pyfunc`) and register it as a new version of `name`.
@@ -116,54 +120,40 @@ class Run:
         Args:
             alias: alias of the new version; moved from an older version that has it.
             sampling: defaults of the params of `predict`: every `SamplingConfig` field whose default is not None.
-                `predict` also accepts `seed` (default 0).
+                `predict` also accepts `seed` (default 0) and `retarget` (default robust).
         """
-        import mlflow.pyfunc
-        from mlflow.exceptions import MlflowException
-        from mlflow.models import ModelSignature
-        from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+        self._record("model", local=os.path.abspath(local), name=name, alias=alias, sampling=vars(sampling))
 
-        inputs = Schema([ColSpec("string", name) for name in ("image", "driving")])
-        types = {bool: "boolean", int: "long", float: "double"}
-        # MLflow passes only declared params to `predict`, and a declared param needs a default of its type.
-        declared = [
-            ParamSpec(item.name, types[item.type], item.type(getattr(sampling, item.name)))
-            for item in dataclasses.fields(SamplingConfig)
-            if isinstance(item.type, type) and item.default is not None
-        ]
-        params = ParamSchema([*declared, ParamSpec("seed", "long", 0)])
-        with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / "model"
-            mlflow.pyfunc.save_model(
-                str(saved),
-                loader_module="pipelines.mlflow_model",
-                data_path=str(local),
-                signature=ModelSignature(inputs, params=params),
-                # Complete; otherwise MLflow looks for pip in this environment and warns that it is missing.
-                conda_env={
-                    "dependencies": [
-                        f"python={platform.python_version()}",
-                        "pip",
-                        {"pip": [f"tcan=={__version__}"]},
-                    ]
-                },
-            )
-            self.folder(saved, "model")
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        source = f"{self._client.get_run(self.id).info.artifact_uri}/model"
-        created = self._client.create_model_version(name, source, self.id)
-        self._client.set_registered_model_alias(name, re.sub(r"\W", "-", alias), created.version)
-
-    def last_step(self, key: str) -> int:
-        """Return the last step at which the metric was logged; 0 if it was not logged."""
-        return max((metric.step for metric in self._client.get_metric_history(self.id, key)), default=0)
+    def link(self, key: str, parent: str) -> None:
+        """Record the run of an input as the tag `tcan.<key>_run`, and link the descriptions of both runs."""
+        self._record("link", key=key, parent=parent)
 
     def tag(self, key: str, value: str) -> None:
-        self._client.set_tag(self.id, key, value)
+        self._record("tag", key=key, value=value)
+
+    def end(self, status: str) -> None:
+        """Set the final status: FINISHED, FAILED or KILLED."""
+        self._record("end", status=status, time=_now())
+
+    def last_step(self, key: str) -> int:
+        """Return the last step at which the metric was delivered; 0 if it was not logged, or MLflow is not available."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            history = connect(self.config).get_metric_history(self.id, key)
+        except (MlflowException, UserError):
+            return 0
+        return max((metric.step for metric in history), default=0)
+
+
+def check(config: TrackingConfig) -> None:
+    """Check that the store can be used, before a job starts anything.
+
+    Raises:
+        UserError: it cannot, and `config.required` is set.
+    """
+    if config.required:
+        experiment_id(connect(config), resolve(config))
 
 
 @contextmanager
@@ -172,6 +162,7 @@ def run(
     name: str,
     config: TrackingConfig,
     params: Mapping[str, Any],
+    folder: str | Path,
     parents: Mapping[str, str | None] | None = None,
     run_id: str | None = None,
 ) -> Iterator[Run]:
@@ -183,38 +174,41 @@ def run(
         kind: job: "preprocess", "stage1", "stage2", "evaluate" or "animate".
         name: display name.
         params: complete resolved configuration, also logged as the artifact `config.yaml`.
-        parents: runs of the inputs, as {"dataset" | "stage1" | "model": run id or None}. Each becomes the tag
-            `tcan.<key>_run`, and the descriptions of both runs link to each other.
-        run_id: run to reopen; None creates one.
+        folder: folder of the job's results, for the spool file; for a bucket, the file is in the local temporary folder.
+        parents: runs of the inputs, as {"dataset" | "stage1" | "model": run id or None}.
+        run_id: run to reopen; None creates one. If it no longer exists, a new one is created.
 
     Raises:
-        UserError: the store is not reachable or does not have the run.
+        UserError: the store cannot be used, and `config.required` is set.
     """
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
     config = resolve(config)
-    client = _client(config)
-    if run_id is None:
-        tags = {"tcan.kind": kind, **_origin()}
-        created = client.create_run(_experiment(client, config), run_name=name, tags=tags)
-        run = Run(client, config, created.info.run_id)
-        _link(run, {key: parent for key, parent in (parents or {}).items() if parent})
-    else:
-        run = attach(config, run_id)
-        client.update_run(run_id, status="RUNNING")
-    monitor = SystemMetricsMonitor(
-        run.id,
-        sampling_interval=SYSTEM_METRICS_SECONDS,
-        resume_logging=run_id is not None,
-        tracking_uri=resolve_uri(config),
-    )
+    local = Path(tempfile.gettempdir()) if storage.is_remote(folder) else Path(folder)
+    if (
+        run_id and (left := _spool_path(local, run_id)).is_file()
+    ):  # by a killed job, or one that ended without MLflow
+        with nullcontext() if config.required else suppress(UserError):
+            sync(left, config)
+    tags = {"tcan.kind": kind, **_origin()}
+    opened, local_id = _open(config, name, tags, run_id)
+    is_new = opened != run_id
+    run = Run(config, opened, local)
+    if local_id:
+        run._record("create", name=name, tags=tags, time=_now(), local_id=local_id)
+    if is_new:
+        for key, parent in (parents or {}).items():
+            if parent:
+                run.link(key, parent)
+    run.params(params)
+    run.bytes(masked(yaml.safe_dump(dict(params), sort_keys=False)).encode(), "config.yaml")
+    if config.required and run.spool.drain(failures=1):
+        _abandon(run)
+        raise UserError(
+            f"MLflow store {masked(resolve_uri(config))}: does not accept this run ({run.spool.error}); check the store "
+            "and the access to its artifacts"
+        )
+    monitor = _SystemMetrics(run, resume=not is_new)
     status = "KILLED"
     try:
-        run.params(params)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "config.yaml"
-            path.write_text(yaml.safe_dump(dict(params), sort_keys=False))
-            run.file(path)
         monitor.start()
         yield run
         status = "FINISHED"
@@ -223,41 +217,172 @@ def run(
         raise
     finally:
         monitor.finish()
-        client.set_terminated(run.id, status)
+        run.end(status)
+        _close(run, FINAL_FAILURES if status != "KILLED" else 1)
 
 
-def attach(config: TrackingConfig, run_id: str) -> Run:
-    """Open the run of another process for logging; that process ends the run.
+def _open(
+    config: TrackingConfig, name: str, tags: dict[str, str], run_id: str | None
+) -> tuple[str, str | None]:
+    """Create or reopen a run; returns its id, and the same id again if the run must be created later."""
+    try:
+        client = connect(config)
+        experiment = experiment_id(client, config)
+        if run_id and (reopened := _reopen(client, config, experiment, run_id)):
+            return reopened, None
+        with store_errors(config):
+            return client.create_run(experiment, run_name=name, tags=tags).info.run_id, None
+    except UserError as error:
+        if config.required:
+            raise
+        print(f"tracking: {error}; the job runs, and its records wait", flush=True)
+        return (run_id, None) if run_id else (local := uuid.uuid4().hex, local)
 
-    Raises:
-        UserError: the store is not reachable or does not have the run.
-    """
+
+def _reopen(client: "MlflowClient", config: TrackingConfig, experiment: str, run_id: str) -> str | None:
+    """Reopen a run, which is restored if it was deleted; None if it no longer exists."""
     from mlflow.exceptions import MlflowException
 
-    config = resolve(config)
-    client = _client(config)
-    try:
-        client.get_run(run_id)
-    except MlflowException:
+    with store_errors(config):
+        try:
+            found = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            created_later = find_run(client, experiment, run_id)
+            if created_later is None:
+                where = masked(resolve_uri(config))
+                print(f"MLflow run {run_id}: not in {where}; a new run records from here on", flush=True)
+                return None
+            found = client.get_run(created_later)
+        if found.info.lifecycle_stage == "deleted":
+            print(
+                f"MLflow run {found.info.run_id}: was deleted; it is restored, because its job resumes",
+                flush=True,
+            )
+            client.restore_run(found.info.run_id)
+        client.update_run(found.info.run_id, status="RUNNING")
+    return found.info.run_id
+
+
+def _abandon(run: Run) -> None:
+    """End a run whose job does not start."""
+    with suppress(Exception):  # the store has just refused another request
+        connect(run.config).set_terminated(run.id, "FAILED")
+    run.spool.close()
+    run.spool.path.unlink(missing_ok=True)
+
+
+def _close(run: Run, failures: int) -> None:
+    """Deliver the remaining records; what cannot be delivered stays in the spool file, and a line says so."""
+    left = run.spool.drain(failures)
+    uri, path = masked(resolve_uri(run.config)), run.spool.path
+    if left:
+        print(
+            f"tracking: {left} records are not delivered to {uri} ({masked(run.spool.error or 'interrupted')}); they wait in "
+            f"{path}; deliver them with: tcan track sync {path}",
+            flush=True,
+        )
+    if rejections := run.spool.rejections:
+        print(f"tracking: {uri} rejected {len(rejections)} records, such as: {rejections[0]}", flush=True)
+    run.spool.close()
+
+
+def sync(path: Path, config: TrackingConfig) -> None:
+    """Deliver the spool files at a path, or in the folder and the folders below it.
+
+    The store is that of `config` or MLFLOW_TRACKING_URI if one is set, else the one of the job.
+
+    Raises:
+        UserError: there are no records, another process delivers them, or the store is not available.
+    """
+    files = sorted(path.rglob(f"tracking-*{SUFFIX}")) if path.is_dir() else [path]
+    if not files or not path.exists():
         raise UserError(
-            f"MLflow run {run_id}: not found in {resolve_uri(config)}; set --tracking.folder or MLFLOW_TRACKING_URI to "
-            "the store of the run, or use a new output folder"
-        ) from None
-    return Run(client, config, run_id)
+            f"{path}: no undelivered records here; pass the OUT folder of the job, or a .spool file"
+        )
+    given = resolve(config).uri
+    for file in files:
+        header = read_header(file)
+        stored = TrackingConfig(**header["config"])
+        store = resolve(TrackingConfig(**{**vars(stored), "uri": given or stored.uri}))
+        connect(store)  # reports a store that is not available
+        spool = Spool(file, header, Delivery(store, header["run_id"]))
+        left = spool.drain(FINAL_FAILURES)
+        error, rejections = spool.error, spool.rejections
+        spool.close()
+        if left:
+            raise UserError(
+                f"{file}: {left} records are not delivered ({error}); check the store and rerun the command"
+            )
+        rejected = f"; {len(rejections)} rejected, such as: {rejections[0]}" if rejections else ""
+        print(f"{file}: delivered to {masked(resolve_uri(store))}{rejected}", flush=True)
+
+
+class _SystemMetrics:
+    """Logs CPU, memory, disk, network and GPU metrics with MLflow's monitors, through the spool."""
+
+    def __init__(self, run: Run, resume: bool) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._run, self._stop = run, threading.Event()
+        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with suppress(Exception):  # no GPU, or no package to monitor it
+            self._monitors.append(GPUMonitor())
+        self._step = run.last_step("system/cpu_utilization_percentage") + 1 if resume else 0
+        self._thread = threading.Thread(target=self._log, name="system metrics", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _log(self) -> None:
+        while not self._stop.wait(SYSTEM_METRICS_SECONDS):
+            values: dict[str, float] = {}
+            for monitor in self._monitors:
+                monitor.collect_metrics()
+                values |= monitor.aggregate_metrics()
+                monitor.clear_metrics()
+            with suppress(OSError):  # a full disk; the job will report it
+                self._run.metrics({f"system/{key}": value for key, value in values.items()}, self._step)
+            self._step += 1
+
+    def finish(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def _spool_path(folder: Path, run_id: str) -> Path:
+    return folder / f"tracking-{run_id}{SUFFIX}"
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _encoded(image: Image.Image, suffix: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, Image.registered_extensions()[suffix.lower()])
+    return buffer.getvalue()
 
 
 def local_model(model: str, config: TrackingConfig) -> Path:
     """Resolve a reference to a model folder; downloads remote MLflow artifacts.
 
     Args:
-        model: a folder, models:/NAME@ALIAS, models:/NAME/VERSION, or the id of the training run.
+        model: a local folder or its URI in a bucket, models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or the id
+            of the training run.
 
     Raises:
-        UserError: MLflow does not have the model.
+        UserError: MLflow or the bucket does not have the model.
     """
+    if run := re.fullmatch(r"runs:/([0-9a-f]{32})/model/?", model):
+        model = run[1]
     is_run_id = re.fullmatch(r"[0-9a-f]{32}", model) and not Path(model).exists()
     if not is_run_id and not model.startswith("models:/"):
-        return Path(model)
+        return local_input(model)
     if not is_run_id and not re.fullmatch(r"models:/[^/@]+[/@][^/@]+", model):
         raise UserError(f"{model}: no version; use models:/NAME@ALIAS or models:/NAME/VERSION")
 
@@ -271,7 +396,7 @@ def local_model(model: str, config: TrackingConfig) -> Path:
         raise UserError(
             f"{model}: no MLflow store in {config.folder}; set --tracking.folder or MLFLOW_TRACKING_URI to the store"
         )
-    client = _client(config)
+    client = connect(config)
     try:
         if is_run_id:
             source = f"{client.get_run(model).info.artifact_uri}/model"
@@ -280,84 +405,17 @@ def local_model(model: str, config: TrackingConfig) -> Path:
         folder = Path(mlflow.artifacts.download_artifacts(source, tracking_uri=resolve_uri(config)))
     except (MlflowException, OSError) as error:
         raise UserError(
-            f"{model}: not found in {resolve_uri(config)} ({first_line(error)}); pass a model folder, a training run or a "
+            f"{model}: not found in {masked(resolve_uri(config))} ({reason(error)}); pass a model folder, a training run or a "
             "registered model, and set --tracking.folder or MLFLOW_TRACKING_URI to its store"
         ) from None
     return next((file.parent for file in folder.glob("data/*/tcan.json")), folder)
-
-
-def _client(config: TrackingConfig) -> "MlflowClient":
-    import requests
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):  # many lines about store migrations and the start of the monitor
-        logging.getLogger(name).setLevel(logging.WARNING)
-    uri = resolve_uri(config)
-    if uri.startswith("http"):  # MLflow itself retries for minutes
-        try:
-            requests.get(f"{uri.rstrip('/')}/health", timeout=10)
-        except requests.RequestException:
-            raise UserError(
-                f"{uri}: no MLflow server responds; start it, or unset MLFLOW_TRACKING_URI"
-            ) from None
-    elif config.uri is None:
-        Path(config.folder).mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri)
-
-
-def _experiment(client: "MlflowClient", config: TrackingConfig) -> str:
-    """Return the id of the experiment; create it if needed. A local store has its artifacts in the same folder."""
-    from mlflow.exceptions import MlflowException
-
-    location = None if config.uri else (Path(config.folder) / "artifacts").as_uri()
-    try:
-        experiment = client.get_experiment_by_name(config.experiment)
-        if experiment is None:
-            # This kind makes the page open with runs and curves instead of traces of language models.
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            return client.create_experiment(config.experiment, artifact_location=location, tags=kind)
-    except MlflowException as error:
-        # Another process may have created it in the meantime.
-        experiment = client.get_experiment_by_name(config.experiment)
-        if experiment is None:
-            raise error
-    if experiment.lifecycle_stage == "deleted":
-        raise UserError(
-            f"MLflow experiment {config.experiment}: deleted; restore it or set another tracking.experiment"
-        )
-    return experiment.experiment_id
-
-
-def _link(run: Run, parents: dict[str, str]) -> None:
-    """Tag the run with its parents, and link both in their descriptions."""
-    from mlflow.exceptions import MlflowException
-
-    this = run._client.get_run(run.id)
-    for key, parent_id in parents.items():
-        run.tag(f"tcan.{key}_run", parent_id)
-        try:
-            parent = run._client.get_run(parent_id)
-        except MlflowException:  # recorded in another store, e.g. for a dataset copied from another machine
-            _describe(run._client, run.id, f"{key}: run {parent_id} (not in this store)")
-            continue
-        _describe(run._client, run.id, f"{key}: {_markdown(parent)}")
-        _describe(run._client, parent_id, f"used by: {_markdown(this)}")
-
-
-def _markdown(run: Any) -> str:
-    return f"[{run.info.run_name}](#/experiments/{run.info.experiment_id}/runs/{run.info.run_id})"
-
-
-def _describe(client: "MlflowClient", run_id: str, line: str) -> None:
-    text = client.get_run(run_id).data.tags.get("mlflow.note.content", "")
-    client.set_tag(run_id, "mlflow.note.content", f"{text}\n- {line}".strip())
 
 
 def _origin() -> dict[str, str]:
     """Return tags with the user, the command line and the commit of this package."""
     tags = {
         "mlflow.user": getpass.getuser(),
-        "mlflow.source.name": " ".join(sys.argv),
+        "mlflow.source.name": masked(" ".join(sys.argv)),
         "mlflow.source.type": "LOCAL",
     }
     here = Path(__file__)

@@ -1,10 +1,12 @@
 """TCAN as one module: frozen pretrained models, the trainable parameters of each stage, and the loss."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel, DDIMScheduler, DDPMScheduler, MotionAdapter, UNet2DConditionModel
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from tcan.appa import add_appa, appa_parameters, appa_state_dict, load_appa_state_dict
@@ -13,7 +15,13 @@ from tcan.attention import Appearance
 from tcan.memory_efficient import make_memory_efficient
 from tcan.schedule import min_snr_weight
 from tcan.temporal import load_temporal_state_dict, motion_unet, temporal_layers, temporal_state_dict
-from tcan.temporal_controlnet import control_residuals, temporal_controlnet
+from tcan.temporal_controlnet import (
+    control_residuals,
+    load_spatial_state_dict,
+    spatial_state_dict,
+    temporal_controlnet,
+)
+from tcan.variant import PAPER, Variant
 
 Residuals = tuple[Sequence[Tensor], Tensor]
 
@@ -29,6 +37,9 @@ class TCAN(nn.Module):
         empty_prompt: `[1, T, D]`, the text encoder's output for the empty prompt. It follows the module's device and
             dtype; floating-point inputs are cast to its dtype.
         lora_rank, lora_alpha: rank and alpha of APPA.
+        variant: which parts the model has and trains.
+
+    The methods that a pipeline calls trigger accelerate's offloading hooks, as `forward` does.
 
     Raises:
         ValueError: the motion adapter or the ControlNet is incompatible (`tcan.temporal.motion_unet`,
@@ -45,28 +56,33 @@ class TCAN(nn.Module):
         empty_prompt: Tensor,
         lora_rank: int = 16,
         lora_alpha: int = 16,
+        variant: Variant = PAPER,
     ):
         super().__init__()
+        self.variant, self.lora_rank, self.lora_alpha = variant, lora_rank, lora_alpha
         self.appearance_unet = appearance_unet(unet)
         self.denoiser = motion_unet(unet, motion_adapter)
         install_appearance(self.denoiser)
         share_down_blocks(self.denoiser)
-        add_appa(self.denoiser, lora_rank, lora_alpha)
-        self.controlnet = temporal_controlnet(controlnet, motion_adapter)
+        if variant.appa:
+            add_appa(self.denoiser, lora_rank, lora_alpha)
+        self.controlnet = temporal_controlnet(controlnet, motion_adapter, variant.temporal_controlnet)
         for network in (self.appearance_unet, self.denoiser, self.controlnet):
             make_memory_efficient(network)
         self.register_buffer("empty_prompt", empty_prompt.detach().clone(), persistent=False)
         self._motion_adapter_config = motion_adapter.config
         self.stage: int | None = None
         self.compiled = False
-        """Whether the networks are compiled (`tcan.compiled.compile_tcan`)."""
+        """Whether the networks are compiled (`tcan.acceleration.compile_tcan`)."""
+        self.info: dict[str, Any] = {}  # of the model folder; set by `tcan.weights.load_model`
         self.requires_grad_(False)
         self.eval()
 
     def set_stage(self, stage: int) -> None:
         """Set `requires_grad` for exactly the parameters of a training stage.
 
-        Stage 1: appearance UNet and APPA. Stage 2: temporal layers of the denoiser and of the ControlNet.
+        Stage 1: appearance UNet and APPA; with `variant.controlnet` "finetune" also the ControlNet without its temporal
+        layers. Stage 2: temporal layers of the denoiser and of the ControlNet.
 
         Raises:
             ValueError: `stage` is not 1 or 2.
@@ -79,6 +95,10 @@ class TCAN(nn.Module):
             self.appearance_unet.requires_grad_(True)
             for parameter in appa_parameters(self.denoiser).values():
                 parameter.requires_grad_(True)
+            if self.variant.controlnet == "finetune":
+                self.controlnet.requires_grad_(True)
+                for layer in temporal_layers(self.controlnet).values():
+                    layer.requires_grad_(False)
         else:
             for layer in self._temporal_layers():
                 layer.requires_grad_(True)
@@ -90,6 +110,7 @@ class TCAN(nn.Module):
         self.training = mode
         if self.stage == 1:
             self.appearance_unet.train(mode)
+            self.controlnet.train(mode and self.variant.controlnet == "finetune")
         elif self.stage == 2:
             for layer in self._temporal_layers():
                 layer.train(mode)
@@ -106,11 +127,17 @@ class TCAN(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.empty_prompt.dtype
 
+    @property
+    def max_frames(self) -> int:
+        """Number of positions of the temporal layers: the maximum number of frames of a clip or a window."""
+        return self._motion_adapter_config.motion_max_seq_length
+
     def enable_gradient_checkpointing(self) -> None:
         """Store only the inputs of each block and recompute its activations in the backward pass."""
         for network in (self.appearance_unet, self.denoiser, self.controlnet):
             network.enable_gradient_checkpointing()
 
+    @apply_forward_hook
     def appearance(self, reference_latent: Tensor, timestep: Tensor) -> list[Tensor]:
         """Return the reference features, one per block with reference attention (10 at SD1.5 size).
 
@@ -124,6 +151,7 @@ class TCAN(nn.Module):
         prompt = self.empty_prompt.expand(len(reference_latent), -1, -1)
         return capture_features(self.appearance_unet, reference_latent.to(prompt.dtype), timestep, prompt)
 
+    @apply_forward_hook
     def embed_pose(self, pose: Tensor) -> Tensor:
         """Encode pose images `[B, F, 3, H, W]` in [0, 1] with the ControlNet's pose encoder: `[B, F, C_0, h, w]`.
 
@@ -132,6 +160,7 @@ class TCAN(nn.Module):
         embed = self.controlnet.controlnet_cond_embedding
         return embed(pose.flatten(0, 1).to(self.dtype)).unflatten(0, pose.shape[:2])
 
+    @apply_forward_hook
     def pose_residuals(self, noisy: Tensor, timestep: Tensor, pose: Tensor, scale: float = 1.0) -> Residuals:
         """Return the ControlNet's residuals: 12 for the down blocks and one for the middle block at SD1.5 size.
 
@@ -155,6 +184,7 @@ class TCAN(nn.Module):
             scale,
         )
 
+    @apply_forward_hook
     def denoise(
         self,
         noisy: Tensor,
@@ -233,17 +263,23 @@ class TCAN(nn.Module):
         return eps
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """Return the trained weights by part, as stored in a model folder. Stage 1 changes only the first two parts.
+        """Return the trained weights by part, as stored in a model folder, without the parts that `variant` does not have.
 
-        `appearance_unet`: names of the source UNet; `appa`: PEFT's names (`tcan.appa`);
-        `motion_adapter`: names of a `MotionAdapter`; `temporal_controlnet`: names in the ControlNet.
+        Stage 1 changes only `appearance_unet`: names of the source UNet; `appa`: PEFT's names (`tcan.appa`);
+        `controlnet` (if fine-tuned): names of the ControlNet. Stage 2 changes only `motion_adapter`: names of a
+        `MotionAdapter`; `temporal_controlnet`: names in the ControlNet.
         """
-        return {
+        parts = {
             "appearance_unet": self.appearance_unet.state_dict(),
-            "appa": appa_state_dict(self.denoiser),
             "motion_adapter": temporal_state_dict(self.denoiser),
-            "temporal_controlnet": temporal_state_dict(self.controlnet),
         }
+        if self.variant.appa:
+            parts["appa"] = appa_state_dict(self.denoiser)
+        if self.variant.controlnet == "finetune":
+            parts["controlnet"] = spatial_state_dict(self.controlnet)
+        if self.variant.temporal_controlnet:
+            parts["temporal_controlnet"] = temporal_state_dict(self.controlnet)
+        return parts
 
     def load_parts(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """Load some or all of the parts returned by `parts`.
@@ -255,6 +291,7 @@ class TCAN(nn.Module):
             "appearance_unet": self.appearance_unet.load_state_dict,
             "appa": lambda state: load_appa_state_dict(self.denoiser, state),
             "motion_adapter": lambda state: load_temporal_state_dict(self.denoiser, state),
+            "controlnet": lambda state: load_spatial_state_dict(self.controlnet, state),
             "temporal_controlnet": lambda state: load_temporal_state_dict(self.controlnet, state),
         }
         for name, state in parts.items():

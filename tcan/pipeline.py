@@ -3,7 +3,7 @@
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,26 +21,26 @@ from tcan.person_box import describe_crop, person_box
 from tcan.pipeline_input import (
     ImageInput,
     MotionInput,
+    Retargeting,
     changed_latents,
     check_options,
+    check_size,
+    check_tensor_inputs,
     draw_noise,
     on_cpu,
     to_character,
+    to_dtype,
     to_image,
     to_motion,
 )
-from tcan.pixels import from_vae_output, to_controlnet_input, to_vae_input
+from tcan.pipeline_options import VaeOptions
+from tcan.pixels import from_vae_output, to_vae_input
 from tcan.pose import PoseDetector, draw_poses, find_people, main_person_poses
 from tcan.pose import retarget as retarget_poses
 from tcan.sampling import SamplingConfig
 from tcan.schedule import noise_schedule
-from tcan.temperature import temperature_map
 from tcan.weights import load_model, load_pose_detector, load_pretrained, read_model_info, save_model
-from tcan.windows import Windows
-
-CACHED_WINDOWS = 64
-"""Windows whose pose embeddings are cached in host memory (2.5 MiB per frame at 512 x 512 in half precision). Those of
-further windows are recomputed at each step."""
+from tcan.window_inputs import WindowInputs
 
 logger = logging.getLogger(__name__)
 Callback = Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any]
@@ -58,7 +58,7 @@ class TCANPipelineOutput(BaseOutput):
     """Driving poses after retargeting: keypoints `[F, 18, 3]` in pixels of the frames."""
 
 
-class TCANPipeline(DiffusionPipeline):
+class TCANPipeline(VaeOptions, DiffusionPipeline):
     """Animates the person of one image with a sequence of poses (TCAN, arXiv 2407.09012).
 
         pipe = TCANPipeline.from_pretrained("runs/model").to("cuda")
@@ -68,13 +68,14 @@ class TCANPipeline(DiffusionPipeline):
     number of frames, because each denoising step visits all windows before the next step starts. It contains all poses,
     all latents (16 bytes per 8 x 8 pixels: 64 KiB per frame at 512 x 512) with the scheduler's working copies, and one
     temperature map per window (4 bytes per pixel). Pose images are drawn per window, frames are decoded per batch, and
-    `CACHED_WINDOWS` bounds the cached pose embeddings. The output's `frames` are all frames at once; for a long video
+    `tcan.window_inputs.CACHED_WINDOWS` bounds the cached pose embeddings. The output's `frames` are all frames at once; for a long video
     request "latent" and iterate over `decode`.
     """
 
     scheduler: SchedulerMixin  # set by register_modules
     model_cpu_offload_seq = "vae->tcan->vae"
     _optional_components: ClassVar = ["pose_detector"]
+    _callback_tensor_inputs: ClassVar = ["latents", "noise_pred"]
 
     def __init__(
         self,
@@ -85,20 +86,24 @@ class TCANPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, tcan=tcan, scheduler=scheduler, pose_detector=pose_detector)
-        self.model_info: dict[str, Any] = {}
+        self.model_info: dict[str, Any] = dict(tcan.info)
+        self._interrupt = False
 
     @classmethod
     def from_pretrained(
         cls,
         model_folder: str | os.PathLike,
         *,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | str = torch.float32,
+        variant: str | None = None,
         device: torch.device | str = "cpu",
         **sources: str,
     ) -> "TCANPipeline":
         """Load a model folder and the pretrained models that it names.
 
         Args:
+            torch_dtype: data type of weights and activations, or its name, such as "float16".
+            variant: variant of the files in diffusers' layout to prefer, such as "fp16".
             sources: overrides of the sources of pretrained models (`unet="path"`, `pose="path"`, ...), in the forms
                 that `load_pretrained` accepts.
 
@@ -109,14 +114,11 @@ class TCANPipeline(DiffusionPipeline):
         info = read_model_info(model_folder)
         requested = {part: model["source"] for part, model in info["pretrained"].items()} | sources
         pose = requested.pop("pose", None)
-        pretrained = load_pretrained(**requested, device=device, dtype=torch_dtype)
+        pretrained = load_pretrained(**requested, variant=variant, device=device, dtype=to_dtype(torch_dtype))
         tcan = load_model(model_folder, pretrained)
         detector = None if pose is None else load_pose_detector(pose, device)
-        pipe = cls(
-            pretrained.vae, tcan, noise_schedule(pretrained.scheduler, **info.get("schedule", {})), detector
-        )
-        pipe.model_info = info
-        return pipe
+        scheduler = noise_schedule(pretrained.scheduler, **info.get("schedule", {}))
+        return cls(pretrained.vae, tcan, scheduler, detector)
 
     def to(self, *args: Any, **kwargs: Any) -> "TCANPipeline":
         """Same as `DiffusionPipeline.to`; also moves the pose network, which keeps its dtype."""
@@ -138,34 +140,39 @@ class TCANPipeline(DiffusionPipeline):
         poses: MotionInput,
         *,
         sampling: SamplingConfig | None = None,
-        retarget: bool = True,
+        retarget: Retargeting = "robust",
         character: np.ndarray | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         decode_batch: int = 8,
         output_type: str = "np",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **overrides: Any,
     ) -> TCANPipelineOutput | tuple:
         """Generate one frame per pose.
 
         Args:
             image: the character, of any size and in any form of `ImageInput`. It is cropped to the aspect ratio of the
-                output: with `retarget` around the person (see `tcan.person_box.person_box`), else at the center.
+                output: with retargeting around the person (see `tcan.person_box.person_box`), else at the center.
             poses: keypoints `[F, 18, 3]`, or the frames of a driving video (see `MotionInput`), in which the pose
-                network tracks the main person. With `retarget`, keypoints may be in pixels of any image; without it,
+                network tracks the main person. With retargeting, keypoints may be in pixels of any image; without it,
                 they are in pixels of the output.
             sampling: options of the denoising loop; None: the defaults.
-            retarget: fit the poses to the proportions and the position of the character.
+            retarget: fit the poses to the proportions and the position of the character (see `tcan.pose.retarget`), or "none".
             character: keypoints of the character `[18, 3]` in pixels of the image; None: detected by the pose network.
             height, width: size of the output in pixels, multiples of 64; None: the size used in training.
+            num_inference_steps: diffusers' name of `SamplingConfig.steps`.
             generator: source of the noise, on any device; a CPU generator gives the same noise on every device.
             decode_batch: number of frames that the VAE decodes at once, >= 1.
             output_type: "np", "pt", "pil" or "latent".
-            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": [F, C, h, w]})`. If it returns a
-                dict with "latents", these replace the latents.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)`. If it returns a dict with "latents",
+                these replace the latents. `pipe._interrupt = True` ends the denoising after this step.
+            callback_on_step_end_tensor_inputs: names of the tensors for the callback, each `[F, C, h, w]`: "latents" and
+                "noise_pred".
             overrides: fields of `SamplingConfig` that replace those of `sampling`, such as `steps=50`.
 
         Raises:
@@ -173,11 +180,15 @@ class TCANPipeline(DiffusionPipeline):
                 an argument of another type or shape, or out of its range.
             TypeError: an unknown option.
         """
+        if num_inference_steps is not None:
+            overrides["steps"] = num_inference_steps
         sampling = (sampling or SamplingConfig()).override(**overrides)
-        height, width = height or self.height, width or self.width
-        if height % 64 or width % 64:
-            raise UserError(f"height {height}, width {width}: must be multiples of 64; change the size")
-        check_options(generator, decode_batch, output_type)
+        self.check_window(sampling)
+        height = self.height if height is None else height
+        width = self.width if width is None else width
+        check_size(height, width)
+        check_options(generator, decode_batch, output_type, retarget)
+        check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         image, poses = to_image(image), to_motion(poses)
         character = None if character is None else to_character(character)
         poses, box = self._prepare_poses(image, poses, retarget, character, height, width)
@@ -187,6 +198,7 @@ class TCANPipeline(DiffusionPipeline):
             sampling=sampling,
             generator=generator,
             callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         frames: Any = latents
         if output_type != "latent":
@@ -205,6 +217,7 @@ class TCANPipeline(DiffusionPipeline):
         sampling: SamplingConfig | None = None,
         generator: torch.Generator | None = None,
         callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **overrides: Any,
     ) -> Tensor:
         """Generate the latents of all frames, in host memory (method.md, Inference).
@@ -223,29 +236,31 @@ class TCANPipeline(DiffusionPipeline):
         """
         sampling = (sampling or SamplingConfig()).override(**overrides)
         device = self._execution_device
-        # A new scheduler: `add_noise` in training moves the schedule's tensors to the GPU, but the latents stay on the CPU.
-        self.scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        self._interrupt = False
+        # A new scheduler: `add_noise` in training moves the schedule's tensors to the GPU, but the latents stay on the
+        # CPU; and schedulers have state, which simultaneous calls must not share.
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
         reference = self.encode(image)
         height, width = image.shape[:2]
-        clip = _WindowInputs(self, poses, height, width, sampling)
+        clip = WindowInputs(self.tcan, lambda part: self.draw(part, height, width), poses, sampling, device)
 
-        self.scheduler.set_timesteps(sampling.steps)
+        scheduler.set_timesteps(sampling.steps)
         shape = (sampling.window, *reference.shape[1:])
         noise = draw_noise(shape, generator)
         # The noise of one window, repeated along time: all windows start from the same noise.
         noise = noise[torch.arange(clip.num_padded_frames) % sampling.window]
         latents = self.first_latents(
-            noise, reference.float().cpu() if sampling.start_from_reference else None
+            scheduler, noise, reference.float().cpu() if sampling.start_from_reference else None
         )
         # Stochastic schedulers draw noise at every step.
-        stochastic = "generator" in inspect.signature(self.scheduler.step).parameters
+        stochastic = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": on_cpu(generator)} if stochastic else {}
 
         num_frames = len(poses)
-        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             t = timestep.to(device).reshape(1)
             features = self.tcan.appearance(reference, t)
-            noisy = self.scheduler.scale_model_input(latents, timestep)[None]
+            noisy = scheduler.scale_model_input(latents, timestep)[None]
             predictions = (
                 self.predict_noise(
                     noisy[:, frames].to(device, reference.dtype),
@@ -260,14 +275,19 @@ class TCANPipeline(DiffusionPipeline):
                 for index, frames in enumerate(clip.windows.indices)
             )
             prediction = clip.windows.average(eps.float().cpu() for eps in predictions)[0]
-            latents = self.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
+            latents = scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
                 current = latents[:num_frames]
-                output = callback_on_step_end(self, step, int(timestep), {"latents": current})
+                tensors = {"latents": current, "noise_pred": prediction[:num_frames]}
+                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                output = callback_on_step_end(self, step, int(timestep), chosen)
                 latents = torch.cat([changed_latents(output, current), latents[num_frames:]])
+            if self._interrupt:
+                break
+        self.maybe_free_model_hooks()  # with model offloading, makes room for the VAE
         return latents[:num_frames]
 
-    def first_latents(self, noise: Tensor, reference: Tensor | None) -> Tensor:
+    def first_latents(self, scheduler: SchedulerMixin, noise: Tensor, reference: Tensor | None) -> Tensor:
         """The scheduler's initial latents, `[F, C, h, w]`, from noise `[F, C, h, w]`.
 
         Without a reference: the noise, scaled. With a reference latent `[1, C, h, w]`: that latent, noised to the first
@@ -277,10 +297,10 @@ class TCANPipeline(DiffusionPipeline):
         brightness varies between frames.
         """
         if reference is None:
-            return noise * self.scheduler.init_noise_sigma
+            return noise * scheduler.init_noise_sigma
         noise = noise - noise.mean((-2, -1), keepdim=True)
-        return self.scheduler.add_noise(
-            reference.expand_as(noise), noise, self.scheduler.timesteps[:1].expand(len(noise))
+        return scheduler.add_noise(
+            reference.expand_as(noise), noise, scheduler.timesteps[:1].expand(len(noise))
         )
 
     def predict_noise(
@@ -327,6 +347,7 @@ class TCANPipeline(DiffusionPipeline):
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 8) -> Iterator[np.ndarray]:
         """Decode scaled latents `[F, C, h, w]` in batches: float32 RGB `[<= batch, H, W, 3]` in [0, 1] each."""
+        check_options(None, batch, "np", "none")
         for part in latents.split(batch):
             part = part.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
             yield from_vae_output(self.vae.decode(part, return_dict=False)[0]).cpu().numpy()
@@ -335,7 +356,7 @@ class TCANPipeline(DiffusionPipeline):
         self,
         image: np.ndarray,
         poses: np.ndarray,
-        retarget: bool,
+        retarget: Retargeting,
         character: np.ndarray | None,
         height: int,
         width: int,
@@ -345,30 +366,47 @@ class TCANPipeline(DiffusionPipeline):
         if poses.ndim == 4:
             frame_height, frame_width = poses.shape[1:3]
             poses = self.detect_poses(poses, "the driving video")
-            if not retarget:
+            if retarget == "none":
                 poses = self.scale_poses(poses, frame_height, frame_width, height, width)
         box = crop_box(*size)
-        if not retarget:
+        if retarget == "none":
             return poses, box
         if character is None:
             character = self.detect_poses(image[None], "the image")[0]
         if (around := person_box(character, *size)) != box:
             logger.warning("the image: %s", describe_crop(character, around))
-        return retarget_poses(poses, fit_keypoints(character, *size, box=around)), around
+        return retarget_poses(poses, fit_keypoints(character, *size, box=around), retarget), around
+
+    def check_window(self, sampling: SamplingConfig) -> None:
+        """Require that the temporal layers have a position for every frame of a window.
+
+        Raises:
+            UserError: the window is longer.
+        """
+        if sampling.window > self.tcan.max_frames:
+            raise UserError(
+                f"{sampling.prefix}window = {sampling.window}: the model's motion modules have {self.tcan.max_frames} "
+                f"positions; set at most {self.tcan.max_frames}"
+            )
 
     @property
     def height(self) -> int:
         """Height of the training images in pixels."""
-        return self.model_info["height"]
+        return self._info("height")
 
     @property
     def width(self) -> int:
         """Width of the training images in pixels."""
-        return self.model_info["width"]
+        return self._info("width")
+
+    def _info(self, key: str) -> int:
+        if key not in self.model_info:
+            raise UserError(f"{key}: unknown, as no model folder was loaded; set pipe.model_info[{key!r}]")
+        return self.model_info[key]
 
     def draw(self, poses: np.ndarray, height: int | None = None, width: int | None = None) -> np.ndarray:
         """Draw keypoints `[F, 18, 3]` with the stroke width used in training: uint8 RGB `[F, H, W, 3]`."""
-        return draw_poses(poses, height or self.height, width or self.width, self.model_info["stick_width"])
+        return draw_poses(poses, height or self.height, width or self.width, self._info("stick_width"))
 
     def scale_poses(
         self,
@@ -399,52 +437,14 @@ class TCANPipeline(DiffusionPipeline):
                 f"{source}: this pipeline has no pose network; pass keypoints, or load the network with "
                 "from_pretrained(pose=SOURCE)"
             )
-        return main_person_poses(*find_people(self.pose_detector, frames), source, smoothing_window)
-
-
-class _WindowInputs:
-    """Pose embedding and temperature map of each window of a clip.
-
-    Args:
-        poses: keypoints `[F, 18, 3]` in pixels of the output.
-        height, width: size of the output in pixels.
-    """
-
-    def __init__(
-        self, pipe: TCANPipeline, poses: np.ndarray, height: int, width: int, sampling: SamplingConfig
-    ) -> None:
-        self._pipe, self._height, self._width = pipe, height, width
-        self.windows = Windows(len(poses), sampling.window, sampling.overlap, sampling.loop)
-        self._padded = poses[self.windows.source.numpy()]
-        self._embeddings: dict[int, Tensor] = {}
-        self._temperatures = [
-            temperature_map(self._draw(frames).movedim(-1, -3), sampling.ptm_strength)
-            if sampling.ptm
-            else None
-            for frames in self.windows.indices
-        ]
-
-    @property
-    def num_padded_frames(self) -> int:
-        return len(self._padded)
-
-    def _draw(self, frames: Tensor) -> Tensor:
-        """Pose images uint8 `[F, H, W, 3]`, drawn on demand: for all windows they would need far more memory than the
-        latents."""
-        return torch.from_numpy(self._pipe.draw(self._padded[frames.numpy()], self._height, self._width))
-
-    def pose_embedding(self, index: int) -> Tensor:
-        """The ControlNet's embedding of a window's pose images, `[1, F, C_0, h, w]`."""
-        device = self._pipe._execution_device
-        if index in self._embeddings:
-            return self._embeddings[index].to(device)
-        drawn = self._draw(self.windows.indices[index])[None].to(device)
-        embedding = self._pipe.tcan.embed_pose(to_controlnet_input(drawn))
-        if index < CACHED_WINDOWS:
-            self._embeddings[index] = embedding.cpu()
-        return embedding
-
-    def temperature(self, index: int) -> Tensor | None:
-        """The temperature map of a window, `[H, W]`; None if disabled."""
-        temperature = self._temperatures[index]
-        return None if temperature is None else temperature.to(self._pipe._execution_device)
+        is_offloaded = hasattr(
+            self.vae, "_hf_hook"
+        )  # the detector is not a module, so accelerate does not move it
+        if is_offloaded:
+            self.pose_detector.to(self._execution_device)
+        try:
+            people = find_people(self.pose_detector, frames)
+        finally:
+            if is_offloaded:
+                self.pose_detector.to("cpu")
+        return main_person_poses(*people, source, smoothing_window)

@@ -1,7 +1,9 @@
 """Validation and conversion of the arguments of `TCANPipeline`."""
 
 import os
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.pixels import float_to_uint8, pil_to_uint8
+from tcan.pose.keypoints import check_keypoints
 from tcan.video import read_image
 
 ImageInput: TypeAlias = np.ndarray | Image.Image | Tensor | str | os.PathLike
@@ -21,6 +24,9 @@ path of an image file."""
 MotionInput: TypeAlias = np.ndarray | Tensor | list | tuple
 """Keypoints `[F, 18, 3]`, or frames: RGB as a numpy array `[F, H, W, 3]` or a tensor `[F, 3, H, W]`, both uint8 or float
 in [0, 1]; a list of `ImageInput` of equal size."""
+
+Retargeting = Literal["robust", "paper", "none"]
+"""Method of `tcan.pose.retarget`, or "none"."""
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 
@@ -84,7 +90,8 @@ def to_motion(poses: MotionInput) -> np.ndarray:
         return np.stack([_to_uint8(frame, "the driving frames") for frame in poses])
     if poses.ndim != 3 or poses.shape[1:] != (18, 3) or not len(poses):
         raise UserError(f"{source}: shape {_text(poses.shape)}; pass {_MOTION_FORMS}")
-    return _check_keypoints(poses, source)
+    check_keypoints(poses, source, frames=True)
+    return poses
 
 
 def to_character(character: np.ndarray | Tensor) -> np.ndarray:
@@ -94,12 +101,13 @@ def to_character(character: np.ndarray | Tensor) -> np.ndarray:
         UserError: another shape; NaN or inf.
     """
     character = _to_numpy(character.detach()) if isinstance(character, Tensor) else np.asarray(character)
-    if character.shape != (18, 3):
-        raise UserError(f"the character: shape {_text(character.shape)}; pass keypoints [18, 3]")
-    return _check_keypoints(character, "the character")
+    check_keypoints(character, "the character", frames=False)
+    return character
 
 
-def check_options(generator: torch.Generator | None, decode_batch: int, output_type: str) -> None:
+def check_options(
+    generator: torch.Generator | None, decode_batch: int, output_type: str, retarget: str
+) -> None:
     """Check options that take effect late, before anything runs.
 
     Raises:
@@ -114,6 +122,45 @@ def check_options(generator: torch.Generator | None, decode_batch: int, output_t
         raise UserError(f"decode_batch = {decode_batch}: must be an integer >= 1; set e.g. 8")
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type = {output_type!r}: unknown; use one of {', '.join(OUTPUT_TYPES)}")
+    if retarget not in get_args(Retargeting):
+        raise UserError(f"retarget = {retarget!r}: unknown; use one of {', '.join(get_args(Retargeting))}")
+
+
+def check_size(height: Any, width: Any) -> None:
+    """Check the size of the output in pixels.
+
+    Raises:
+        UserError: not a positive multiple of 64.
+    """
+    for side in (height, width):
+        if not isinstance(side, Integral) or side < 1 or side % 64:
+            raise UserError(
+                f"height {height}, width {width}: must be multiples of 64, above 0; change the size"
+            )
+
+
+def check_tensor_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
+    """Check `callback_on_step_end_tensor_inputs`.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if unknown := [name for name in names if name not in allowed]:
+        raise UserError(
+            f"callback_on_step_end_tensor_inputs: unknown {unknown[0]!r}; use {', '.join(allowed)}"
+        )
+
+
+def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A data type, or its name as in `torch`, such as "float16".
+
+    Raises:
+        UserError: not a floating-point type.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"torch_dtype = {dtype}: unknown; use float32, bfloat16 or float16")
+    return found
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
@@ -185,12 +232,6 @@ def _to_uint8(image: np.ndarray, source: str) -> NDArray[np.uint8]:
 def _to_numpy(tensor: Tensor) -> np.ndarray:
     # numpy has no bfloat16; float16 and float32 in [0, 1] give the same uint8
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-
-
-def _check_keypoints(keypoints: np.ndarray, source: str) -> np.ndarray:
-    if keypoints.dtype.kind not in "fiu" or not np.isfinite(keypoints).all():
-        raise UserError(f"{source}: NaN, inf or values that are not numeric; set missing joints to 0, 0, 0")
-    return keypoints
 
 
 def _text(shape: Any) -> str:

@@ -4,13 +4,20 @@ diffusers' `VaeImageProcessor` converts float images in [0, 1] on the CPU. Here 
 device, which moves 25 % of the bytes.
 """
 
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image, ImageCms, ImageOps
 
 from tcan.errors import UserError
+
+if TYPE_CHECKING:  # modules that decoder processes import must not import torch
+    import torch
+    from torch import Tensor
 
 
 def to_vae_input(frames: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,7 +62,7 @@ def float_to_uint8(image: np.ndarray, source: str) -> NDArray[np.uint8]:
 def pil_to_uint8(image: Image.Image, source: str) -> NDArray[np.uint8]:
     """Convert a PIL image of any mode to uint8 RGB `[H, W, 3]`.
 
-    EXIF orientation is applied, and transparent pixels are blended with white. 16-bit grayscale is scaled to 8 bits,
+    EXIF orientation is applied, colors with an ICC profile are converted to sRGB, and transparent pixels are blended with white. 16-bit grayscale is scaled to 8 bits,
     and float grayscale from [0, 1]; PIL's own conversion clips both to 255.
 
     Args:
@@ -66,7 +73,7 @@ def pil_to_uint8(image: Image.Image, source: str) -> NDArray[np.uint8]:
     """
     # PIL reads a 16-bit PGM as 32-bit integers, already scaled to 16 bits.
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    image = ImageOps.exif_transpose(image)
+    image = _to_srgb(ImageOps.exif_transpose(image))
     if deep:
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     elif image.mode == "F":
@@ -81,3 +88,23 @@ def pil_to_uint8(image: Image.Image, source: str) -> NDArray[np.uint8]:
         ) from None
     white = Image.new("RGBA", image.size, "white")
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Convert the colors of an image with an ICC profile to sRGB; an unusable profile is ignored, as browsers do."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if image.mode == "RGBA":
+            colors = ImageCms.profileToProfile(image.convert("RGB"), source, ImageCms.createProfile("sRGB"))
+            assert colors is not None
+            colors.putalpha(image.getchannel("A"))
+            return colors
+        return (
+            ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            or image
+        )
+    except (ImageCms.PyCMSError, OSError):
+        return image

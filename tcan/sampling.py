@@ -1,7 +1,9 @@
 """How a clip is sampled: the options that the pipeline, `tcan animate`, `tcan evaluate` and the MLflow model share."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from tcan.errors import UserError
@@ -50,6 +52,10 @@ class SamplingConfig:
     prefix: ClassVar[str] = ""  # of the keys in error messages
 
     def __post_init__(self) -> None:
+        for key in ("steps", "window", "overlap", "ptm_limit"):
+            value = getattr(self, key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                self._reject(key, "must be an integer; set e.g. 16")
         if not 1 <= self.steps <= 1000:
             self._reject("steps", "must be from 1 to 1000, the number of noise levels; set e.g. 25")
         if self.window < 1:
@@ -57,8 +63,11 @@ class SamplingConfig:
         if not 0 <= self.overlap < self.window:
             self._reject("overlap", f"must be from 0 to below window = {self.window}; change one of them")
         for key, example in (("guidance_scale", 7.5), ("controlnet_scale", 1), ("ptm_strength", 1)):
-            if not getattr(self, key) >= 0:
-                self._reject(key, f"must be at least 0; set e.g. {example}")
+            value = getattr(self, key)
+            if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+                self._reject(
+                    key, f"must be {'finite' if value == math.inf else 'at least 0'}; set e.g. {example}"
+                )
         if self.ptm_limit is not None and self.ptm_limit < 0:
             self._reject("ptm_limit", "must be at least 0; set e.g. 32, or leave it unset")
 

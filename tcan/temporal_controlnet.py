@@ -38,11 +38,14 @@ class PoseEncoder(ControlNetConditioningEmbedding):
         return pose if pose.shape[1] == self.conv_out.out_channels else super().forward(pose)
 
 
-def temporal_controlnet(controlnet: ControlNetModel, adapter: MotionAdapter) -> ControlNetModel:
+def temporal_controlnet(
+    controlnet: ControlNetModel, adapter: MotionAdapter, temporal: bool = True
+) -> ControlNetModel:
     """Return a copy of the ControlNet with a temporal layer after each layer of its down blocks at factors 4 and 8.
 
     The number of heads and of positions are those of the motion adapter. The output projections are zero, so the copy
-    initially computes the same as the ControlNet. For single frames this remains true after training.
+    initially computes the same as the ControlNet. For single frames this remains true after training. If `temporal` is
+    False, the copy has no temporal layers.
 
     Raises:
         ValueError: the ControlNet expects images in BGR.
@@ -54,7 +57,7 @@ def temporal_controlnet(controlnet: ControlNetModel, adapter: MotionAdapter) -> 
     weight = controlnet.conv_in.weight
     heads = adapter.config.motion_num_attention_heads
     for i, block in enumerate(controlnet.down_blocks):
-        if 2**i not in DOWN_FACTORS:
+        if not temporal or 2**i not in DOWN_FACTORS:
             continue
         channels = controlnet.config.block_out_channels[i]
         num_heads = heads if isinstance(heads, int) else heads[i]
@@ -74,6 +77,24 @@ def temporal_controlnet(controlnet: ControlNetModel, adapter: MotionAdapter) -> 
         has_attention = getattr(block, "has_cross_attention", False)
         block.__class__ = TemporalCrossAttnDownBlock if has_attention else TemporalDownBlock
     return controlnet
+
+
+def spatial_state_dict(controlnet: ControlNetModel) -> dict[str, Tensor]:
+    """Return the weights of the ControlNet without its temporal layers, under the names of a `ControlNetModel`."""
+    return {name: w for name, w in controlnet.state_dict().items() if ".motion_modules." not in name}
+
+
+def load_spatial_state_dict(controlnet: ControlNetModel, state: dict[str, Tensor]) -> None:
+    """Load the output of `spatial_state_dict`.
+
+    Raises:
+        KeyError: the names are not exactly those of this ControlNet.
+    """
+    if difference := state.keys() ^ spatial_state_dict(controlnet).keys():
+        raise KeyError(
+            f"{len(difference)} names of ControlNet weights do not match, first: {min(difference)}"
+        )
+    controlnet.load_state_dict(state, strict=False)
 
 
 def control_residuals(

@@ -15,60 +15,47 @@ from PIL import Image, UnidentifiedImageError
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
 from tcan.pixels import pil_to_uint8
+from tcan.video_stream import UnusableVideo, VideoStream
 
 
 class VideoFrames:
-    """Iterable over the frames of a video, uint8 RGB `[height, width, 3]`, rotated as the file's metadata says.
+    """Iterable over the frames of a video at a constant rate, upright uint8 RGB `[height, width, 3]`, square pixels.
 
         for frame in VideoFrames("dance.mp4"): ...
 
-    Frames are decoded one at a time, so memory does not grow with the length of the video. The object can be iterated
-    any number of times. `fps` is the frame rate in frames per second.
+    Frames are decoded linearly, one at a time (see `tcan.video_stream`), so memory does not grow with the length of the
+    video. The object can be iterated any number of times. Frame k is the one shown k / fps seconds after the first.
 
-    Uses PyAV, because decord can block forever on frames that the header of a damaged file declares but the file lacks.
+    Args:
+        fps: resample to this rate. None: every frame once at the rate of the video, `fps`; if the rate varies, the
+            video is resampled to the rate that most frames have, so that its duration is kept.
 
     Raises:
         UserError: the file is missing, empty, damaged, or not a video. Raised during iteration too, because damage can
             be anywhere in the file.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, fps: float | None = None) -> None:
         self.path = _existing_file(path, "video")
-        with self._open() as (_, stream):
-            self.fps = float(stream.average_rate or 0)
-        first = next(iter(self), None)
-        if first is None or not self.fps:
-            raise self._unreadable()
-        self.height, self.width = first.shape[:2]
+        with self._user_errors():
+            self._stream = VideoStream(self.path)
+        self.height, self.width = self._stream.height, self._stream.width
+        self._resampled = fps is not None or self._stream.variable_rate
+        self.fps = fps or self._stream.fps
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        with self._open() as (container, stream):
-            count, shape = 0, None
-            for frame in container.decode(stream):
-                image = _rotate(frame)
-                if image.shape != (shape or image.shape):
-                    raise UserError(
-                        f"{self.path}: frames have different sizes; re-encode the video with one size"
-                    )
-                count, shape = count + 1, image.shape
-                yield image
-            if count < 0.99 * stream.frames:
-                raise self._unreadable()
+        with self._user_errors():
+            if self._resampled:
+                yield from self._stream.resampled(self.fps)
+            else:
+                yield from (image for _, image in self._stream)
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    def _user_errors(self) -> Iterator[None]:
         try:
-            with av.open(str(self.path)) as container:
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                yield container, stream
-        except (av.error.FFmpegError, IndexError):  # IndexError: audio without a video stream
-            raise self._unreadable() from None
-
-    def _unreadable(self) -> UserError:
-        return UserError(
-            f"{self.path}: cannot be read as a video (damaged or unsupported format); use another file"
-        )
+            yield
+        except UnusableVideo as error:
+            raise UserError(f"{self.path}: cannot be read as a video ({error}); use another file") from None
 
 
 def read_video(path: str | os.PathLike, max_frames: int | None = None) -> tuple[np.ndarray, float]:
@@ -248,9 +235,7 @@ def _audio_packets(
             if not container.streams.audio:
                 return
             audio = container.streams.audio[0]
-            begin = 0.0
-            if container.streams.video and (first := container.streams.video[0]).start_time:
-                begin = float(first.start_time * first.time_base)
+            begin = _first_image_time(source)
             if audio.codec_context.name in form.copied_audio:
                 stream = output.add_stream_from_template(audio)
                 for packet in container.demux(audio):
@@ -261,12 +246,27 @@ def _audio_packets(
                         yield packet
             else:
                 stream = output.add_stream(form.audio_codec, rate=48000)
+                end: float | None = None
                 for frame in container.decode(audio):
-                    frame.pts -= round(begin / frame.time_base)
+                    if frame.pts is None:  # formats such as WMV give only some frames a time
+                        frame.time_base = Fraction(1, frame.sample_rate)
+                        time = begin if end is None else end
+                    else:
+                        time = float(frame.pts * frame.time_base)
+                    end = time + frame.samples / frame.sample_rate
+                    frame.pts = round((time - begin) / frame.time_base)
                     yield from stream.encode(frame)
                 yield from stream.encode(None)
     except av.error.FFmpegError as error:
         raise UserError(f"{source}: cannot read the audio ({error.strerror}); disable audio") from None
+
+
+def _first_image_time(path: Path) -> float:
+    """Time of the first image on the file's clock, in seconds; 0 for audio without images."""
+    try:
+        return VideoStream(path).start
+    except UnusableVideo:
+        return 0.0
 
 
 def is_image(path: str | os.PathLike) -> bool:
@@ -314,10 +314,6 @@ def write_image(image: np.ndarray, path: str | os.PathLike) -> None:
         raise UserError(
             f"{path}: cannot write the image ({error.strerror or error}); check the folder"
         ) from None
-
-
-def _rotate(frame: av.VideoFrame) -> np.ndarray:
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90))
 
 
 def _existing_file(path: str | os.PathLike, kind: str) -> Path:

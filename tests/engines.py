@@ -24,8 +24,15 @@ from safetensors.torch import load_file
 from pipelines.config import StageConfig
 from pipelines.config.parser import load_config
 from pipelines.train import checkpoint
-from pipelines.train.data import ClipStore, Sampler
-from pipelines.train.engine import create_engine, ema_weights, get_state, trained_parameters
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
+from pipelines.train.engine import (
+    create_engine,
+    ema_weights,
+    get_state,
+    optimizer_step,
+    trained_parameters,
+)
 from pipelines.train.model import batch_loss
 from tcan.model import TCAN
 from tcan.weights import load_pretrained
@@ -34,6 +41,7 @@ STEPS, CHECKPOINT_STEP = 3, 1
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 ENGINES = {
     **{f"zero{n}-fp32": (n, "fp32", {}) for n in range(4)},
+    "zero0-bf16": (0, "bf16", {}),
     "zero2-bf16": (2, "bf16", {}),
     "zero2-fp32-offload": (2, "fp32", OFFLOAD),
 }
@@ -83,11 +91,36 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
             for batch in batches:
                 loss = batch_loss(engine, pretrained, batch, device)
                 engine.backward(loss)
-                engine.step()
+                if batch is batches[-1]:
+                    optimizer_step(engine, torch.zeros((), dtype=torch.bool, device=device))
+                else:
+                    engine.step()  # counts the gradient accumulation
                 total += loss.detach() / len(batches) / workers
             dist.all_reduce(total)
             losses.append(total.item())
         return losses
+
+    def bad_step(engine) -> tuple[float, bool]:
+        """A step whose loss is finite but whose gradient is inf on the last worker.
+
+        Returns:
+            the norm, and whether the step has changed any weight.
+        """
+        names_and_parameters = trained_parameters(engine)
+        before = [
+            get_state(engine, p, key).clone() for _, p in names_and_parameters for key in ("weight", "ema")
+        ]
+        poison = names_and_parameters[0][1].register_hook(
+            lambda gradient: gradient * float("inf") if rank == workers - 1 else gradient
+        )
+        (batch,) = sampler.worker_batches(STEPS, rank, workers, 1)
+        loss = batch_loss(engine, pretrained, batch, device)
+        assert torch.isfinite(loss)
+        engine.backward(loss)
+        norm = float(optimizer_step(engine, torch.zeros((), dtype=torch.bool, device=device)))
+        poison.remove()
+        after = [get_state(engine, p, key) for _, p in names_and_parameters for key in ("weight", "ema")]
+        return norm, not all(map(torch.equal, before, after))
 
     results: dict[str, dict] = {}
     for name in ENGINES:
@@ -103,8 +136,12 @@ def main(rank: int, workers: int, port: int, folder: Path, pretrained_folder: st
             checkpoint.write(engine, checkpoint_folder, {"step": CHECKPOINT_STEP})
             losses += train(engine, CHECKPOINT_STEP, STEPS)
             frozen.check()
+            norm, changed = bad_step(engine)
             results[name] = {
                 "losses": losses,
+                "bad_norm": str(norm),
+                "bad_step_changed_weights": changed,
+                "loss_after_bad_step": train(engine, STEPS, STEPS + 1)[0],
                 "in_optimizer": sum(
                     state["exp_avg"].numel() for state in engine.basic_optimizer.state.values()
                 ),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_FUNCTION_LINES = 80  # exclusive
 MAX_MODULE_LINES = 450
 LONG_MODULES = {"pipelines/puppets/render.py"}  # one drawing routine per part of a figure
-BINARY_SUFFIXES = {".png", ".webp", ".safetensors"}
+BINARY_SUFFIXES = {".png", ".webp", ".mp4", ".safetensors"}
 # Not our prose: the license, the lock file with package names, and this list itself.
 SKIPPED_FILES = {"LICENSE", "requirements.lock", "tests/test_conventions.py"}
 

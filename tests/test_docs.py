@@ -31,6 +31,8 @@ EXECUTED_BY = {
     "weights": "tests/tcan/test_weights.py::test_describe_identifies_folders",
     "demo": "tests/pipelines/test_demo.py::test_demo_writes_videos_evaluations_and_contact_sheet",
     "memory": "tests/pipelines/test_cli.py::test_memory_prints_a_stage_by_gpus_and_zero_stage",
+    "jobs": "tests/pipelines/test_submit.py::test_submitting_an_id_again_follows_its_job",
+    "track": "tests/pipelines/test_outages.py::test_records_left_at_the_end_are_delivered_by_track_sync",
     "ui": "tests/pipelines/test_tracking.py::test_ui_serves_runs_and_artifacts_until_interrupted",
 }
 """For each command, a test that executes it."""

@@ -72,6 +72,10 @@ class TrackingConfig:
     uri: str | None = None
     """MLflow tracking URI, e.g. http://mlflow:5000. Default: MLFLOW_TRACKING_URI, else the store in `folder`."""
 
+    required: bool = True
+    """Whether a job stops with an error if the store is not available at its start. false: the job runs, and its records
+    wait in a file for `tcan track sync`. An outage during a job never stops it."""
+
 
 @dataclass
 class Config:

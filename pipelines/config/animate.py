@@ -1,11 +1,35 @@
 """Configuration of `tcan animate` and `tcan evaluate`."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from pipelines.config.rules import at_least, check, multiple_of
+from pipelines.config.rules import at_least, between, check, multiple_of
 from tcan.errors import UserError
 from tcan.sampling import SamplingConfig
+
+
+@dataclass
+class PoseErrorConfig:
+    """Synthetic errors of one kind in the driving poses, to test how a model reacts to them."""
+
+    kind: Literal["none", "missing", "jitter", "outliers", "swaps", "frozen", "offset", "burst"] = "none"
+    """Kind of the errors. missing: removed joints. jitter: Gaussian noise. outliers: unusable poses of single frames. swaps:
+    left and right exchanged. frozen: the pose of the previous frame. offset: all frames shifted. burst: consecutive
+    unusable poses."""
+
+    share: float = 0.1
+    """Fraction of the joints (missing) or of the frames (all other kinds but offset) with errors (0 to 1)."""
+
+    size: float = 0.03
+    """Standard deviation of jitter, and distance of offset, as a fraction of the image height (0 to 1)."""
+
+    seed: int = 0
+    """Seed of the errors (>= 0)."""
+
+    def __post_init__(self) -> None:
+        check(self, "animate.pose_errors.", between(0, 1), share=0.1, size=0.03)
+        check(self, "animate.pose_errors.", at_least(0), seed=0)
 
 
 @dataclass
@@ -15,11 +39,15 @@ class AnimateConfig(SamplingConfig):
     scheduler: str = "DDIMScheduler"
     """Class name of the diffusers scheduler for sampling, e.g. DPMSolverMultistepScheduler."""
 
-    retarget: bool = True
-    """Retargeting of the poses to the proportions and the position of the character."""
+    retarget: Literal["robust", "paper", "none"] = "robust"
+    """Retargeting of the poses to the proportions and the position of the character. robust: bone lengths estimated over
+    the driving video; paper: relative to its first frame; none: the poses are only scaled and cropped."""
 
     smoothing_window: int = 0
     """Smoothing window of the poses in frames (odd, >= 5), after outlier removal. 0 disables both."""
+
+    pose_errors: PoseErrorConfig = field(default_factory=PoseErrorConfig)
+    """Synthetic errors of the driving poses, added before retargeting."""
 
     height: int | None = None
     """Height of the result in pixels (multiple of 64). Default: the training size of the model."""
@@ -31,7 +59,14 @@ class AnimateConfig(SamplingConfig):
     """Batch size of VAE decoding in frames (>= 1)."""
 
     device: str = "auto"
-    """Device, e.g. cpu, cuda or cuda:1. auto: a GPU if available, else the CPU."""
+    """Device: cpu, cuda or cuda:N. auto: a GPU if available, else the CPU."""
+
+    offload: Literal["none", "model", "sequential"] = "none"
+    """Offloading of weights from the GPU to host memory. model: one network at a time is on the GPU. sequential: one layer
+    at a time, which is much slower."""
+
+    vae_tiling: bool = False
+    """Encoding and decoding in overlapping tiles, which are blended: less memory for large frames."""
 
     compile: bool | Literal["auto"] = "auto"
     """Compilation of the networks with torch.compile: faster steps after a first step of minutes. auto: on GPUs."""
@@ -52,6 +87,8 @@ class AnimateConfig(SamplingConfig):
         super().__post_init__()
         check(self, "animate.", at_least(1), decode_batch=8)
         check(self, "animate.", at_least(0), workers=0)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"animate.device = {self.device}: no such device; use auto, cpu, cuda or cuda:N")
         if self.smoothing_window and (self.smoothing_window < 5 or self.smoothing_window % 2 == 0):
             raise UserError(
                 f"animate.smoothing_window = {self.smoothing_window}: must be odd and at least 5; set e.g. 7, or 0 to "

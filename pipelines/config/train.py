@@ -1,5 +1,6 @@
 """Configuration of `tcan train`."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,6 +96,17 @@ class TrainConfig:
     """Fraction of the stage 2 frames with unusable poses (0 to 1): joints shuffled in 50 % of them, all joints missing in
     50 %. 0 disables."""
 
+    appa: bool = True
+    """APPA layers (LoRA on the spatial attention of the denoiser). false: the reference features are concatenated, but the
+    projections remain the pretrained ones. Saved in the model folder."""
+
+    controlnet: Literal["frozen", "finetune"] = "frozen"
+    """Training of the ControlNet in stage 1. frozen (the paper's): none. finetune: with the same learning rate as the other
+    networks; its weights are saved in the model folder."""
+
+    temporal_controlnet: bool = True
+    """Temporal layers of the ControlNet, trained in stage 2. Saved in the model folder."""
+
     lora_rank: int = 16
     """Rank of the APPA layers (>= 1)."""
 
@@ -156,16 +168,17 @@ class TrainConfig:
     """Number of images or clips of the validation loss (>= 1), each at four timesteps."""
 
     on_bad_loss: Literal["stop", "skip"] = "stop"
-    """Action on a NaN/inf loss or a loss spike: stop with a report, or skip the step."""
+    """Action on a NaN/inf loss or gradient, or a loss spike: stop with a report, or skip the step."""
 
     loss_spike_factor: float = 20.0
-    """Loss spike threshold as a multiple of the running mean of the loss (>= 0). 0 disables spike detection."""
+    """Loss spike threshold as a multiple of the running mean of the loss (> 1). 0 disables spike detection."""
 
     hang_timeout: float = 900.0
     """Timeout of a training step in seconds (> 0), after which all workers restart from the last checkpoint."""
 
     log_every: int = 10
-    """Interval between progress lines in steps (>= 1). Metrics are recorded at every step."""
+    """Interval in steps (>= 1) at which metrics are copied from the device and written, with a progress line. The metrics
+    of all steps are recorded. A bad loss or gradient is noticed at these steps and before checkpoints."""
 
     profile_steps: int = 0
     """Number of steps to profile on the first worker (>= 0), from the third step after the start. The trace for
@@ -185,7 +198,10 @@ class TrainConfig:
         check(self, "train.", at_least(1), cpus_per_worker=1, num_checkpoints=2, validation_samples=8)
         check(self, "train.", at_least(1), log_every=10)
         check(self, "train.", at_least(0), noise_offset=0.05, weight_decay=0.01, max_grad_norm=1)
-        check(self, "train.", at_least(0), loss_spike_factor=20)
+        if self.loss_spike_factor and not self.loss_spike_factor > 1:
+            raise UserError(
+                f"train.loss_spike_factor = {self.loss_spike_factor}: must be above 1, or 0 to disable spike detection; set e.g. 20"
+            )
         check(self, "train.", at_least(0), profile_steps=3, clip_cache_mb=1024)
         check(self, "train.", at_least(2), clip_frames=16)
         check(self, "train.", at_least(-1), max_failures=3)
@@ -197,6 +213,12 @@ class TrainConfig:
             raise UserError(
                 "train.compile = True: not supported with ZeRO 3, which gathers weights between layers; set train.zero_stage "
                 "2 or train.compile auto"
+            )
+        if self.storage is not None and not re.fullmatch(
+            r"((s3|gs)://[^/]+.*|file:///.+|(?!\w+://).+)", self.storage
+        ):
+            raise UserError(
+                f"train.storage = {self.storage}: not a folder; set a path, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
             )
         if self.zero_terminal_snr and self.prediction_type != "v_prediction":
             raise UserError(

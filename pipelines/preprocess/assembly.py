@@ -1,5 +1,6 @@
 """Assembly of the clips of each video into rows of the dataset, or into a rejection."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pipelines.preprocess.pose import main_person, person_height, unpack_people
 from pipelines.preprocess.shards import ShardWriter
 from pipelines.preprocess.sources import Source
 
+logger = logging.getLogger(__name__)
 LATENTS_IN_MEMORY = 4 * 2**20  # bytes per incomplete video; more are stored on disk
 
 
@@ -52,6 +54,8 @@ class VideoAssembler:
         clips = self._clips.setdefault(video_id, {})
         if row["num_clips"] is not None:
             self._num_clips[video_id] = row["num_clips"]
+            if row["warning"]:
+                logger.warning("%s: %s", row["source"], row["warning"])
         else:
             if video_id not in self._latents:
                 self._latents[video_id] = _Latents(self.writer.folder)

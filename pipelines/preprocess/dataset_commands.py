@@ -16,6 +16,7 @@ from pipelines.dataset import (
     CLIPS_FOLDER,
     IDENTITY_KEY,
     REJECTED_SCHEMA,
+    check_clip_files,
     clip_files,
     clip_schema,
     decode_row,
@@ -23,8 +24,9 @@ from pipelines.dataset import (
     read_info,
     rejected_files,
 )
+from pipelines.dataset_index import READ_THREADS, index_problems, read_index
 from pipelines.preprocess.assembly import assign_split
-from pipelines.preprocess.shards import READ_THREADS, read_contents
+from pipelines.preprocess.shards import read_contents
 from tcan.errors import UserError
 
 MAX_PRINTED = 20  # problems
@@ -38,15 +40,9 @@ def print_info(dataset: str) -> None:
     """
     info, folder = _read_complete(dataset)
     contents = read_contents(folder, info["identity"])
-    splits: Counter[str] = Counter()
-    videos: set[str] = set()
-    seconds = 0.0
-    for name in clip_files(folder):
-        with storage.open_parquet(name) as file:
-            for row in file.read(["video_id", "split", "num_frames", "fps"]).to_pylist():
-                seconds += row["num_frames"] / row["fps"]
-                splits[row["split"]] += row["video_id"] not in videos
-                videos.add(row["video_id"])
+    index = read_index(folder)
+    splits = Counter(index.group_by(["video_id", "split"]).aggregate([])["split"].to_pylist())
+    seconds = float(np.sum(index["num_frames"].to_numpy() / index["fps"].to_numpy()))
     counts = contents.counts
     print(
         f"{dataset}: {counts['videos']} videos ({splits['train']} train, {splits['validation']} validation) in "
@@ -78,14 +74,10 @@ def _read_complete(dataset: str) -> tuple[dict[str, Any], str]:
     """Return the content of dataset.json and the absolute folder of the dataset.
 
     Raises:
-        UserError: the dataset is missing or unfinished, or some of its files are missing.
+        UserError: the dataset is missing or unfinished, or its files differ from its list.
     """
     info, folder = read_info(dataset), storage.absolute(dataset)
-    if missing := sorted(info["files"].keys() - _files(folder)):
-        raise UserError(
-            f"{dataset}: {len(missing)} files are missing, such as {missing[0]}; restore them, or rerun the same tcan "
-            "preprocess command"
-        )
+    check_clip_files(dataset, info)
     return info, folder
 
 
@@ -126,6 +118,9 @@ def verify(dataset: str) -> None:
             for key, value in counts.items()
             if info["counts"][key] != value
         ]
+    if not problems:
+        clips = {name for name in names if name.startswith(f"{CLIPS_FOLDER}/")}
+        problems += index_problems(folder, read_index(folder), clips)
     for problem in problems[:MAX_PRINTED]:
         print(problem)
     if problems:

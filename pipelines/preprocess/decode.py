@@ -85,7 +85,7 @@ def _decoder() -> _Decoder:
 
 
 def decode_clips(path: str, *, timeout: float, **settings: Any) -> Iterator[dict[str, Any]]:
-    """Yield the clips of a video in order, then a dict with num_clips.
+    """Yield the clips of a video in order, then a dict with num_clips and warning.
 
     A clip has start, num_frames, fps, height, width, crop and frames (bytes of uint8 `[F, H, W, 3]`).
 

@@ -75,6 +75,7 @@ def preprocess(
     )
     identity = dataset_identity(config, fingerprint(vae), detector.fingerprint)
     # These keys exist only if the parts are enabled, so that the identity of datasets without them is stable.
+    identity |= {"precision": config.preprocess.precision} if config.preprocess.precision != "fp32" else {}
     identity |= {f"{name.removesuffix('s')}_fingerprint": part.fingerprint for name, part in parts.items()}
 
     with writing(folder):
@@ -95,7 +96,7 @@ def preprocess(
                 flush=True,
             )
         name = folder.rpartition("/")[2]
-        with tracking.run("preprocess", name, config.tracking, dataclasses.asdict(config)) as run:
+        with tracking.run("preprocess", name, config.tracking, dataclasses.asdict(config), folder) as run:
             _write(folder, out, identity, pending, rejected, config, run)
             contents = read_contents(folder, identity)
             summary = _summary(contents, before, began)

@@ -4,6 +4,8 @@ Both read the same frames. As separate operators, they would transfer the frames
 would need its own GPU.
 """
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from pipelines.config import PretrainedConfig
-from pipelines.preprocess.latents import encode_frames
+from pipelines.preprocess.latents import EncodedFrames
 from pipelines.preprocess.pose import pack_people
 from pipelines.preprocess.schemas import ENCODED_SCHEMA
 from tcan.errors import UserError
@@ -47,8 +49,15 @@ def load_part_detectors(
     return detectors
 
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 class PoseAndLatents:
-    """Actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA. Rows without frames pass through."""
+    """Actor: rows of DECODED_SCHEMA -> rows of ENCODED_SCHEMA. Rows without frames pass through.
+
+    Several threads may call it: while one decodes poses on the CPU, the GPU computes for another. Each thread has a CUDA
+    stream of its own, so copies overlap with computation.
+    """
 
     def __init__(
         self,
@@ -57,11 +66,15 @@ class PoseAndLatents:
         device: str,
         hands: bool = False,
         face: bool = False,
+        precision: str = "fp32",
     ) -> None:
         torch.set_num_threads(1)  # Ray reserves one CPU; torch would use all CPUs of the node
         self.detector, self.vae = load_models(pretrained, device)
+        if precision != "fp32":
+            self.vae = self.vae.to(DTYPES[precision])
         self.parts = load_part_detectors(pretrained.pose, hands, face, device)
         self.batch_frames = batch_frames
+        self._of_thread = threading.local()
 
     def __call__(self, clips: pa.Table) -> pa.Table:
         frames = clips["frames"]
@@ -71,7 +84,8 @@ class PoseAndLatents:
                 # as_buffer: a view of the object store without a copy.
                 images = np.frombuffer(frames[i].as_buffer(), np.uint8)
                 try:
-                    row.update(self._encode(images.reshape(-1, row["height"], row["width"], 3)))
+                    with self._stream():
+                        row.update(self.encode(images.reshape(-1, row["height"], row["width"], 3)))
                 except torch.OutOfMemoryError:
                     raise UserError(
                         f"preprocess.batch_frames = {self.batch_frames}: out of GPU memory; lower it (see tcan memory "
@@ -79,16 +93,26 @@ class PoseAndLatents:
                     ) from None
         return pa.Table.from_pylist(rows, ENCODED_SCHEMA)
 
-    def _encode(self, frames: np.ndarray) -> dict[str, Any]:
+    def _stream(self) -> AbstractContextManager:
+        """Context in which the GPU's work of this thread is in its own stream."""
+        if self.vae.device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self._of_thread, "stream"):
+            self._of_thread.stream = torch.cuda.Stream()
+        return torch.cuda.stream(self._of_thread.stream)
+
+    def encode(self, frames: np.ndarray) -> dict[str, Any]:
+        """Columns of ENCODED_SCHEMA of a clip, uint8 `[F, H, W, 3]`."""
         height, width = frames.shape[1:3]
         # `batch_frames` applies to square frames; the batch is smaller for wide ones to use the same memory.
         batch = max(1, self.batch_frames * min(height, width) // max(height, width))
-        mean, logvar = encode_frames(self.vae, frames, batch)
-        if not (np.isfinite(mean).all() and np.isfinite(logvar).all()):
-            return {"step": "latents", "reason": "the VAE's latents are not finite in float16"}
+        latents = EncodedFrames(self.vae, frames, batch)  # the device works on them until `numpy`
         # Detectors scale frames to a fixed height, so people in tall frames would be smaller than in the square crop.
         zoom = height / min(height, width)
         people = self.detector.detect(frames, batch, zoom)
+        mean, logvar = latents.numpy()
+        if not (np.isfinite(mean).all() and np.isfinite(logvar).all()):
+            return {"step": "latents", "reason": "the VAE's latents are not finite in float16"}
         people_per_frame, packed = pack_people(people)
         parts = {
             name: pack_people(detector.detect(frames, people))[1] for name, detector in self.parts.items()

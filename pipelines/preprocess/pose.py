@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tcan.pose import track_main_person
+from tcan.pose.tracking import track_people, track_poses
 
 People = list[np.ndarray]
 """The people of each frame: float32 `[P, 18, 3]`; P may be 0."""
@@ -25,12 +25,9 @@ def main_person(people: People, height: int, width: int) -> tuple[np.ndarray, li
     Returns:
         Keypoints `[F, 18, 3]`, and the index of the main person in each frame's people, -1 where not detected.
     """
-    keypoints = np.asarray(track_main_person(people, height, width), np.float32)
-    indices = [
-        next((i for i, body in enumerate(bodies) if np.array_equal(body, main) and main.any()), -1)
-        for bodies, main in zip(people, keypoints, strict=True)
-    ]
-    return keypoints, indices
+    tracks = track_people(people, height, width)
+    indices = tracks[0] if tracks else np.full(len(people), -1)
+    return track_poses(people, indices), indices.tolist()
 
 
 def person_height(keypoints: np.ndarray) -> float:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from pipelines.dataset import clip_files, decode_row
+from pipelines.dataset import decode_row
+from pipelines.dataset_index import read_index
 from pipelines.preprocess.pose import unpack_people
 from pipelines.storage import open_parquet
 from tcan.pixels import from_vae_output, to_uint8
@@ -26,17 +27,12 @@ def contact_sheet(
 
 
 def _random_clips(folder: str, count: int, seed: int) -> list[dict[str, Any]]:
-    num_rows: dict[tuple[str, int], int] = {}  # (file, row group) -> rows
-    for name in clip_files(folder):
-        with open_parquet(name) as file:
-            for group in range(file.num_row_groups):
-                num_rows[name, group] = file.metadata.row_group(group).num_rows
-    locations = [(*group, i) for group, rows in num_rows.items() for i in range(rows)]
-    chosen = np.random.default_rng(seed).permutation(len(locations))[:count]
+    index = read_index(folder)
+    chosen = np.random.default_rng(seed).permutation(len(index))[:count]
     clips = []
-    for name, group, i in (locations[k] for k in sorted(chosen)):
-        with open_parquet(name) as file:
-            clips += file.read_row_group(group).slice(i, 1).to_pylist()
+    for clip in index.select(["file", "row_group", "row"]).take(sorted(chosen)).to_pylist():
+        with open_parquet(f"{folder}/{clip['file']}") as file:
+            clips += file.read_row_group(clip["row_group"]).slice(clip["row"], 1).to_pylist()
     return clips
 
 

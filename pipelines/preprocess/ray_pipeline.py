@@ -17,6 +17,9 @@ from pipelines.preprocess.sources import Source
 
 # Small blocks let the models start while a video is still being decoded, and limit the data in flight. A square clip of 64
 # frames is 3 MiB at 128 px, and 48 MiB (one block) at 512 px.
+CLIPS_PER_GPU_ACTOR = (
+    4  # at the same time: decoding of the poses on the CPU overlaps with the networks on the GPU
+)
 BLOCK_BYTES = 16 * 2**20
 MAX_BLOCKS = 10_000  # one video per task, up to a number of tasks that Ray handles well
 # These settings let glibc keep the memory that the networks free, in any thread. By default, activations (megabytes each)
@@ -66,7 +69,11 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
                 batch_size=1,  # one clip; the models split it into batches of frames
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(
-                    min_size=1, max_size=num_actors, initial_size=min(num_actors, len(items))
+                    min_size=1,
+                    max_size=num_actors,
+                    initial_size=min(num_actors, len(items)),
+                    max_concurrent_calls_per_actor=CLIPS_PER_GPU_ACTOR if num_gpus else None,
+                    enable_true_multi_threading=bool(num_gpus),
                 ),
                 num_gpus=num_gpus,
                 **resources,
@@ -120,4 +127,5 @@ def _models(config: Config, device: str) -> functools.partial:
         device=device,
         hands=settings.hands,
         face=settings.face,
+        precision=settings.precision,
     )

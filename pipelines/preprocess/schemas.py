@@ -4,13 +4,15 @@ import pyarrow as pa
 
 # From decoding to the models. A row is one of:
 # - a clip;
-# - the end of a video (no frames): num_clips is set, and the video is complete when that number of clips has arrived;
+# - the end of a video (no frames): num_clips is set, and the video is complete when that number of clips has arrived; warning
+#   names peculiarities of the file;
 # - a rejection (no frames): step and reason are set.
 DECODED_SCHEMA = pa.schema(
     [
         ("video_id", pa.string()),
         ("source", pa.string()),
         ("num_clips", pa.int32()),
+        ("warning", pa.string()),
         ("start", pa.int32()),
         ("num_frames", pa.int32()),
         ("fps", pa.float32()),
@@ -29,6 +31,7 @@ ENCODED_SCHEMA = pa.schema(
         ("video_id", pa.string()),
         ("source", pa.string()),
         ("num_clips", pa.int32()),
+        ("warning", pa.string()),
         ("start", pa.int32()),
         ("num_frames", pa.int32()),
         ("fps", pa.float32()),

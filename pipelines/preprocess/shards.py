@@ -5,10 +5,8 @@ and never changes. So a job may die at any time: the next job reads which videos
 the others.
 """
 
-import fcntl
 import io
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,12 +33,12 @@ from pipelines.dataset import (
     file_name,
     rejected_files,
 )
+from pipelines.dataset_index import READ_THREADS, WRITER_OPTIONS, write_index
+from pipelines.lock import locked
 from pipelines.preprocess.sources import Source
 from tcan.errors import UserError
 
-# A training sample reads one row group: small, but large enough for an efficient request to S3.
-ROW_GROUP_BYTES = 2 * 2**20
-READ_THREADS = 16  # files read in parallel: requests to a bucket have a high latency
+ROW_GROUP_BYTES = 2 * 2**20  # memory of the writer, and size of a request of readers that read row groups
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -146,36 +144,22 @@ def _check_identity(parquet: pq.ParquetFile, identity: Mapping[str, Any], folder
 def writing(folder: str) -> Iterator[None]:
     """Create the dataset's folders, lock the dataset for the duration of the block, and delete leftovers of killed jobs.
 
-    Object stores have no locks; make sure that no other job writes to a dataset in a bucket.
-
     Raises:
         UserError: the folder cannot be created or written, or another job is writing to it.
     """
-    if storage.is_remote(folder):
-        storage.check_bucket(folder)
-        yield
-        return
-    local = Path(folder)
-    with storage.user_errors(folder):
-        for part in (CLIPS_FOLDER, REJECTED_FOLDER):
-            (local / part).mkdir(parents=True, exist_ok=True)
-        lock = os.open(local, os.O_RDONLY)
-    try:
-        try:
-            # Locks the folder itself; the lock is released when this process ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another preprocess job is writing here; wait for it or choose another OUT"
-            ) from None
+    with locked(folder, "preprocess"):
+        if storage.is_remote(folder):
+            yield
+            return
+        local = Path(folder)
         with storage.user_errors(folder):
+            for part in (CLIPS_FOLDER, REJECTED_FOLDER):
+                (local / part).mkdir(parents=True, exist_ok=True)
             _delete_partial(local)
         try:
             yield
         finally:
             _delete_partial(local)
-    finally:
-        os.close(lock)
 
 
 def _delete_partial(folder: Path) -> None:
@@ -185,7 +169,8 @@ def _delete_partial(folder: Path) -> None:
 
 
 def write_info(folder: str, info: Mapping[str, Any]) -> None:
-    """Write dataset.json, which marks the dataset as complete."""
+    """Write the index, then dataset.json, which marks the dataset as complete."""
+    write_index(folder)
     storage.write(f"{folder}/{INFO_FILE}", json.dumps(info, indent=2).encode() + b"\n")
 
 
@@ -293,7 +278,7 @@ class _Shard:
 
     def __init__(self, folder: str, schema: pa.Schema) -> None:
         self.file = storage.open_partial(f"{folder}/{CLIPS_FOLDER}")
-        self.writer = pq.ParquetWriter(self.file, schema, compression="zstd")
+        self.writer = pq.ParquetWriter(self.file, schema, **WRITER_OPTIONS)
         self.bytes = 0  # of all rows, written or buffered
         self._group: list[Mapping[str, Any]] = []
         self._group_bytes = 0

@@ -4,19 +4,17 @@ They depend neither on the number of workers nor on restarts: each sample has it
 numbers, so any worker can create any sample without the earlier ones.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.dataset import LATENT_STRIDE, clip_files, decode_row
-from pipelines.storage import open_parquet
+from pipelines.dataset import LATENT_STRIDE
+from pipelines.train.clips import ClipStore, Video
 from tcan.errors import UserError
 from tcan.pixels import to_controlnet_input
 from tcan.pose import PoseErrors, draw_poses
@@ -25,91 +23,6 @@ _EPOCH, _SAMPLE, _ERRORS = 0, 1, 2  # purpose of a generator: the entry after se
 MIN_DISTANCE, MAX_DISTANCE_SHORT_OF_LENGTH = 30, 31  # frames between reference and target: U[30, L - 31]
 TIMESTEPS = 1000
 NO_ERRORS = PoseErrors()
-
-
-@dataclass(frozen=True)
-class Video:
-    """The frames of one video in the dataset, in order: position p is frame `number[p]`."""
-
-    video_id: str
-    number: np.ndarray
-    """int64 `[L]`, ascending; gaps where a clip was discarded."""
-    row: np.ndarray
-    """int64 `[L]`: the row of the store with that frame."""
-    offset: np.ndarray
-    """int64 `[L]`: its index in that row's clip."""
-
-    def starts(self, frames: int) -> np.ndarray:
-        """Positions from which `frames` frames follow each other without a gap."""
-        last = len(self.number) - frames + 1
-        if last < 1:
-            return np.empty(0, np.int64)
-        return np.flatnonzero(self.number[frames - 1 :] - self.number[:last] == frames - 1)
-
-
-class ClipStore:
-    """The clips of one split of a dataset, read by row group with random access and an LRU cache.
-
-    cache_bytes: size of the cache; at least one row group is always cached.
-    """
-
-    def __init__(
-        self, dataset: str | Path, split: Literal["train", "validation"] = "train", cache_bytes: int = 1 << 30
-    ):
-        self._cache_bytes, self._cached_bytes = cache_bytes, 0
-        self._cached: OrderedDict[tuple[str, int], list[dict[str, np.ndarray]]] = OrderedDict()
-        self._locations: list[tuple[str, int, int]] = []  # row -> file, row group, row in the group
-        clips: dict[str, list[tuple[int, int, int]]] = {}  # video -> (first frame, number of frames, row)
-        for path in clip_files(dataset):
-            with open_parquet(path) as file:
-                for group in range(file.num_row_groups):
-                    columns = file.read_row_group(
-                        group, ["video_id", "split", "start", "num_frames"]
-                    ).to_pylist()
-                    for index, clip in enumerate(columns):
-                        if clip["split"] == split:
-                            found = (clip["start"], clip["num_frames"], len(self._locations))
-                            clips.setdefault(clip["video_id"], []).append(found)
-                            self._locations.append((path, group, index))
-        self.videos = [_video(video, clips[video]) for video in sorted(clips)]
-
-    def frames(self, video: Video, positions: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays of these positions: latent_mean, latent_logvar `[n, 4, h, w]` (unscaled), keypoints `[n, 18, 3]`."""
-        clips = [self._clip(video.row[position]) for position in positions]
-        offsets = video.offset[positions]
-        keys = ("latent_mean", "latent_logvar", "keypoints")
-        return {
-            key: np.stack([clip[key][offset] for clip, offset in zip(clips, offsets, strict=True)])
-            for key in keys
-        }
-
-    def reference_latent(self, video: Video) -> np.ndarray:
-        """Latent mean `[4, h, w]` of the video's first frame, unscaled."""
-        return self._clip(video.row[0])["reference_latent_mean"]
-
-    def _clip(self, row: int) -> dict[str, np.ndarray]:
-        path, group, index = self._locations[row]
-        if (path, group) not in self._cached:
-            with open_parquet(path) as file:
-                self._cached[path, group] = [
-                    decode_row(clip) for clip in file.read_row_group(group).to_pylist()
-                ]
-            self._cached_bytes += _nbytes(self._cached[path, group])
-            while self._cached_bytes > self._cache_bytes and len(self._cached) > 1:
-                self._cached_bytes -= _nbytes(self._cached.popitem(last=False)[1])
-        self._cached.move_to_end((path, group))
-        return self._cached[path, group][index]
-
-
-def _nbytes(clips: list[dict[str, np.ndarray]]) -> int:
-    return sum(array.nbytes for clip in clips for array in clip.values())
-
-
-def _video(video_id: str, clips: list[tuple[int, int, int]]) -> Video:
-    frames = {start + i: (row, i) for start, length, row in sorted(clips) for i in range(length)}
-    number = np.array(sorted(frames), np.int64)
-    row, offset = np.array([frames[n] for n in number], np.int64).T
-    return Video(video_id, number, row, offset)
 
 
 def stage1_pair(length: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -193,10 +106,8 @@ class Sampler:
         self.noise_offset = noise_offset
         self.pose_errors = pose_errors if stage == 2 else NO_ERRORS
         shortest = frames if stage == 2 else 2
-        self.videos = [
-            video for video in store.videos if len(video.starts(shortest) if stage == 2 else video.number[1:])
-        ]
-        if not self.videos:
+        self.videos = store.videos_with(shortest, consecutive=stage == 2)  # indices of the store's videos
+        if not len(self.videos):
             raise UserError(
                 f"stage {stage}: no video of the split has {shortest} {'consecutive ' * (stage == 2)}frames; "
                 "preprocess longer videos"
@@ -211,13 +122,13 @@ class Sampler:
         order = self._order  # read once: another thread may request a step of another epoch
         if order[0] != epoch:
             order = self._order = (epoch, self._rng(_EPOCH, epoch).permutation(len(self.videos)))
-        return self.videos[order[1][position]]
+        return self.store.video(self.videos[order[1][position]])
 
     def sample(self, step: int, index: int) -> dict[str, np.ndarray]:
         """One sample: the fields of `Batch` without the batch axis."""
         rng = self._rng(_SAMPLE, step, index)
         video = self.video(step, index)
-        length = len(video.number)
+        length = len(video)
         if self.stage == 2:
             start = int(rng.choice(video.starts(self.frames)))
             target = self.store.frames(video, np.arange(start, start + self.frames))
@@ -230,7 +141,7 @@ class Sampler:
         if reference_at is None:
             reference = self.store.reference_latent(video)
         else:
-            reference = self.store.frames(video, [reference_at])["latent_mean"][0]
+            reference = self.store.frames(video, [reference_at], ["latent_mean"])["latent_mean"][0]
 
         side = self.size // LATENT_STRIDE
         canvas_height, canvas_width = reference.shape[-2:]

@@ -34,6 +34,9 @@ class AdamW(torch.optim.AdamW):
         self.ema_decay = ema_decay
         self.skip = False
         """While True, `step` changes nothing."""
+        self.found_inf: Tensor | None = None
+        """float32 scalar on the parameters' device: if it is 1, `step` changes nothing. torch's fused AdamW reads it on the
+        device, so a step can be skipped without a host synchronization."""
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -60,7 +63,8 @@ class AdamW(torch.optim.AdamW):
                     steps = state["step"]  # on the device, without a synchronization
                     # A short average at first, so that the initial weights do not dominate it.
                     decay = ((1 + steps) / (10 + steps)).clamp(max=self.ema_decay)
-                    state[EMA].lerp_(weight, 1 - decay)
+                    change = 1 - decay if self.found_inf is None else (1 - decay) * (1 - self.found_inf)
+                    state[EMA].lerp_(weight, change)
 
 
 def create_engine(
@@ -91,6 +95,27 @@ def create_engine(
     if link_state := getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None):
         link_state()  # DeepSpeed does this itself only after the first step
     return engine
+
+
+def optimizer_step(engine: Any, bad: Tensor) -> Tensor:
+    """The optimizer step after the last backward pass. Called by all workers.
+
+    bad: bool scalar on the device of the parameters; if True, the step changes nothing.
+
+    Returns:
+        the norm of the gradient over all workers, a scalar on the device. If it is NaN or inf, the step has changed nothing.
+    """
+    norm = None
+    if engine.optimizer is engine.basic_optimizer:
+        # ZeRO-0 in fp32: DeepSpeed neither returns nor checks the norm.
+        gradients = [p.grad for _, p in trained_parameters(engine) if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        bad = bad | ~norm.isfinite()
+    engine.basic_optimizer.found_inf = bad.float()
+    engine.step()  # skips the step if the norm that it computes is NaN or inf
+    if norm is None:
+        norm = torch.as_tensor(engine.get_global_grad_norm(), device=bad.device)
+    return norm
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -41,6 +41,10 @@ class RunMonitor:
         self._last_heartbeat = time.monotonic()
         return self._stop
 
+    def is_training(self) -> bool:
+        """Whether a worker has made a step since it started."""
+        return bool(self._heartbeats)
+
     def report_progress(self, step: int, text: str) -> None:
         self._progress = (step, text)
 

@@ -9,12 +9,11 @@ Rerunning the command resumes from the last checkpoint; finished stages are skip
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
@@ -25,45 +24,26 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from pipelines import tracking
-from pipelines.cluster import connect
+from pipelines import storage, tracking
+from pipelines.cluster import connect, is_local
 from pipelines.config import Config
-from pipelines.dataset import INFO_FILE, read_info
+from pipelines.dataset import check_clip_files, read_info
+from pipelines.lock import locked
 from pipelines.train import checkpoint
-from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
 from pipelines.train.engine import deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
+from pipelines.train.mailbox import Mailbox, Recorder, on_driver_node
 from pipelines.train.progress import progress
-from pipelines.train.task import Task, pretrained_sources, schedule_options, stage_config
+from pipelines.train.run_file import check_same_settings, read_run, run_settings, write_run
+from pipelines.train.task import Task, pretrained_sources, schedule_options, stage_config, variant
 from pipelines.train.worker import run_worker
-from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
-from tcan.weights import MODEL_FILE, load_pretrained, read_model_info
+from tcan.weights import MODEL_FILE, load_pretrained, read_model_info, read_variant
 
-RUN_FILE = "run.json"
+START_GRACE_SECONDS = 5  # after a signal, for workers that are about to make their first step
 REGISTERED_NAMES = {1: "tcan-stage1", 2: "tcan"}  # in the MLflow model registry
-# Keys that may change when a run is resumed: they change its results by no more than rounding.
-RESUME_MAY_CHANGE = {
-    "workers",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "zero_stage",
-    "deepspeed",
-    "compile",
-    "gradient_checkpointing",
-    "min_workers",
-    "max_failures",
-    "num_checkpoints",
-    "keep_checkpoints",
-    "validation_samples",
-    "on_bad_loss",
-    "loss_spike_factor",
-    "hang_timeout",
-    "log_every",
-    "profile_steps",
-    "clip_cache_mb",
-}
-STAGE_RESUME_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "sample_every", "validate_every"}
 
 
 def train(
@@ -83,21 +63,52 @@ def train(
         UserError: the dataset, the pretrained models, the model and the configuration do not match, or OUT contains a
             run with other settings.
     """
-    dataset, out = Path(dataset).absolute(), Path(out).absolute()
+    dataset, out = storage.absolute(dataset), _local_out(out)
     if from_model and stage == "1":
         raise UserError("--from: only stage 2 starts from a model; remove --from or --stage 1")
     info = read_info(dataset)
+    check_clip_files(dataset, info)
     _check_dataset(dataset, info, config)
+    for number in [1] * (stage != "2" and not from_model) + [2] * (stage != "1"):
+        _check_clips(dataset, info, config, number)  # all stages, before the first one starts
     models = {1: out / "stage1" / checkpoint.MODEL, 2: out / checkpoint.MODEL}
-    if stage != "2" and not from_model:
-        _train_stage(1, dataset, info, out, models[1], None, config)
-    if stage == "1":
-        return models[1]
-    start = tracking.local_model(str(from_model), config.tracking).absolute() if from_model else models[1]
-    if not from_model and not start.is_dir():
+    if stage == "2" and not from_model and not models[1].is_dir():
         raise UserError(
-            f"{start}: no such model; stage 2 starts from it: train stage 1 first, or pass a model with --from"
+            f"{models[1]}: no such model; stage 2 starts from it: train stage 1 first, or pass a model with --from"
         )
+    tracking.check(config.tracking)
+    with _locked(out, config):
+        if stage != "2" and not from_model:
+            _train_stage(1, dataset, info, out, models[1], None, config)
+        if stage == "1":
+            return models[1]
+        start = tracking.local_model(str(from_model), config.tracking).absolute() if from_model else models[1]
+        _check_start(start, config)
+        _train_stage(2, dataset, info, out, models[2], start, config)
+        return models[2]
+
+
+def _local_out(out: str | Path) -> Path:
+    if storage.is_remote(out):
+        raise UserError(
+            f"--out {out}: a bucket; pass a local folder for the model, and set --train.storage {out} for the checkpoints"
+        )
+    return Path(storage.absolute(out))
+
+
+@contextmanager
+def _locked(out: Path, config: Config) -> Iterator[None]:
+    """Lock the run folder, and the location of the checkpoints if it is another one."""
+    checkpoints = config.train.storage
+    with (
+        locked(out, "train"),
+        locked(storage.absolute(checkpoints), "train") if checkpoints else nullcontext(),
+    ):
+        yield
+
+
+def _check_start(start: Path, config: Config) -> None:
+    """Check the model that stage 2 starts from."""
     start_info, options = read_model_info(start), schedule_options(config.train)
     if start_info["stage"] != 1:
         raise UserError(
@@ -107,17 +118,32 @@ def train(
         raise UserError(
             f"{start}: trained with {start_info['schedule']}, not {options}; set the same options for stage 2"
         )
-    _train_stage(2, dataset, info, out, models[2], start, config)
-    return models[2]
+    _check_variant(start, start_info, config)
 
 
-def _check_dataset(dataset: Path, info: dict[str, Any], config: Config) -> None:
+def _check_variant(start: Path, info: dict[str, Any], config: Config) -> None:
+    before, now = read_variant(info), variant(config.train)
+    for key in ("appa", "controlnet"):
+        if (old := getattr(before, key)) != (new := getattr(now, key)):
+            raise UserError(
+                f"{start}: trained with {key} = {old}, not {new}; set train.{key} {str(old).lower()} for stage 2"
+            )
+
+
+def _check_dataset(dataset: str, info: dict[str, Any], config: Config) -> None:
     if min(info["height"], info["width"]) < config.size:
         raise UserError(
             f"{dataset}: its canvas of {info['width']} x {info['height']} pixels is smaller than the training size "
             f"{config.size}; preprocess with --size {config.size}, or lower --size"
         )
-    vae = load_pretrained(**pretrained_sources(config)).info["vae"]
+    pretrained = load_pretrained(**pretrained_sources(config))
+    positions = pretrained.motion_adapter.config.motion_max_seq_length
+    if config.train.clip_frames > positions:
+        raise UserError(
+            f"train.clip_frames = {config.train.clip_frames}: the motion modules of {config.pretrained.motion_adapter} have "
+            f"{positions} positions; set at most {positions}"
+        )
+    vae = pretrained.info["vae"]
     if vae["fingerprint"] != info["vae_fingerprint"]:
         raise UserError(
             f"{dataset}: encoded with another VAE ({info['vae_fingerprint']}) than {vae['source']} "
@@ -125,9 +151,30 @@ def _check_dataset(dataset: Path, info: dict[str, Any], config: Config) -> None:
         )
 
 
+def _check_clips(dataset: str, info: dict[str, Any], config: Config, stage: int) -> None:
+    """Check that the dataset has clips that a stage can train on, and that DeepSpeed's settings match the configuration.
+
+    Raises:
+        UserError: no clip is long enough; contradictory settings.
+    """
+    stage_options = stage_config(config, stage)
+    # "auto" is resolved by the workers.
+    one = (
+        dataclasses.replace(stage_options, micro_batch=1)
+        if stage_options.micro_batch == "auto"
+        else stage_options
+    )
+    deepspeed_settings(config.train, one, config.train.workers, read_settings(config.train.deepspeed))
+    Sampler(
+        ClipStore(dataset), stage, seed=config.seed, batch_size=stage_options.batch_size, size=config.size,
+        vae_scaling_factor=info["vae_scaling_factor"], stick_width=config.train.stick_width, frames=config.train.clip_frames,
+        drop_reference=config.train.drop_reference,
+    )  # fmt: skip
+
+
 def _train_stage(
     stage: int,
-    dataset: Path,
+    dataset: str,
     info: dict[str, Any],
     out: Path,
     model: Path,
@@ -136,18 +183,10 @@ def _train_stage(
 ) -> None:
     stage_options = stage_config(config, stage)
     folder = out / f"stage{stage}"
-    settings = _settings(stage, dataset, start, config)
-    given = read_settings(config.train.deepspeed)
-    one = dataclasses.replace(stage_options, micro_batch=1)  # "auto" is resolved by the workers
-    deepspeed_settings(
-        config.train,
-        one if stage_options.micro_batch == "auto" else stage_options,
-        config.train.workers,
-        given,
-    )  # reports contradictions before anything starts
-    run = _read_run(folder)
+    settings = run_settings(stage, dataset, start, config)
+    run = read_run(folder)
     if run:
-        _check_same_settings(folder, run["settings"], settings)
+        check_same_settings(folder, run["settings"], settings)
         if run["finished_steps"] >= stage_options.steps and (model / MODEL_FILE).is_file():
             print(
                 f"stage {stage}: already finished ({run['finished_steps']} steps), skipped: {model}",
@@ -155,12 +194,6 @@ def _train_stage(
             )
             return
         print(f"stage {stage}: resumes from the last checkpoint in {folder}", flush=True)
-    # Raises UserError if the dataset has no clip to train on, before anything starts.
-    Sampler(
-        ClipStore(dataset), stage, seed=config.seed, batch_size=stage_options.batch_size, size=config.size,
-        vae_scaling_factor=info["vae_scaling_factor"], stick_width=config.train.stick_width, frames=config.train.clip_frames,
-        drop_reference=config.train.drop_reference,
-    )  # fmt: skip
     _connect(config)
 
     start_run = read_model_info(start).get("mlflow_run_id") if start else None
@@ -168,21 +201,22 @@ def _train_stage(
     name = f"stage {stage}: {out.name}"
     run_id = run["mlflow_run_id"] if run else None
     with tracking.run(
-        f"stage{stage}", name, config.tracking, dataclasses.asdict(config), parents, run_id
+        f"stage{stage}", name, config.tracking, dataclasses.asdict(config), folder, parents, run_id
     ) as record:
+        resumed = record.id == run_id
         record.tag("tcan.dataset_fingerprint", settings["dataset"])
         run = {"mlflow_run_id": record.id, "finished_steps": 0, "settings": settings}
-        _write_run(folder, run)
+        write_run(folder, run)
         task = Task(
             config=config,
             stage=stage,
             dataset=str(dataset),
             vae_scaling_factor=info["vae_scaling_factor"],
             from_model=str(start) if start else None,
-            tracking=record.config,
             run_id=record.id,
-            deepspeed=given,
-            monitor=ray.remote(num_cpus=0)(RunMonitor).remote(),
+            deepspeed=read_settings(config.train.deepspeed),
+            monitor=on_driver_node(RunMonitor),
+            mailbox=on_driver_node(Mailbox),
             show_bar=sys.stdout.isatty() and sys.stderr.isatty(),
             model_info={
                 "mlflow_run_id": record.id,
@@ -191,14 +225,18 @@ def _train_stage(
                 "schedule": schedule_options(config.train),
             },
         )
-        result = _fit(task, out)
+        recorder = Recorder(task.mailbox, record, resumed)
+        try:
+            result = _fit(task, out, recorder)
+        finally:
+            recorder.close()
         checkpoint.publish(result.checkpoint, model)
         record.model(model, REGISTERED_NAMES[stage], out.name, config.animate)
-        _write_run(folder, {**run, "finished_steps": stage_options.steps})
+        write_run(folder, {**run, "finished_steps": stage_options.steps})
     print(f"stage {stage}: finished, model in {model}", flush=True)
 
 
-def _fit(task: Task, out: Path) -> ray.train.Result:
+def _fit(task: Task, out: Path, recorder: Recorder) -> ray.train.Result:
     """Train the stage.
 
     On SIGTERM or Ctrl-C the workers finish the step and save a checkpoint; a second signal ends the job at once.
@@ -210,14 +248,14 @@ def _fit(task: Task, out: Path) -> ray.train.Result:
     config = task.config.train
     # Imports need most of a minute on a busy machine or a cold disk; after Ray's default of one minute it starts over.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    storage, name = config.storage or str(out), f"stage{task.stage}"
-    checkpoint.remove_incomplete(f"{storage}/{name}")
-    trainer = _ray_trainer(task, storage, name)
+    location, name = config.storage or str(out), f"stage{task.stage}"
+    checkpoint.remove_incomplete(f"{location}/{name}")
+    trainer = _ray_trainer(task, location, name)
     bar = progress(f"stage {task.stage}", task.stage_config.steps)
     with _signals() as received, bar if task.show_bar else nullcontext() as update_bar:
         fitted = _in_thread(trainer.fit)  # in the main thread, Ray Train would handle Ctrl-C itself
-        _wait(fitted, task, received, update_bar)
-    checkpoint.remove_incomplete(f"{storage}/{name}")
+        _wait(fitted, task, recorder, received, update_bar)
+    checkpoint.remove_incomplete(f"{location}/{name}")
     if reason := ray.get(task.monitor.abort_reason.remote()):
         raise UserError(reason)
     result = fitted.result()
@@ -227,7 +265,7 @@ def _fit(task: Task, out: Path) -> ray.train.Result:
     return result
 
 
-def _ray_trainer(task: Task, storage: str, name: str) -> TorchTrainer:
+def _ray_trainer(task: Task, location: str, name: str) -> TorchTrainer:
     config = task.config.train
     resources = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:
@@ -243,7 +281,7 @@ def _ray_trainer(task: Task, storage: str, name: str) -> TorchTrainer:
         ),
         run_config=ray.train.RunConfig(
             name=name,  # with the storage path, the key under which a later start finds the checkpoints
-            storage_path=storage,
+            storage_path=location,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=config.num_checkpoints,
@@ -263,19 +301,29 @@ def _allocator_settings() -> dict[str, str]:
 
 
 def _wait(
-    fitted: Future, task: Task, received: list[int], update_bar: Callable[[int, str], None] | None
+    fitted: Future,
+    task: Task,
+    recorder: Recorder,
+    received: list[int],
+    update_bar: Callable[[int, str], None] | None,
 ) -> None:
     """Wait for the end of the training; meanwhile forward signals, report hung workers, and update the bar."""
     timeout = 0.9 * task.config.train.hang_timeout  # a little before the watchdog ends the workers
-    hung_workers, is_stopping = task.monitor.hung_workers.remote(timeout), False
+    hung_workers, is_stopping, stopped_at = task.monitor.hung_workers.remote(timeout), False, 0.0
     while not wait([fitted], timeout=0.5).done:
+        if recorder.error:  # workers wait for it at their next checkpoint
+            raise recorder.error
         if received and not is_stopping:
-            is_stopping = True
+            is_stopping, stopped_at = True, time.monotonic()
             task.monitor.stop.remote()
             print(
                 f"stage {task.stage}: stopping with a checkpoint after this step; interrupt again to stop at once",
                 flush=True,
             )
+        is_late = is_stopping and time.monotonic() - stopped_at > START_GRACE_SECONDS
+        if is_late and not ray.get(task.monitor.is_training.remote()):
+            print(f"stage {task.stage}: stopped before the first step", flush=True)
+            _interrupt(received[0])
         if ray.wait([hung_workers], timeout=0)[0]:
             if message := ray.get(hung_workers):
                 print(f"stage {task.stage}: {message}; all workers restart", flush=True)
@@ -330,7 +378,7 @@ def _connect(config: Config) -> None:
         UserError: a local Ray has too few CPUs or GPUs for the workers.
     """
     connect()
-    if "RAY_ADDRESS" in os.environ:  # a cluster may scale up
+    if "RAY_ADDRESS" in os.environ and not is_local():  # a cluster may scale up
         return
     workers = config.train.min_workers or config.train.workers
     needed = {"CPU": workers * config.train.cpus_per_worker, "GPU": workers * config.train.gpus_per_worker}
@@ -341,53 +389,3 @@ def _connect(config: Config) -> None:
                 f"train.workers = {workers} need {amount} {kind}s, this machine has {available.get(kind, 0):.0f}; "
                 f"lower train.workers or train.{kind.lower()}s_per_worker"
             )
-
-
-# --- settings of a run ---------------------------------------------------------------------------------------
-
-
-def _settings(stage: int, dataset: Path, start: Path | None, config: Config) -> dict[str, Any]:
-    """All settings that determine the results of a run."""
-    values = dataclasses.asdict(config.train)
-    relevant = {
-        key: value for key, value in values.items() if key not in RESUME_MAY_CHANGE | {"stage1", "stage2"}
-    }
-    relevant |= {
-        key: value for key, value in values[f"stage{stage}"].items() if key not in STAGE_RESUME_MAY_CHANGE
-    }
-    start_digest = _digest(*sorted(start.rglob("*.safetensors"))) if start else None
-    return {
-        "seed": config.seed,
-        "size": config.size,
-        "dataset": _digest(dataset / INFO_FILE),
-        "from": start_digest,
-        **relevant,
-    }
-
-
-def _digest(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def _check_same_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    for key in new:
-        if old.get(key) != new[key]:
-            raise UserError(
-                f"{folder}: this run was started with {key} = {old.get(key)}, not {new[key]}; set the same value, or use "
-                "another OUT"
-            )
-
-
-def _read_run(folder: Path) -> dict[str, Any] | None:
-    path = folder / RUN_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _write_run(folder: Path, run: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / RUN_FILE) as partial:
-        partial.write_text(json.dumps(run, indent=2) + "\n")

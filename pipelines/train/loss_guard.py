@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipelines.config import StageConfig, TrainConfig
 
@@ -13,30 +14,41 @@ MEAN_STEPS = 100  # steps of the running mean
 
 
 class LossGuard:
-    """Detects a NaN or inf loss, and a loss far above its running mean.
+    """Detects a NaN or inf loss, and a loss far above its running mean, on the loss's device without a host synchronization.
 
     The running mean is part of the checkpoint, because with `train.on_bad_loss = skip` it decides which steps are skipped.
 
     spike_factor: a loss above this many times the mean is a spike; 0 disables the check.
     """
 
-    def __init__(self, spike_factor: float, state: dict[str, Any]):
+    def __init__(self, spike_factor: float, state: dict[str, Any], device: torch.device | str = "cpu"):
         self._spike_factor = spike_factor
-        self._mean, self._steps = state.get("loss_mean", 0.0), state.get("loss_steps", 0)
+        self.mean = torch.full((), state.get("loss_mean", 0.0), dtype=torch.float64, device=device)
+        """Running mean of the good losses."""
+        self._steps = torch.full((), state.get("loss_steps", 0), dtype=torch.int64, device=device)
 
     @property
     def state(self) -> dict[str, Any]:
-        return {"loss_mean": self._mean, "loss_steps": self._steps}
+        """State for a checkpoint. Synchronizes with the device."""
+        return {"loss_mean": self.mean.item(), "loss_steps": int(self._steps.item())}
 
-    def check(self, loss: float) -> str | None:
-        """What is wrong with a step's loss. A good loss returns None and updates the running mean."""
+    def check(self, loss: Tensor) -> Tensor:
+        """Whether a step's loss (a scalar) is bad: a bool scalar. A good loss updates the running mean."""
+        loss = loss.double()
+        bad = ~loss.isfinite()
+        if self._spike_factor:
+            bad |= (self._steps >= SPIKE_AFTER) & (loss > self._spike_factor * self.mean)
+        self._steps = self._steps + ~bad
+        change = (loss - self.mean) / self._steps.clamp(1, MEAN_STEPS)
+        self.mean = self.mean + torch.where(bad, 0.0, change)
+        return bad
+
+    @staticmethod
+    def reason(loss: float, mean: float) -> str:
+        """What is wrong with a bad loss. mean: the running mean."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if self._spike_factor and self._steps >= SPIKE_AFTER and loss > self._spike_factor * self._mean:
-            return f"the loss is {loss:.4g}, {loss / self._mean:.0f} times its running mean"
-        self._steps += 1
-        self._mean += (loss - self._mean) / min(self._steps, MEAN_STEPS)
-        return None
+        return f"the loss is {loss:.4g}, {loss / mean:.0f} times its running mean"
 
 
 def arm_watchdog(seconds: float) -> None:

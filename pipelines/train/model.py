@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipelines.train.data import Batch
 from pipelines.train.engine import ema_weights
-from pipelines.train.task import Task
+from pipelines.train.task import Task, variant
 from tcan.model import TCAN, diffusion_loss
 from tcan.weights import PretrainedModels, load_model, portable_source, save_model
 
@@ -19,7 +19,7 @@ def build_model(task: Task, pretrained: PretrainedModels) -> TCAN:
     config = task.config.train
     torch.manual_seed(task.config.seed)  # for the initial weights of APPA
     if task.from_model:
-        model = load_model(task.from_model, pretrained)
+        model = load_model(task.from_model, pretrained, config.temporal_controlnet)
     else:
         model = TCAN(
             pretrained.unet,
@@ -28,6 +28,7 @@ def build_model(task: Task, pretrained: PretrainedModels) -> TCAN:
             pretrained.empty_prompt,
             config.lora_rank,
             config.lora_alpha,
+            variant(config),
         )
     model.set_stage(task.stage)
     if config.gradient_checkpointing:

@@ -1,15 +1,15 @@
-"""Metrics, sample images and traces of a training in MLflow, and progress lines on the terminal."""
+"""Metrics, sample images and traces of a training, sent to the driver for MLflow, and progress lines on the terminal."""
 
 import resource
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import ray
 import torch
 
-from pipelines import tracking
 from pipelines.train.task import Task
 from tcan.video import write_video
 
@@ -18,59 +18,46 @@ BAR_SECONDS = 0.5  # between updates of the progress bar
 
 
 class RunLogger:
-    """Logs every step to the MLflow run, from rank 0 and in a thread, so that no step waits. Reports progress as lines or
-    to the driver's progress bar.
-
-    No step is logged twice: a step that is repeated after a restart was logged the first time.
+    """Sends the metrics of every step from rank 0 to the driver's mailbox; no step waits. Reports progress as lines or to the
+    driver's progress bar.
 
     first_step: number of steps before this start.
     """
 
     def __init__(self, task: Task, rank: int, first_step: int):
         self._task, self._stage, self._rank = task, task.stage_config, rank
-        self._unreported: list[dict[str, float]] = []
-        self._writer = ThreadPoolExecutor(1, "tracking")
-        self._pending: list[Future] = [self._writer.submit(self._attach)] if rank == 0 else []
+        self._unreported: list[tuple[int, dict[str, float]]] = []
         self._started_at, self._first_step = time.perf_counter(), first_step
         self._last_report = -BAR_SECONDS
 
-    def _attach(self) -> None:
-        self._run = tracking.attach(self._task.tracking, self._task.run_id)
-        self._last_logged = {
-            key: self._run.last_step(key) for key in ("loss", "validation_loss", "checkpoint_seconds")
-        }
-
-    def step(self, step: int, metrics: dict[str, float], seconds: float, data_wait: float) -> None:
-        """Log a step. metrics: loss, grad_norm, ...; data_wait: seconds of `seconds` spent waiting for data."""
-        metrics = {
-            **metrics,
-            "samples_per_second": self._stage.batch_size / seconds,
-            "step_seconds": seconds,
-            "data_wait_seconds": data_wait,
-            "memory_gb": _peak_memory() / 1e9,
-        }
-        self.metrics(metrics, step)
-        if self._rank == 0:
-            self._unreported.append(metrics)
-            if self._is_report_due(step):
-                self._report(step)
+    def steps(self, steps: list[tuple[int, dict[str, float]]]) -> None:
+        """Log (step, metrics) of adjacent steps and report their means. Metrics: loss, grad_norm, step_seconds,
+        data_wait_seconds, ...
+        """
+        memory = _peak_memory() / 1e9
+        for step, metrics in steps:
+            metrics["samples_per_second"] = self._stage.batch_size / metrics["step_seconds"]
+            metrics["memory_gb"] = memory
+            self.metrics(metrics, step)
+        if self._rank == 0 and steps:
+            self._unreported += steps
+            if self._is_report_due(steps[-1][0]):
+                self._report()
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
-        if self._rank == 0:
-            self._pending.append(self._writer.submit(self._write, metrics, step))
+        self._send("metrics", metrics, step)
 
-    def _write(self, metrics: dict[str, float], step: int) -> None:
-        if step > self._last_logged[next(iter(metrics))]:
-            self._run.metrics(metrics, step)
+    def _send(self, kind: str, value: Any, where: Any) -> None:
+        if self._rank == 0:
+            self._task.mailbox.put.remote(kind, value, where)
 
     def flush(self) -> None:
-        """Waits for the pending writes and raises their errors.
+        """Wait until the driver has stored everything that was sent.
 
         Called before a checkpoint: a run that resumes from it does not compute these metrics again.
         """
-        pending, self._pending = self._pending, []
-        for write in pending:
-            write.result()
+        if self._rank == 0:
+            ray.get(self._task.mailbox.flush.remote())
 
     def _is_report_due(self, step: int) -> bool:
         if step == self._stage.steps:
@@ -79,9 +66,10 @@ class RunLogger:
             return time.perf_counter() - self._last_report >= BAR_SECONDS
         return step % self._task.config.train.log_every == 0
 
-    def _report(self, step: int) -> None:
+    def _report(self) -> None:
         """Report the means of the steps since the last report."""
-        rows, self._unreported = self._unreported, []
+        step, rows = self._unreported[-1][0], [metrics for _, metrics in self._unreported]
+        self._unreported = []
         mean = {key: sum(metrics[key] for metrics in rows) / len(rows) for key in rows[0]}
         text = (
             f"loss {mean['loss']:.4f}  grad norm {mean['grad_norm']:.3f}  "
@@ -103,33 +91,21 @@ class RunLogger:
     def samples(self, image: np.ndarray, clip: np.ndarray, step: int) -> None:
         """Log a sample image uint8 `[H, W, 3]`, and the clip uint8 `[F, H, W, 3]` as a video if it has several frames."""
 
-        def write() -> None:
-            self._run.image(image, "samples", step)
-            if len(clip) > 1:
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / f"step_{step:06d}.mp4"
-                    write_video(iter(clip), path, CLIP_FPS)
-                    self._run.file(path, "clips")
-
-        if self._rank == 0:
-            self._pending.append(self._writer.submit(write))
+        if self._rank:
+            return
+        self._send("image", image, ("samples", step))
+        if len(clip) > 1:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"step_{step:06d}.mp4"
+                write_video(iter(clip), path, CLIP_FPS)
+                self._send("file", path.read_bytes(), f"clips/{path.name}")
 
     def trace(self, profile: torch.profiler.profile, name: str) -> None:
         """Log a profiler trace as the artifact profile/NAME.json.gz, for ui.perfetto.dev. Only called on rank 0."""
-        folder = tempfile.TemporaryDirectory()
-        path = Path(folder.name) / f"{name}.json.gz"
-        profile.export_chrome_trace(str(path))
-
-        def write() -> None:
-            with folder:
-                self._run.file(path, "profile")
-
-        self._pending.append(self._writer.submit(write))
-
-    def close(self) -> None:
-        """Wait for all writes; raises their errors."""
-        self._writer.shutdown()
-        self.flush()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.json.gz"
+            profile.export_chrome_trace(str(path))
+            self._send("file", path.read_bytes(), f"profile/{path.name}")
 
 
 def _peak_memory() -> int:

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.config import Config, StageConfig, TrackingConfig, TrainConfig
+from pipelines.config import Config, StageConfig, TrainConfig
+from tcan.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,14 @@ class Task:
     vae_scaling_factor: float
     from_model: str | None
     """Model folder to start from; None: the pretrained models."""
-    tracking: TrackingConfig
     run_id: str
+    """Of the MLflow run."""
     deepspeed: dict[str, Any]
     """The user's DeepSpeed settings (`train.deepspeed`)."""
     monitor: Any
     """Handle of the run's `RunMonitor` actor."""
+    mailbox: Any
+    """Handle of the run's `Mailbox` actor."""
     show_bar: bool
     """Whether the driver shows a progress bar; if not, rank 0 prints progress lines."""
     model_info: dict[str, Any]
@@ -47,6 +50,10 @@ def pretrained_sources(config: Config) -> dict[str, str]:
     sources = dataclasses.asdict(config.pretrained)
     del sources["pose"]
     return sources
+
+
+def variant(config: TrainConfig) -> Variant:
+    return Variant(config.appa, config.controlnet, config.temporal_controlnet)
 
 
 def schedule_options(config: TrainConfig) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pipelines.config import StageConfig
 from pipelines.train import checkpoint
-from pipelines.train.data import NO_ERRORS, Batch, ClipStore, Prefetcher, Sampler
-from pipelines.train.engine import create_engine, ema_weights
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import NO_ERRORS, Batch, Prefetcher, Sampler
+from pipelines.train.engine import create_engine, ema_weights, optimizer_step
 from pipelines.train.heartbeat import Heartbeat
 from pipelines.train.loss_guard import LossGuard, arm_watchdog
 from pipelines.train.model import batch_loss, build_model, save_trained_model
@@ -36,17 +37,27 @@ from tcan.weights import load_pretrained
 
 @dataclass(frozen=True)
 class StepResult:
-    loss: float
-    """Mean over all workers."""
-    grad_norm: float
-    """NaN if the step was skipped."""
+    values: Tensor
+    """float64 `[4]` on the device: mean loss over all workers, gradient norm, whether the loss is bad, running mean of the
+    loss."""
     lr: float
-    bad_loss: str | None
-    """What is wrong with the loss, if the step was skipped."""
     stop: bool
     """The driver asks for a checkpoint and the end of the training."""
     preempted: bool
     """A worker's machine is about to be taken away."""
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step whose results are still on the device."""
+
+    number: int
+    """From 1."""
+    result: StepResult
+    seconds: float
+    """Time of the host."""
+    data_wait: float
+    """Seconds of `seconds` spent waiting for data."""
 
 
 class Trainer:
@@ -75,7 +86,10 @@ class Trainer:
         self.scratch = Path(tempfile.gettempdir()) / f"tcan-{task.run_id}-{rank}"
         shutil.rmtree(self.scratch, ignore_errors=True)  # left by a worker that was killed
 
-        self.loss_guard = LossGuard(config.loss_spike_factor, self.state)
+        self.loss_guard = LossGuard(config.loss_spike_factor, self.state, self.device)
+        self.pending: list[PendingStep] = []
+        # Flags are exchanged between the hosts, without the GPUs.
+        self.host_group = None if self.device.type == "cpu" else dist.new_group(backend="gloo")
         self.heartbeat = Heartbeat(task.monitor, rank)
         # Only training poses get errors: the other samplers serve validation.
         errors = PoseErrors(config.pose_dropout, config.pose_jitter, config.pose_outliers)
@@ -113,14 +127,16 @@ class Trainer:
                 batches = prefetcher.get(step)
                 data_wait = time.perf_counter() - began
                 result = self.train_step(step, batches)
-                if result.bad_loss and self._stop_at_bad_loss(step, result.bad_loss):
-                    break
-                self._log_step(step + 1, result, time.perf_counter() - began, data_wait)
+                self.pending.append(PendingStep(step + 1, result, time.perf_counter() - began, data_wait))
 
                 is_last = step + 1 == self.stage.steps
+                must_save = is_last or result.stop or (result.preempted and not has_left_machine)
+                must_save |= (step + 1) % self.stage.checkpoint_every == 0
+                # Before a checkpoint, so that none is saved after a step that stops the training.
+                if (must_save or (step + 1) % self.config.log_every == 0) and self._synchronize():
+                    break
                 self._validate_if_due(step + 1, is_last)
-                is_due = (step + 1) % self.stage.checkpoint_every == 0
-                if is_last or result.stop or (result.preempted and not has_left_machine) or is_due:
+                if must_save:
                     self.save(step + 1, is_last)
                     # Ray Train moves the workers when the machine goes: one checkpoint for that is enough.
                     has_left_machine |= result.preempted
@@ -130,15 +146,15 @@ class Trainer:
                     break
         if profile:
             profile.stop()
-        self.logger.close()
+        self.logger.flush()
         # Still under the watchdog: otherwise a finished worker would wait forever for one that hangs from here on.
         dist.barrier()
 
     def train_step(self, step: int, batches: list[Batch]) -> StepResult:
-        """One optimizer step over this worker's micro-batches; skipped if the loss is NaN, inf or a spike.
+        """One optimizer step over this worker's micro-batches; skipped if the loss is NaN, inf or a spike, or if the norm of
+        the gradient is NaN or inf.
 
-        Raises:
-            FloatingPointError: the gradient norm is NaN or inf.
+        Does not synchronize with the device (DeepSpeed does, to clip the gradients).
         """
         lr = learning_rate(step, self.stage)
         for group in self.engine.basic_optimizer.param_groups:
@@ -155,16 +171,44 @@ class Trainer:
                 self.engine.step()  # counts the gradient accumulation
         stop = self.heartbeat.send(step + 1)
         preempted = ray.train.get_preemption_info() is not None
-        mean_loss, stop, preempted = _reduce(local_loss, stop, preempted)
-        bad_loss = self.loss_guard.check(mean_loss)
-        self.engine.basic_optimizer.skip = bad_loss is not None
-        self.engine.step()
-        grad_norm = math.nan
-        if not bad_loss and not math.isfinite(grad_norm := float(self.engine.get_global_grad_norm())):
-            raise FloatingPointError(
-                f"stage {self.task.stage}: the gradient norm is {grad_norm} at step {step + 1}"
-            )
-        return StepResult(mean_loss, grad_norm, lr, bad_loss, stop, preempted)
+        stop, preempted = _any_worker(self.host_group, stop, preempted)
+        mean_loss = local_loss.float() / self.workers
+        dist.all_reduce(mean_loss)
+        bad = self.loss_guard.check(mean_loss)
+        grad_norm = optimizer_step(self.engine, bad)
+        values = torch.stack([value.double() for value in (mean_loss, grad_norm, bad, self.loss_guard.mean)])
+        return StepResult(values, lr, stop, preempted)
+
+    def _synchronize(self) -> bool:
+        """Copy the results of the pending steps to the host, check and log them; returns whether the training has to stop."""
+        began = time.perf_counter()
+        steps, self.pending = self.pending, []
+        if not steps:
+            return False
+        rows = torch.stack([step.result.values for step in steps]).tolist()
+        waited = (time.perf_counter() - began) / len(steps)  # for the device, which was behind the host
+        logged: list[tuple[int, dict[str, float]]] = []
+        for step, (loss, grad_norm, is_bad, mean_loss) in zip(steps, rows, strict=True):
+            if is_bad:
+                reason = LossGuard.reason(loss, mean_loss)
+            elif not math.isfinite(grad_norm):
+                reason, grad_norm = "the norm of the gradient is NaN or inf", math.nan
+            else:
+                reason = ""
+            if reason and self._stop_at_bad_loss(step.number, reason):
+                self.logger.steps(logged)
+                return True
+            seconds = step.seconds + waited
+            metrics = {
+                "loss": loss,
+                "grad_norm": math.nan if is_bad else grad_norm,
+                "lr": step.result.lr,
+                "step_seconds": seconds,
+                "data_wait_seconds": step.data_wait,
+            }
+            logged.append((step.number, metrics | self.flops_meter.metrics(seconds)))
+        self.logger.steps(logged)
+        return False
 
     def batch_loss(self, batch: Batch, snr_gamma: float | None = None) -> Tensor:
         return batch_loss(self.engine, self.pretrained, batch, self.device, snr_gamma)
@@ -204,14 +248,10 @@ class Trainer:
         if self.sample_images and (is_last or step % self.stage.sample_every == 0):
             self.log_samples(step)
 
-    def _log_step(self, step: int, result: StepResult, seconds: float, data_wait: float) -> None:
-        metrics = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
-        self.logger.step(step, metrics | self.flops_meter.metrics(seconds), seconds, data_wait)
-
     def _stop_at_bad_loss(self, step: int, reason: str) -> bool:
         """Report a NaN, inf or spiking loss; returns whether `train.on_bad_loss` says to stop."""
-        videos = sorted({self.sampler.video(step, i).video_id for i in range(self.stage.batch_size)})
-        report = f"stage {self.task.stage}, step {step + 1}: {reason}; videos {', '.join(videos)}"
+        videos = sorted({self.sampler.video(step - 1, i).video_id for i in range(self.stage.batch_size)})
+        report = f"stage {self.task.stage}, step {step}: {reason}; videos {', '.join(videos)}"
         if self.config.on_bad_loss == "skip":
             if self.rank == 0:
                 print(f"{report}: step skipped", flush=True)
@@ -260,10 +300,8 @@ def learning_rate(step: int, config: StageConfig) -> float:
     return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
-def _reduce(loss: Tensor, *flags: bool) -> Any:
-    """The mean loss of all workers, and for each flag whether any worker has set it. One all-reduce and one copy."""
-    flag_values = torch.tensor([float(flag) for flag in flags], device=loss.device)
-    values = torch.cat([loss.float()[None] / dist.get_world_size(), flag_values])
-    dist.all_reduce(values)
-    mean, *counts = values.tolist()
-    return mean, *(count > 0 for count in counts)
+def _any_worker(group: dist.ProcessGroup | None, *flags: bool) -> tuple[bool, ...]:
+    """For each flag whether any worker has set it; all workers get the same answer. group: exchanges CPU tensors."""
+    counts = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(counts, group=group)
+    return tuple(count > 0 for count in counts.tolist())

@@ -20,7 +20,6 @@ def run_worker(settings: dict[str, Task]) -> None:
 
     Raises:
         UserError: out of memory.
-        FloatingPointError: the gradient norm is NaN or inf.
         RuntimeError: a frozen parameter has changed.
     """
     logging.getLogger().setLevel(logging.WARNING)  # otherwise Ray Train logs every report

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tcan.errors import UserError
@@ -27,6 +27,7 @@ from tcan.pose.openpose_loading import (
     open_pose_module,
 )
 from tcan.pose.skeleton import STRIDE
+from tcan.transfer import HostCopy, upload
 
 HAND_POINTS, FACE_POINTS = 21, 70
 
@@ -102,16 +103,27 @@ class HandDetector:
         util = open_pose_module("util")
         blurred = [cv2.GaussianBlur(crop, (0, 0), 0.8) for crop in crops]
         maps = np.zeros((len(crops), HAND_MAP, HAND_MAP, HAND_POINTS + 1))
-        for side in HAND_SIDES:
-            images = _inputs([util.smart_resize(crop, (side, side)) for crop in blurred], self.device)
-            heatmaps = self.network(images).permute(0, 2, 3, 1).cpu().numpy()
-            for total, heatmap in zip(maps, heatmaps, strict=True):
+        # All scales are launched before the host waits for the first one.
+        copies = [
+            HostCopy(
+                self.heatmaps(
+                    _upload([util.smart_resize(crop, (side, side)) for crop in blurred], self.device)
+                )
+            )
+            for side in HAND_SIDES
+        ]
+        for copy in copies:
+            for total, heatmap in zip(maps, copy.numpy(), strict=True):
                 full = util.smart_resize_k(heatmap, fx=STRIDE, fy=STRIDE)
                 total += util.smart_resize(full, (HAND_MAP, HAND_MAP)) / len(HAND_SIDES)
         return [
             np.stack([_hand_point(heatmap[..., i], len(crop)) for i in range(HAND_POINTS)])
             for heatmap, crop in zip(maps, crops, strict=True)
         ]
+
+    def heatmaps(self, crops: Tensor) -> Tensor:
+        """float32 `[B, s/8, s/8, 22]` of BGR uint8 crops `[B, s, s, 3]` on the network's device, without a synchronization."""
+        return self.network(_normalized(crops, self.network)).float().permute(0, 2, 3, 1)
 
 
 class FaceDetector:
@@ -166,18 +178,33 @@ class FaceDetector:
             for p, body in enumerate(bodies)
             if (square := util.faceDetect(_body(body), frames[f])) is not None
         ]
+        copies = []
         for batch in _batches(squares):
             crops = [_crop(frames[f], square) for (f, _), square in batch]
             resized = [util.smart_resize(crop, (FACE_SIDE, FACE_SIDE)) for crop in crops]
-            heatmaps = self.network(_inputs(resized, self.device))[-1]
-            for ((f, p), (x, y, _)), crop, heatmap in zip(batch, crops, heatmaps, strict=True):
-                maps = F.interpolate(heatmap[None], crop.shape[:2], mode="bilinear", align_corners=True)[0]
-                score, index = maps[:FACE_POINTS].flatten(1).max(dim=1)
-                points = torch.stack([index % crop.shape[1], index // crop.shape[1], score], dim=1)
-                found[f][p] = _to_frame(
-                    torch.where(score[:, None] > THRESHOLD, points, 0).cpu().numpy(), x, y
-                )
+            copies.append(
+                HostCopy(self.points(_upload(resized, self.device), [crop.shape[:2] for crop in crops]))
+            )
+        for batch, copy in zip(_batches(squares), copies, strict=True):
+            for ((f, p), (x, y, _)), points in zip(batch, copy.numpy(), strict=True):
+                found[f][p] = _to_frame(points, x, y)
         return found
+
+    def points(self, crops: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """Keypoints `[B, 70, 3]` in pixels of the original crops, without a host synchronization.
+
+        Args:
+            crops: BGR uint8 `[B, 384, 384, 3]` on the network's device.
+            sizes: height and width of each original crop.
+        """
+        heatmaps = self.network(_normalized(crops, self.network))[-1].float()
+        found = []
+        for heatmap, size in zip(heatmaps, sizes, strict=True):
+            maps = F.interpolate(heatmap[None], size, mode="bilinear", align_corners=True)[0]
+            score, index = maps[:FACE_POINTS].flatten(1).max(dim=1)
+            points = torch.stack([index % size[1], index // size[1], score], dim=1)
+            found.append(torch.where(score[:, None] > THRESHOLD, points, 0))
+        return torch.stack(found)
 
 
 def _file(source: str | Path, name: str) -> Path:
@@ -210,9 +237,14 @@ def _crop(frame: NDArray[np.uint8], square: Square) -> NDArray[np.uint8]:
     return np.ascontiguousarray(frame[y : y + side, x : x + side, ::-1])
 
 
-def _inputs(images: list[NDArray[np.uint8]], device: torch.device) -> torch.Tensor:
-    stacked = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
-    return (stacked.float() / 256 - 0.5).contiguous()
+def _upload(images: list[NDArray[np.uint8]], device: torch.device) -> Tensor:
+    return upload(np.stack(images), device)
+
+
+def _normalized(images: Tensor, network: nn.Module) -> Tensor:
+    """The network's input of uint8 images `[B, h, w, 3]`."""
+    dtype = next(network.parameters()).dtype
+    return (images.permute(0, 3, 1, 2).float() / 256 - 0.5).to(dtype).contiguous()
 
 
 def _hand_point(heatmap: NDArray[np.float64], side: int) -> NDArray[np.float32]:

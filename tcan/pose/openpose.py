@@ -26,8 +26,10 @@ from tcan.pose.openpose_loading import (
 from tcan.pose.peaks import find_peaks, interpolation_method, resized_axes
 from tcan.pose.people import assemble_people, score_limbs
 from tcan.pose.skeleton import STRIDE
+from tcan.transfer import HostCopy, upload
 
 PADDING_VALUE = 128  # gray
+PAF_MAPS, JOINT_MAPS = 38, 18
 
 
 class PoseDetector(Protocol):
@@ -168,16 +170,36 @@ class OpenPose:
         Raises:
             UserError: the frames are less than one pixel wide or high after resizing.
         """
+        batches = [
+            self._preprocess(frames[i : i + batch_size], zoom) for i in range(0, len(frames), batch_size)
+        ]
+        # All batches are launched before the host waits for the maps of the first one.
+        copies = [HostCopy(self.maps(upload(images, self.device))) for images, _ in batches]
         people: list[NDArray[np.float32]] = []
-        for start in range(0, len(frames), batch_size):
-            batch = frames[start : start + batch_size]
-            images, size = self._preprocess(batch, zoom)
-            paf, heatmap = self.network(images)
-            people += self.decode(paf, heatmap, size, batch.shape[1:3])
+        for copy, (_, size) in zip(copies, batches, strict=True):
+            people += self._decode_on_host(copy.numpy(), size, frames.shape[1:3])
         return people
 
-    def _preprocess(self, frames: NDArray[np.uint8], zoom: float) -> tuple[Tensor, tuple[int, int]]:
-        """The network's images `[B, 3, h, w]`, and their height and width without the padding to multiples of 8."""
+    def _decode_on_host(
+        self, maps: NDArray[np.float32], size: tuple[int, int], frame_size: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        paf, heatmap = torch.from_numpy(maps).split([PAF_MAPS, JOINT_MAPS], dim=1)
+        return self.decode(paf, heatmap, size, frame_size)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """The network's maps float32 `[B, 38 + 18, h/8, w/8]`, affinity fields and joints, without a host synchronization.
+
+        images: uint8 RGB `[B, h, w, 3]` on the network's device.
+        """
+        dtype = next(self.network.parameters()).dtype
+        bgr = images.flip(-1).permute(0, 3, 1, 2)
+        paf, heatmap = self.network((bgr.float() / 256 - 0.5).to(dtype).contiguous())
+        return torch.cat([paf, heatmap[:, :JOINT_MAPS]], dim=1).float()
+
+    def _preprocess(
+        self, frames: NDArray[np.uint8], zoom: float
+    ) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+        """Resized frames `[B, h, w, 3]`, and their height and width without the padding to multiples of 8."""
         height, width = frames.shape[1:3]
         scale = self.input_height * zoom / height
         # Like `Body`, recompute the height by a rounded-down product: it can be one pixel below input_height.
@@ -194,21 +216,22 @@ class OpenPose:
         method = interpolation_method(scale)
         for image, frame in zip(padded, frames, strict=True):
             image[:h, :w] = cv2.resize(frame, (w, h), interpolation=method)
-        images = torch.from_numpy(padded).to(self.device).flip(-1).permute(0, 3, 1, 2)
-        return (images.float() / 256 - 0.5).contiguous(), (h, w)
+        return padded, (h, w)
 
     def decode(
         self, paf: Tensor, heatmap: Tensor, size: tuple[int, int], frame_size: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        """Decode the network's maps to the people `[P, 18, 3]` of each frame.
+        """Decode the network's maps to the people `[P, 18, 3]` of each frame, on the CPU.
+
+        The number of peaks and limbs depends on the values, so on a GPU each step would wait for the host.
 
         Args:
             paf: `[B, 38, h, w]`.
-            heatmap: `[B, 19, h, w]`.
+            heatmap: `[B, 18 or 19, h, w]`; a map of the background is ignored.
             size: height and width in pixels of the network's images, without padding.
             frame_size: height and width in pixels of the frames; keypoints are in these pixels.
         """
-        rows, columns = resized_axes(heatmap.shape[-2:], size, frame_size, self.blur_sigma, self.device)
-        peaks, scores = find_peaks(heatmap[:, :18], rows, columns)
+        rows, columns = resized_axes(heatmap.shape[-2:], size, frame_size, self.blur_sigma)
+        peaks, scores = find_peaks(heatmap[:, :JOINT_MAPS], rows, columns)
         limbs = score_limbs(paf, peaks, rows.resize, columns.resize, len(heatmap), frame_size[0])
-        return list(assemble_people(peaks.cpu().numpy(), scores.cpu().numpy(), limbs, len(heatmap)))
+        return list(assemble_people(peaks.numpy(), scores.numpy(), limbs, len(heatmap)))

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 
 from tcan.errors import UserError, first_line
+from tcan.weights_file import impostor
 
 OPENPOSE_FILE = "body_pose_model.pth"
 HAND_FILE = "hand_pose_model.pth"
@@ -59,6 +60,8 @@ def load_openpose_network(network: nn.Module, path: Path, name: str, *, in_block
     Raises:
         UserError: the file is not readable, or its keys or shapes do not match the network.
     """
+    if found := impostor(path):
+        raise UserError(f"pose network {path}: {found}")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load can raise any exception on a file that is not a pickle

@@ -39,11 +39,11 @@ class ResizedAxis:
         bound: `[T, cells]`, the maximum magnitude of each column of `tiles`.
     """
 
-    def __init__(self, resize: NDArray[np.float64], sigma: float, device: torch.device):
-        self.resize = torch.from_numpy(resize).to(device)
-        self.blur = torch.from_numpy(gaussian_filter1d(resize, sigma, axis=0)).to(device)
+    def __init__(self, resize: NDArray[np.float64], sigma: float):
+        self.resize = torch.from_numpy(resize)
+        self.blur = torch.from_numpy(gaussian_filter1d(resize, sigma, axis=0))
         pixels = torch.arange(-(-len(resize) // TILE))[:, None] * TILE + torch.arange(-1, TILE + 1)
-        self.pixels = pixels.clamp(0, len(resize) - 1).to(device)
+        self.pixels = pixels.clamp(0, len(resize) - 1)
         self.tiles = self.blur.float()[self.pixels]
         self.bound = self.tiles.abs().amax(1)
 
@@ -58,7 +58,6 @@ def resized_axes(
     input_size: Sequence[int],
     frame_size: Sequence[int],
     sigma: float,
-    device: torch.device,
 ) -> tuple[ResizedAxis, ResizedAxis]:
     """The vertical and horizontal `ResizedAxis` from maps to frames.
 
@@ -67,27 +66,23 @@ def resized_axes(
         input_size: height and width in pixels of the network's images, without padding.
         frame_size: height and width in pixels of the frames.
         sigma: standard deviation of the blur in frame pixels.
-        device: of the matrices.
     """
     # `Body` chooses one interpolation method for both axes.
     method = interpolation_method(sum(frame_size) / sum(input_size))
     rows, columns = (
-        _resized_axis(*sizes, method, sigma, device)
-        for sizes in zip(map_size, input_size, frame_size, strict=True)
+        _resized_axis(*sizes, method, sigma) for sizes in zip(map_size, input_size, frame_size, strict=True)
     )
     return rows, columns
 
 
 @lru_cache(maxsize=16)
-def _resized_axis(
-    cells: int, input_pixels: int, pixels: int, method: int, sigma: float, device: torch.device
-) -> ResizedAxis:
+def _resized_axis(cells: int, input_pixels: int, pixels: int, method: int, sigma: float) -> ResizedAxis:
     def resize_matrix(old: int, new: int, method: int) -> NDArray[np.float64]:
         # The columns of a linear operation's matrix are its results on the unit vectors.
         return cv2.resize(np.eye(old, dtype=np.float32), (old, new), interpolation=method).astype(np.float64)
 
     by_stride = resize_matrix(cells, cells * STRIDE, cv2.INTER_LANCZOS4)
-    return ResizedAxis(resize_matrix(input_pixels, pixels, method) @ by_stride[:input_pixels], sigma, device)
+    return ResizedAxis(resize_matrix(input_pixels, pixels, method) @ by_stride[:input_pixels], sigma)
 
 
 def find_peaks(heatmap: Tensor, rows: ResizedAxis, columns: ResizedAxis) -> tuple[Tensor, Tensor]:
@@ -143,7 +138,7 @@ def _find_candidates(heatmap: Tensor, rows: ResizedAxis, columns: ResizedAxis) -
                 torch.stack([frame[tile], joint[tile], v * TILE + y, u[tile] * TILE + x], dim=1)
             )
     if not candidates:
-        return torch.empty(0, 4, dtype=torch.long, device=heatmap.device)
+        return torch.empty(0, 4, dtype=torch.long)
     found = torch.cat(candidates)
     height, width = len(rows.blur), len(columns.blur)
     found = found[(found[:, 2] < height) & (found[:, 3] < width)]  # the last tiles extend past the frame

@@ -1,181 +1,271 @@
-"""Tracking of the main person through a video, with gap filling, outlier removal and smoothing."""
+"""Tracking of all people through a video, and selection of one of them.
 
-import logging
-import warnings
+Detections are assigned to tracks frame by frame (Hungarian algorithm, `scipy.optimize.linear_sum_assignment`). The cost
+is the squared distance of the pose from its prediction at constant velocity, in body sizes, plus the squared logarithm of
+the change in size. Squared distances matter for dancers who move in step: they sum to the same prediction error for both
+assignments except for the distance between the dancers. Then tracks are linked over gaps. A track is never linked to one
+of the same time, so a bystander does not replace a dancer who left the scene.
+"""
+
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from scipy.signal import savgol_filter
+from scipy.optimize import linear_sum_assignment
 
 from tcan.errors import UserError
-from tcan.pose.keypoints import add_missing_necks
-from tcan.pose.skeleton import NECK
 
 MAX_JUMP = 0.15
-"""Maximum movement of the tracked person between consecutive frames, as a fraction of the image diagonal."""
-OUTLIER = 0.1
-"""Minimum distance of an outlier from its joint's median over 5 frames, as a fraction of the body size."""
-SMOOTH_ORDER = 2
-"""Polynomial order of the Savitzky-Golay filter; order 2 preserves the turning points of a swing."""
+"""Maximum distance from the prediction per frame, as a fraction of the image diagonal."""
+MAX_STEP = 0.5
+"""The same in body sizes; the larger of both limits applies."""
+MAX_GAP = 12
+"""Frames without a detection after which a track ends. It may be linked to a later one."""
+HISTORY = 6
+"""Detections from which the velocity is estimated."""
+MAX_SCALE = 2.0
+"""Maximum ratio of the sizes of two tracks that are linked."""
+CUT_FRAMES = 8
+"""Tracks of at least this length are linked at any distance: the person changes its position at a scene cut."""
+MIN_SHARE = 0.2
+"""Minimum extent of a person, relative to the main person, to have a number. Excludes short false detections."""
 
-logger = logging.getLogger(__name__)
+FORBIDDEN = 1e6
+
+People = Sequence[NDArray[np.float32]]
+"""The people of each frame, `[P, 18, 3]`; P may be 0."""
 
 
-def main_person_poses(
-    people: Sequence[NDArray[np.float32]], height: float, width: float, source: str, smoothing_window: int = 0
-) -> NDArray[np.float32]:
-    """Pose of the main person in every frame, `[F, 18, 3]`, from all people `[P, 18, 3]` of each frame.
+@dataclass
+class _Track:
+    frames: list[int]
+    indices: list[int]
+    first: NDArray[np.float64]
+    last: NDArray[np.float64]
+    positions: list[NDArray[np.float64]] = field(default_factory=lambda: [np.zeros(2)])
+    """Movement since the first detection, `[2]` per detection: the mean over the joints that two detections share."""
 
-    The main person is tracked. A missing neck is the midpoint of the shoulders; joints that are missing for a few frames
-    are interpolated. Frames without a person (without a neck) are interpolated from the neighboring frames; one warning
-    of this module's logger lists them.
-
-    Args:
-        people: keypoints `[P, 18, 3]` of each frame, in pixels.
-        height, width: frame size in pixels.
-        source: name of the input in messages.
-        smoothing_window: smoothing window in frames (odd, >= 5), after outlier removal. 0 disables both.
-
-    Raises:
-        UserError: no frame has a person.
-    """
-    poses = add_missing_necks(track_main_person(people, height, width))
-    if smoothing_window:
-        poses = smooth_poses(fill_gaps(remove_outliers(poses)), smoothing_window)
-    else:
-        poses = fill_gaps(poses)
-    if not (poses[:, NECK, 2] > 0).any():
-        raise UserError(f"{source}: no person found; give an image or a video that shows the full body")
-    poses, missing = interpolate_missing_frames(poses)
-    if len(missing):
-        runs = np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1)
-        ranges = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-        more = f" and {len(ranges) - 8} more ranges" if len(ranges) > 8 else ""
-        logger.warning(
-            "%s: no person found in frames %s%s of 0-%d; interpolated from the neighboring frames",
-            *(source, ", ".join(ranges[:8]), more, len(poses) - 1),
+    def add(self, frame: int, index: int, body: NDArray[np.float64]) -> None:
+        both = (body[:, 2] > 0) & (self.last[:, 2] > 0)
+        shift = (
+            (body - self.last)[both, :2].mean(axis=0) if both.any() else _center(body) - _center(self.last)
         )
+        self.positions.append(self.positions[-1] + shift)
+        self.frames.append(frame)
+        self.indices.append(index)
+        self.last = body
+
+    def predict(self, frame: int) -> NDArray[np.float64]:
+        """The last pose `[18, 3]`, moved along the line through the last positions."""
+        predicted = self.last.copy()
+        frames, positions = np.array(self.frames[-HISTORY:]), np.stack(self.positions[-HISTORY:])
+        if len(frames) > 1:
+            times = frames - frames.mean()
+            velocity = times @ (positions - positions.mean(axis=0)) / (times @ times)
+            ahead = min(frame - frames[-1], MAX_GAP) + frames[-1] - frames.mean()
+            predicted[:, :2] += positions.mean(axis=0) + velocity * ahead - positions[-1]
+        return predicted
+
+
+def track_people(people: People, height: float, width: float) -> list[NDArray[np.int64]]:
+    """Track all people: for each of them the index in each frame's people `[F]`, -1 where not detected.
+
+    The order is that of the sum of the person's sizes over all frames, so the first one is the main person.
+    """
+    diagonal = float(np.hypot(height, width))
+    finished: list[_Track] = []
+    active: list[_Track] = []
+    for frame, bodies in enumerate(people):
+        finished += [track for track in active if frame - track.frames[-1] > MAX_GAP]
+        active = [track for track in active if frame - track.frames[-1] <= MAX_GAP]
+        found = [i for i, body in enumerate(bodies) if (body[:, 2] > 0).any()]
+        detections = [bodies[i].astype(np.float64) for i in found]
+        assigned = dict(_assign(active, detections, frame, diagonal))
+        for number, (index, body) in enumerate(zip(found, detections, strict=True)):
+            if number in assigned:
+                active[assigned[number]].add(frame, index, body)
+            else:
+                active.append(_Track([frame], [index], body, body))
+    chains = _link(finished + active, diagonal)
+    results = []
+    for chain in chains:
+        indices = np.full(len(people), -1, np.int64)
+        for track in chain:
+            indices[track.frames] = track.indices
+        results.append(indices)
+    return sorted(results, key=lambda indices: -_extent(people, indices))
+
+
+def track_main_person(people: People, height: float, width: float) -> NDArray[np.float32]:
+    """Keypoints of the main person, `[F, 18, 3]`; all 0 where it is not detected. See `track_people`."""
+    tracks = track_people(people, height, width)
+    return track_poses(people, tracks[0]) if tracks else np.zeros((len(people), 18, 3), np.float32)
+
+
+def track_poses(people: People, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Keypoints `[F, 18, 3]` of a track; all 0 where its index is -1."""
+    poses = np.zeros((len(people), 18, 3), np.float32)
+    for frame in np.flatnonzero(indices >= 0).tolist():
+        poses[frame] = people[frame][indices[frame]]
     return poses
 
 
-def track_main_person(
-    people: Sequence[NDArray[np.float32]], height: float, width: float
-) -> NDArray[np.float32]:
-    """Track one person, `[F, 18, 3]`, through all people `[P, 18, 3]` of each frame; all 0 where the person is missing.
+def select_people(
+    people: People, height: float, width: float, person: str, source: str
+) -> list[NDArray[np.float32]]:
+    """Keypoints `[F, 18, 3]` of the selected people, in the order of the selection.
 
-    The person is the largest one in the first frame with people, then in each frame the nearest to the last detection.
-    The maximum distance is MAX_JUMP of the image diagonal per frame since that detection. Therefore, a bystander does
-    not replace a dancer who is missed in one frame, but does replace one who left the scene, after some frames.
+    Args:
+        person: `largest` (the main person); `left` or `right`; a number from 1, in the order of the sizes; `x,y` in
+            pixels: the nearest person. The position is the one where the person first appears. Several people are
+            joined by `+`, such as `left+right`.
+        source: name of the input in error messages.
+
+    Raises:
+        UserError: an invalid selection; fewer people than selected; the same person selected twice.
     """
-    track = np.zeros((len(people), 18, 3), np.float32)
-    max_distance = MAX_JUMP * float(np.hypot(height, width))
-    last: NDArray[np.float32] | None = None
-    frames_since = 1
-    for frame, bodies in enumerate(people):
-        bodies = bodies[(bodies[..., 2] > 0).any(axis=1)]
-        if len(bodies):
-            distances = np.array([0.0 if last is None else _distance(body, last) for body in bodies])
-            # Equal distances: the larger one. Before the first detection all distances are 0, so this is the largest.
-            best = min(range(len(bodies)), key=lambda i: (distances[i], -_size(bodies[i])))
-            if distances[best] <= max_distance * frames_since:
-                track[frame] = last = bodies[best]
-                frames_since = 1
+    tracks = numbered_people(people, height, width)
+    selected: list[int] = []
+    for part in person.split("+"):
+        number = _select([_first_pose(people, track) for track in tracks], part.strip(), source)
+        if number in selected:
+            raise UserError(
+                f"{source}: person {person} selects one person twice; see the numbers of tcan pose"
+            )
+        selected.append(number)
+    if not tracks:
+        return [np.zeros((len(people), 18, 3), np.float32)]
+    return [track_poses(people, tracks[number]) for number in selected]
+
+
+def numbered_people(people: People, height: float, width: float) -> list[NDArray[np.int64]]:
+    """The tracks of `track_people` that are long and large enough to have a number; the first one has number 1."""
+    tracks = track_people(people, height, width)
+    extents = [_extent(people, track) for track in tracks]
+    return [
+        track for track, extent in zip(tracks, extents, strict=True) if extent >= MIN_SHARE * max(extents)
+    ]
+
+
+def check_selection(person: str, option: str) -> None:
+    """Check the form of a selection before anything runs.
+
+    Raises:
+        UserError: neither a position, a number nor a point; the message names the option.
+    """
+    for part in person.split("+"):
+        if part.strip() not in ("largest", "left", "right") and not _numbers(part):
+            raise UserError(
+                f"{option} {person}: invalid person; use largest, left, right, a number from 1 or X,Y in pixels, joined by + "
+                "for several people"
+            )
+
+
+def _numbers(part: str) -> list[float]:
+    """The number, or the x and y, of a selection; empty if it is invalid."""
+    try:
+        values = [float(value) for value in part.split(",")]
+    except ValueError:
+        return []
+    is_number = len(values) == 1 and values[0] >= 1 and values[0] == int(values[0])
+    return values if is_number or (len(values) == 2 and np.isfinite(values).all()) else []
+
+
+def _select(poses: list[NDArray[np.float32]], part: str, source: str) -> int:
+    check_selection(part, f"{source}: person")
+    if not poses or part == "largest":
+        return 0
+    centers = np.stack([_center(pose) for pose in poses])
+    if part in ("left", "right"):
+        return int(centers[:, 0].argmin() if part == "left" else centers[:, 0].argmax())
+    values = _numbers(part)
+    if len(values) == 2:
+        distances = [float(np.linalg.norm(pose[pose[:, 2] > 0, :2] - values, axis=1).min()) for pose in poses]
+        return int(np.argmin(distances))
+    if values[0] > len(poses):
+        raise UserError(
+            f"{source}: person {part}: only {len(poses)} found; use a number up to {len(poses)}, see the preview of tcan pose"
+        )
+    return int(values[0]) - 1
+
+
+def _assign(
+    tracks: list[_Track], detections: list[NDArray[np.float64]], frame: int, diagonal: float
+) -> list[tuple[int, int]]:
+    """(detection, track) pairs of minimum cost."""
+    if not tracks or not detections:
+        return []
+    costs = np.full((len(detections), len(tracks)), FORBIDDEN)
+    for column, track in enumerate(tracks):
+        predicted = track.predict(frame)
+        since = frame - track.frames[-1]
+        # The velocity is unknown after one detection.
+        slack = np.sqrt(since) * (2 if len(track.frames) == 1 else 1)
+        for row, body in enumerate(detections):
+            distance, size, change = _compare(predicted, body)
+            if distance <= slack * max(MAX_JUMP * diagonal, MAX_STEP * size):
+                costs[row, column] = (distance / max(size, 1)) ** 2 + change**2
+    return [(r, c) for r, c in zip(*linear_sum_assignment(costs), strict=True) if costs[r, c] < FORBIDDEN]
+
+
+def _link(tracks: list[_Track], diagonal: float) -> list[list[_Track]]:
+    """Chains of tracks of one person: a track that ended is linked to at most one that starts later."""
+    if not tracks:
+        return []
+    costs = np.full((len(tracks), len(tracks)), FORBIDDEN)
+    for row, before in enumerate(tracks):
+        for column, after in enumerate(tracks):
+            gap = after.frames[0] - before.frames[-1]
+            if gap <= 0:
                 continue
-        frames_since += 1
-    return track
+            distance, size, change = _compare(before.predict(after.frames[0]), after.first)
+            is_long = min(len(before.frames), len(after.frames)) >= CUT_FRAMES
+            limit = 2 * gap * max(MAX_JUMP * diagonal, MAX_STEP * size)
+            if abs(change) <= np.log(MAX_SCALE) and (is_long or distance <= limit):
+                costs[row, column] = distance / diagonal + abs(change) + 0.01 * gap - 100
+    following = {r: c for r, c in zip(*linear_sum_assignment(costs), strict=True) if costs[r, c] < FORBIDDEN}
+    starts = set(range(len(tracks))) - set(following.values())
+    chains = []
+    for start in sorted(starts):
+        chain = [start]
+        while chain[-1] in following:
+            chain.append(following[chain[-1]])
+        chains.append([tracks[i] for i in chain])
+    return chains
 
 
-def fill_gaps(keypoints: NDArray[np.float32], max_gap: int = 4) -> NDArray[np.float32]:
-    """Interpolate joints of keypoints `[F, 18, 3]` that are missing for at most `max_gap` consecutive frames.
+def _compare(expected: NDArray[np.floating], body: NDArray[np.floating]) -> tuple[float, float, float]:
+    """Mean distance in pixels over the joints that both have, the expected size, and the logarithm of the change in size.
 
-    x, y and score are interpolated linearly between the frames next to the gap. Longer gaps, and gaps at either end of
-    the video, stay.
+    Without joints that both have, the distance is that of the centers. Joints that only one has count as a change.
     """
-    filled = keypoints.copy()
-    for joint in range(keypoints.shape[1]):
-        seen = np.flatnonzero(keypoints[:, joint, 2] > 0)
-        for before, after in pairwise(seen):
-            if 1 < after - before <= max_gap + 1:
-                weight = np.linspace(0, 1, after - before + 1, dtype=np.float32)[1:-1, None]
-                filled[before + 1 : after, joint] = (
-                    keypoints[before, joint] * (1 - weight) + keypoints[after, joint] * weight
-                )
-    return filled
+    both = (expected[:, 2] > 0) & (body[:, 2] > 0)
+    size = body_size(expected)
+    if both.sum() < 2:
+        distance = float(np.linalg.norm(_center(body) - _center(expected)))
+        return distance, size, float(np.log((body_size(body) + 1) / (size + 1)))
+    distance = float(np.linalg.norm(body[both, :2] - expected[both, :2], axis=1).mean())
+    sizes = [float(np.linalg.norm(np.ptp(points[both, :2], axis=0))) + 1 for points in (expected, body)]
+    change = float(np.log(sizes[1] / sizes[0]))
+    missing = 1 - both.sum() / max((expected[:, 2] > 0).sum(), (body[:, 2] > 0).sum())
+    return distance, size, change + float(np.copysign(0.2 * missing, change))
 
 
-def remove_outliers(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Remove joints of keypoints `[F, 18, 3]` that jump away for one or two frames.
-
-    A joint is removed if its distance from its median position over 5 frames exceeds OUTLIER times the body size. A
-    median of 5 follows continuous movement and is not affected by up to two outliers.
-    """
-    found = keypoints[..., 2] > 0
-    positions = np.where(found[..., None], keypoints[..., :2], np.nan)
-    windows = sliding_window_view(
-        np.pad(positions, ((2, 2), (0, 0), (0, 0)), constant_values=np.nan), 5, axis=0
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # all 5 are NaN if the joint is missing
-        medians = np.nanmedian(windows, axis=-1)  # [F, 18, 2]
-    sizes = [_size(body) for body in keypoints if (body[:, 2] > 0).any()]
-    outlier = np.linalg.norm(positions - medians, axis=-1) > OUTLIER * np.median(sizes or [0.0])
-    return np.where((found & ~outlier)[..., None], keypoints, 0).astype(np.float32)
+def _first_pose(people: People, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+    frame = int(np.flatnonzero(indices >= 0)[0])
+    return people[frame][indices[frame]]
 
 
-def smooth_poses(keypoints: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
-    """Smooth x and y of each joint of keypoints `[F, 18, 3]` with a window of `frames` (Savitzky and Golay, 1964).
-
-    Each value becomes that of the parabola fitted to the window. Runs of consecutive frames with the joint are smoothed
-    separately; runs shorter than `frames` stay.
-    """
-    result = keypoints.copy()
-    for joint in range(keypoints.shape[1]):
-        seen = np.flatnonzero(keypoints[:, joint, 2] > 0)
-        for run in np.split(seen, np.flatnonzero(np.diff(seen) > 1) + 1):
-            if len(run) >= frames:
-                result[run, joint, :2] = savgol_filter(
-                    keypoints[run, joint, :2].astype(np.float64), frames, SMOOTH_ORDER, axis=0
-                )
-    return result
+def _extent(people: People, indices: NDArray[np.int64]) -> float:
+    """Sum of the sizes of a track over all frames, in pixels."""
+    return sum(body_size(people[frame][indices[frame]]) for frame in np.flatnonzero(indices >= 0).tolist())
 
 
-def interpolate_missing_frames(
-    keypoints: NDArray[np.float32],
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Fill frames of keypoints `[F, 18, 3]` that have no neck; at least one frame must have one.
-
-    Between two valid frames, a joint that both have is interpolated linearly; other joints are copied from the nearer
-    frame. Before the first and after the last valid frame, its pose is repeated.
-
-    Returns:
-        The keypoints, and the indices of the filled frames.
-    """
-    has_neck = keypoints[:, NECK, 2] > 0
-    seen, missing = np.flatnonzero(has_neck), np.flatnonzero(~has_neck)
-    position = np.searchsorted(seen, missing)
-    before, after = seen[(position - 1).clip(0)], seen[position.clip(max=len(seen) - 1)]
-    weight = (missing - before) / np.maximum(after - before, 1)
-    weight = weight.clip(0, 1).astype(np.float32)[:, None, None]
-    first, last = keypoints[before], keypoints[after]
-    both = (first[..., 2:] > 0) & (last[..., 2:] > 0)
-    nearer = np.where(weight <= 0.5, first, last)
-    result = keypoints.copy()
-    result[missing] = np.where(both, first * (1 - weight) + last * weight, nearer).astype(np.float32)
-    return result, missing
+def _center(body: NDArray[np.floating]) -> NDArray[np.float64]:
+    return body[body[:, 2] > 0, :2].astype(np.float64).mean(axis=0)
 
 
-def _size(body: NDArray[np.float32]) -> float:
+def body_size(body: NDArray[np.floating]) -> float:
     """Diagonal of the bounding box of a body's joints; unlike the area, it is not small for a narrow pose."""
-    joints = body[body[:, 2] > 0, :2]
-    return float(np.linalg.norm(np.ptp(joints, axis=0)))
-
-
-def _distance(body: NDArray[np.float32], last: NDArray[np.float32]) -> float:
-    """Mean distance in pixels over the joints that both have; without such joints, the distance of their centroids."""
-    both = (body[:, 2] > 0) & (last[:, 2] > 0)
-    if both.any():
-        return float(np.linalg.norm(body[both, :2] - last[both, :2], axis=1).mean())
-    return float(np.linalg.norm(body[body[:, 2] > 0, :2].mean(0) - last[last[:, 2] > 0, :2].mean(0)))
+    return float(np.linalg.norm(np.ptp(body[body[:, 2] > 0, :2], axis=0)))

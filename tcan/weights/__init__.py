@@ -1,7 +1,15 @@
 """Load the frozen pretrained models; save, load and export trained models."""
 
-from tcan.weights.model_folder import MODEL_FILE, export_model, load_model, read_model_info, save_model
+from tcan.weights.model_folder import (
+    MODEL_FILE,
+    export_model,
+    load_model,
+    read_model_info,
+    read_variant,
+    save_model,
+)
 from tcan.weights.pretrained import (
+    MINI_MODEL,
     PretrainedModels,
     encode_empty_prompt,
     load_part,
@@ -11,6 +19,7 @@ from tcan.weights.pretrained import (
 )
 
 __all__ = [
+    "MINI_MODEL",
     "MODEL_FILE",
     "PretrainedModels",
     "encode_empty_prompt",
@@ -21,5 +30,6 @@ __all__ = [
     "load_pretrained",
     "portable_source",
     "read_model_info",
+    "read_variant",
     "save_model",
 ]

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.pose import OpenPose
-from tcan.pose.openpose_loading import OPENPOSE_FILE
+from tcan.pose.openpose_loading import (
+    FACE_FILE,
+    HAND_FILE,
+    OPENPOSE_FILE,
+    load_openpose_network,
+    open_pose_module,
+)
 from tcan.weights.model_folder import (
     MODEL_FILE,
     check_fingerprint,
@@ -17,7 +23,15 @@ from tcan.weights.model_folder import (
     read_parts,
     untrained_model,
 )
-from tcan.weights.original import LAYOUTS, build, convert, open_weights, split_parts
+from tcan.weights.original import (
+    TITLES,
+    build,
+    check_positions,
+    convert,
+    num_positions,
+    open_weights,
+    split_parts,
+)
 from tcan.weights.pretrained import (
     NETWORKS,
     check_compatible,
@@ -27,6 +41,12 @@ from tcan.weights.pretrained import (
     load_scheduler,
     pretrained_fingerprint,
 )
+
+OPENPOSE_NETWORKS = {
+    "hands": (HAND_FILE, "model", "handpose_model", True),
+    "face": (FACE_FILE, "face", "FaceNet", False),
+}
+"""File name, module and class in controlnet_aux, and whether parameter names start with a block name."""
 
 
 def describe(path: Path) -> str:
@@ -45,19 +65,37 @@ def describe(path: Path) -> str:
     if (path / MODEL_FILE).is_file():
         return _describe_model_folder(path)
     if (path / OPENPOSE_FILE).is_file():
-        return _describe_file(path / OPENPOSE_FILE)
+        files = (path / name for name in (OPENPOSE_FILE, HAND_FILE, FACE_FILE))
+        return "; ".join(_describe_file(file) for file in files if file.is_file())
     return _describe_diffusers_folder(path)
 
 
 def _describe_file(path: Path) -> str:
-    descriptions = []
-    for part, weights in split_parts(path, open_weights(path)).items():
+    descriptions, problem = [], ""
+    parts = split_parts(path, open_weights(path))
+    for part, weights in parts.items():
+        text = f"{TITLES[part]} ({_millions(weights.values())})"
         if part == "pose":
             OpenPose.from_pretrained(path)
+        elif part in OPENPOSE_NETWORKS:
+            name, module, network, in_blocks = OPENPOSE_NETWORKS[part]
+            load_openpose_network(
+                getattr(open_pose_module(module), network)(), path, name, in_blocks=in_blocks
+            )
         else:
-            weights = convert(part, f"{part} from {path}", weights, build(part))
-        descriptions.append(f"{LAYOUTS[part].title} ({_millions(weights.values())})")
-    return f"{', '.join(descriptions)}, in the original layout"
+            try:
+                weights = convert(part, f"{part} from {path}", weights, build(part, weights))
+            except UserError as error:
+                if part != "text_encoder" or len(parts) == 1:
+                    raise
+                problem = f"; the text encoder is not usable: {error}"  # merges; the other parts are
+                continue
+            text = f"{TITLES[part]} ({_millions(weights.values())})"
+        if part == "motion_adapter":
+            check_positions(f"{part} from {path}", parts[part])
+            text = f"{text[:-1]}, up to {num_positions(parts[part])} frames)"
+        descriptions.append(text)
+    return f"{', '.join(descriptions)}, as a single file{problem}"
 
 
 def _describe_diffusers_folder(path: Path) -> str:
@@ -90,7 +128,8 @@ def _describe_parts(
     descriptions, configs, prompt_width = [], {}, None
     for part, source in sources.items():
         network: Any = load_pose_detector(source).network if part == "pose" else load_part(part, source)
-        descriptions.append(f"{part} ({_millions(network.state_dict().values())})")
+        limit = f", up to {network.config.motion_max_seq_length} frames" if part == "motion_adapter" else ""
+        descriptions.append(f"{part} ({_millions(network.state_dict().values())}{limit})")
         if trained_on and part != "pose":
             actual = {"source": source, "fingerprint": pretrained_fingerprint(part, network)}
             check_fingerprint("this model", part, trained_on[part], actual)

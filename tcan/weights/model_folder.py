@@ -19,6 +19,7 @@ from tcan.appa import save_appa
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError, first_line
 from tcan.model import TCAN
+from tcan.variant import Variant
 from tcan.weights.common import check_keys, check_shapes, quiet
 from tcan.weights.pretrained import (
     PretrainedModels,
@@ -27,11 +28,13 @@ from tcan.weights.pretrained import (
     load_scheduler,
     pretrained_fingerprint,
 )
+from tcan.weights_file import impostor
 
 MODEL_FILE = "tcan.json"
 MODEL_PARTS = {
     "appearance_unet": "appearance_unet/diffusion_pytorch_model.safetensors",
     "appa": "appa/pytorch_lora_weights.safetensors",
+    "controlnet": "controlnet/diffusion_pytorch_model.safetensors",
     "motion_adapter": "motion_adapter/diffusion_pytorch_model.safetensors",
     "temporal_controlnet": "temporal_controlnet/diffusion_pytorch_model.safetensors",
 }
@@ -51,13 +54,14 @@ def save_model(
 ) -> None:
     """Write the trained weights, and the sources and fingerprints of the pretrained models, but not their weights.
 
-        tcan.json              pretrained, stage, lora_rank, lora_alpha, height, width, stick_width, library_version
+        tcan.json              pretrained, stage, variant, lora_rank, lora_alpha, height, width, stick_width, library_version
         appearance_unet/       a diffusers UNet without the layers after its last feature
         appa/                  a LoRA that diffusers pipelines of the pretrained UNet can load
+        controlnet/            a diffusers ControlNetModel                              (fine-tuned only)
         motion_adapter/        a diffusers MotionAdapter                                (stage 2 only)
         temporal_controlnet/   the ControlNet's temporal layers                         (stage 2 only)
 
-    The write is atomic. An existing model folder is replaced.
+    Parts that the variant does not have are absent. The write is atomic. An existing model folder is replaced.
 
     Args:
         pretrained: `PretrainedModels.info`. Add "pose" with the "source" of the pose network to detect poses in
@@ -70,14 +74,14 @@ def save_model(
         UserError: the folder cannot be written, or exists and is not a model folder.
     """
     folder = Path(folder)
-    lora = tcan.denoiser.peft_config["default"]
     info = {
         "schema_version": SCHEMA_VERSION,
         "library_version": __version__,
         "pretrained": {part: dict(entry) for part, entry in pretrained.items()},
         "stage": stage,
-        "lora_rank": lora.r,
-        "lora_alpha": lora.lora_alpha,
+        "variant": tcan.variant.asdict(),
+        "lora_rank": tcan.lora_rank,
+        "lora_alpha": tcan.lora_alpha,
         "height": height,
         "width": width,
         "stick_width": stick_width,
@@ -85,14 +89,17 @@ def save_model(
     }
     with _atomic_model_folder(folder) as partial:
         tcan.appearance_unet.save_pretrained(partial / "appearance_unet")
-        save_appa(tcan.denoiser, partial / "appa")
+        if tcan.variant.appa:
+            save_appa(tcan.denoiser, partial / "appa")
         if stage == 2:
             tcan.motion_adapter().save_pretrained(partial / "motion_adapter")
-            (partial / "temporal_controlnet").mkdir()
-            temporal = {
-                name: tensor.contiguous() for name, tensor in tcan.parts()["temporal_controlnet"].items()
-            }
-            save_file(temporal, partial / MODEL_PARTS["temporal_controlnet"])
+        parts = tcan.parts()
+        for part in _trained_parts(info).keys() & {"controlnet", "temporal_controlnet"}:
+            (partial / part).mkdir()
+            weights = {name: tensor.contiguous() for name, tensor in parts[part].items()}
+            save_file(weights, partial / MODEL_PARTS[part], metadata={"format": "pt"})
+            if part == "controlnet":
+                tcan.controlnet.save_config(partial / part)
         _write_info(info, partial)
 
 
@@ -187,12 +194,22 @@ def read_model_info(folder: str | os.PathLike) -> dict[str, Any]:
         )
     for entry in info["pretrained"].values():
         if entry["source"].startswith("./"):
-            entry["source"] = str((Path(folder) / entry["source"]).resolve())
+            entry["source"] = str((Path(folder) / entry["source"]).absolute())
     return info
 
 
-def load_model(folder: str | os.PathLike, pretrained: PretrainedModels) -> TCAN:
+def read_variant(info: Mapping[str, Any]) -> Variant:
+    """The variant in the contents of tcan.json."""
+    return Variant(**info.get("variant", {}))
+
+
+def load_model(
+    folder: str | os.PathLike, pretrained: PretrainedModels, temporal_controlnet: bool | None = None
+) -> TCAN:
     """Load a model folder onto pretrained models, in their dtype and on their device, in eval mode.
+
+    Args:
+        temporal_controlnet: for a model of stage 1, whether the ControlNet gets temporal layers; None: as in the folder.
 
     Raises:
         UserError: not a model folder; a pretrained model has another fingerprint than in training; a file is missing or
@@ -202,6 +219,8 @@ def load_model(folder: str | os.PathLike, pretrained: PretrainedModels) -> TCAN:
     info = read_model_info(folder)
     for part, trained_on in info["pretrained"].items():
         check_fingerprint(folder, part, trained_on, pretrained.info.get(part, {}))
+    if temporal_controlnet is not None:
+        info["variant"] = read_variant(info).asdict() | {"temporal_controlnet": temporal_controlnet}
     tcan = TCAN(
         pretrained.unet,
         pretrained.controlnet,
@@ -209,8 +228,10 @@ def load_model(folder: str | os.PathLike, pretrained: PretrainedModels) -> TCAN:
         pretrained.empty_prompt,
         info["lora_rank"],
         info["lora_alpha"],
+        read_variant(info),
     )
     tcan.load_parts(read_parts(folder, info, tcan))
+    tcan.info = info
     return tcan.to(pretrained.empty_prompt.device, pretrained.empty_prompt.dtype).eval()
 
 
@@ -238,8 +259,15 @@ def check_fingerprint(
 
 def _trained_parts(info: Mapping[str, Any]) -> dict[str, str]:
     """The parts in a model folder and their files. After stage 1, the temporal layers are the pretrained ones."""
-    stage1 = ("appearance_unet", "appa")
-    return {part: file for part, file in MODEL_PARTS.items() if info["stage"] == 2 or part in stage1}
+    variant, temporal = read_variant(info), info["stage"] == 2
+    has = {
+        "appearance_unet": True,
+        "appa": variant.appa,
+        "controlnet": variant.controlnet == "finetune",
+        "motion_adapter": temporal,
+        "temporal_controlnet": temporal and variant.temporal_controlnet,
+    }
+    return {part: file for part, file in MODEL_PARTS.items() if has[part]}
 
 
 def read_parts(folder: Path, info: Mapping[str, Any], tcan: TCAN) -> dict[str, dict[str, Tensor]]:
@@ -250,6 +278,8 @@ def read_parts(folder: Path, info: Mapping[str, Any], tcan: TCAN) -> dict[str, d
     """
     expected, parts = tcan.parts(), {}
     for part, file in _trained_parts(info).items():
+        if found := impostor(folder / file):
+            raise UserError(f"{folder / file}: {found}")
         try:
             weights = load_file(folder / file)
         except (OSError, SafetensorError) as error:
@@ -287,7 +317,9 @@ def untrained_model(folder: Path, info: Mapping[str, Any]) -> TCAN:
                 )
             prompt = torch.zeros(1, 1, unet.config.cross_attention_dim)
             controlnet = ControlNetModel.from_unet(unet)
-            return TCAN(unet, controlnet, adapter, prompt, info["lora_rank"], info["lora_alpha"])
+            return TCAN(
+                unet, controlnet, adapter, prompt, info["lora_rank"], info["lora_alpha"], read_variant(info)
+            )
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: cannot be read ({first_line(error)}); the model folder is incomplete, copy it again"

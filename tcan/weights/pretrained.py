@@ -1,5 +1,6 @@
 """Load the frozen pretrained models strictly, from files, folders or the Hugging Face Hub."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
+from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -15,9 +17,12 @@ from tcan.errors import UserError, first_line
 from tcan.fingerprint import fingerprint
 from tcan.pose import OpenPose
 from tcan.weights.common import check_keys, quiet
-from tcan.weights.original import SD15, SUFFIXES, load_original
+from tcan.weights.original import SD15, SUFFIXES, check_positions, load_original
+from tcan.weights_file import impostor
 
 MINI = Path(__file__).parents[1] / "mini"
+MINI_MODEL = MINI / "trained"
+"""Model folder of a TCAN trained on the mini weights."""
 NETWORKS: dict[str, Any] = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
@@ -50,6 +55,7 @@ def load_pretrained(
     motion_adapter: str,
     text_encoder: str,
     scheduler: str,
+    variant: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> PretrainedModels:
@@ -62,6 +68,8 @@ def load_pretrained(
         a single file that contains the part in its original layout (`tcan.weights.original`), e.g. an SD1.5 checkpoint;
         a local folder in diffusers' layout: of the part itself, or with the part in a subfolder of its name;
         a Hugging Face Hub id `owner/name[/subfolder][@revision]`.
+    variant: see `load_part`.
+
     The scheduler can also be "sd15", SD1.5's noise schedule. A single file as the scheduler means the same.
 
     Raises:
@@ -79,14 +87,14 @@ def load_pretrained(
     loaded: dict[str, Any] = {}
     info = {}
     for part in ("vae", "unet", "controlnet", "motion_adapter"):
-        module = load_part(part, sources[part])
+        module = load_part(part, sources[part], variant)
         info[part] = {
             "source": portable_source(sources[part]),
             "fingerprint": pretrained_fingerprint(part, module),
         }
         with quiet():
             loaded[part] = module.to(device, dtype).requires_grad_(False).eval()
-    encoder = load_part("text_encoder", text_encoder)
+    encoder = load_part("text_encoder", text_encoder, variant)
     prompt = encode_empty_prompt(encoder)
     info["text_encoder"] = {
         "source": portable_source(text_encoder),
@@ -162,11 +170,16 @@ def locate(source: str, part: str, config_name: str = "config.json") -> tuple[st
 def portable_source(source: str) -> str:
     """Return a source that does not depend on the working directory: local paths become absolute."""
     path = Path(source).expanduser()
-    return str(path.resolve()) if source not in ("mini", "sd15") and path.exists() else source
+    # Not resolve(): files of the Hub's cache are symlinks to blobs, whose names have no suffix.
+    return str(path.absolute()) if source not in ("mini", "sd15") and path.exists() else source
 
 
-def load_part(part: str, source: str) -> Any:
+def load_part(part: str, source: str, variant: str | None = None) -> Any:
     """Load one network in float32 on the CPU: "vae", "unet", "controlnet", "motion_adapter" or "text_encoder".
+
+    Args:
+        variant: variant of the files in diffusers' layout to prefer, such as "fp16". A folder that contains only one
+            variant is loaded from it.
 
     Raises:
         UserError: as `load_pretrained`, except for compatibility between parts.
@@ -174,19 +187,29 @@ def load_part(part: str, source: str) -> Any:
     if Path(source).expanduser().is_file():
         return load_original(part, Path(source).expanduser())
     path, options = locate(source, part)
-    try:
-        with quiet():
-            module, report = NETWORKS[part].from_pretrained(
-                path, output_loading_info=True, torch_dtype=torch.float32, **options
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{part}: cannot load {source} ({first_line(error)}); check the source and the connection"
-        ) from None
+    files = sorted(Path(path).glob("*")) if Path(path).is_dir() else []
+    for file in files:
+        if found := impostor(file):
+            raise UserError(f"{part} from {file}: {found}")
+    variants = [_existing_variant(files, variant)] if files else list(dict.fromkeys((variant, None, "fp16")))
+    for attempt in variants:
+        try:
+            with quiet():
+                module, report = NETWORKS[part].from_pretrained(
+                    path, output_loading_info=True, torch_dtype=torch.float32, variant=attempt, **options
+                )
+            break
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if attempt == variants[-1]:
+                raise UserError(
+                    f"{part}: cannot load {source} ({first_line(error)}); check the source and the connection"
+                ) from None
     # Position tables of motion modules are computed at load time. Old CLIP files store position_ids, new ones do not.
     missing = (key for key in report["missing_keys"] if not key.endswith(".pos_embed.pe"))
     unexpected = (key for key in report["unexpected_keys"] if not key.endswith("embeddings.position_ids"))
     check_keys(f"{part} from {source}", missing, unexpected)
+    if part == "motion_adapter":
+        check_positions(f"{part} from {source}", module.state_dict())
     if part == "motion_adapter" and module.mid_block is not None:
         module.mid_block = (
             None  # AnimateDiff's mm_sd_v15_v2 has temporal layers in the middle block, TCAN does not
@@ -195,11 +218,29 @@ def load_part(part: str, source: str) -> Any:
     return module
 
 
+def _existing_variant(files: list[Path], preferred: str | None) -> str | None:
+    """The variant of a folder's weights to load: the preferred one, else the default, else fp16, else the first one."""
+    weights = [
+        file.name
+        for file in files
+        if file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
+    ]
+    names = [re.sub(r"-\d+-of-\d+", "", re.sub(r"\.index\.json$", "", name)).split(".") for name in weights]
+    found = {name[1] if len(name) > 2 else None for name in names}
+    if preferred in found or None in found or not found:
+        return preferred if preferred in found else None
+    return "fp16" if "fp16" in found else min(filter(None, found))
+
+
 def pretrained_fingerprint(part: str, network: Any) -> str:
     """Fingerprint of a network returned by `load_part`; for the text encoder, of its output for the empty prompt."""
     if part == "text_encoder":
         return fingerprint({"empty_prompt": encode_empty_prompt(network)})
-    return fingerprint(network)
+    weights = network.state_dict()
+    for name, tensor in weights.items():
+        if name.endswith(".pos_embed.pe"):  # computed tables; a file in half precision contains rounded ones
+            weights[name] = SinusoidalPositionalEmbedding(tensor.shape[-1], tensor.shape[1]).pe
+    return fingerprint(weights)
 
 
 def load_scheduler(source: str) -> DDIMScheduler:

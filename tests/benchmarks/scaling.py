@@ -3,7 +3,7 @@
 python -m tests.benchmarks.scaling    writes the tables of infra/SCALING.md, below its last heading
 
 Counted on modules of the real size without storage, like `tcan memory`: operations, weights and gradients of a step.
-Measured on this machine: bytes of a clip in a shard, seconds of one core to read a clip and to create a sample. Assumed:
+Measured on this machine: bytes of a frame in a shard, seconds of one core to read a frame and to create a sample. Assumed:
 `Cluster`, `Data`.
 """
 
@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines.config import Config
 from pipelines.config.parser import load_config
 from pipelines.dataset import NUM_JOINTS, clip_files
+from pipelines.dataset_index import write_index
 from pipelines.memory import networks
 from pipelines.preprocess.shards import ShardWriter
-from pipelines.storage import open_parquet
-from pipelines.train.data import ClipStore, Sampler, stage1_pair
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler, stage1_pair
 from tcan.memory import TrainingMemory, fake_tcan, training_memory
 
 PAGE = Path(__file__).parents[2] / "infra" / "SCALING.md"
@@ -93,18 +94,18 @@ class StepLoad:
     """Bytes that DeepSpeed ZeRO 2 sends through each GPU: an all-reduce of the gradients, which is twice their bytes (its
     default, `use_multi_rank_bucket_allreduce`), then an all-gather of the updated weights. By default nothing overlaps
     with it."""
-    clip_bytes: int
+    frame_bytes: int
     read_seconds: float
-    """CPU seconds to read and decode a clip."""
+    """CPU seconds to read a frame."""
     sample_seconds: float
-    """CPU seconds to create all samples of a step from cached clips."""
+    """CPU seconds to create all samples of a step from cached frames."""
     reads: np.ndarray
-    """Clips that a worker reads from the storage in each step, `[READERS, STEPS]`."""
+    """Frames that a worker reads from the storage in each step, `[READERS, STEPS]`."""
 
     @property
     def bytes_read(self) -> float:
         """Mean bytes read per step."""
-        return float(self.reads.mean()) * self.clip_bytes
+        return float(self.reads.mean()) * self.frame_bytes
 
     @property
     def core_seconds(self) -> float:
@@ -124,7 +125,7 @@ def count_costs(config: Config, number: int) -> tuple[TrainingMemory, int]:
 
 
 def write_clips(folder: Path, size: int, data: Data, videos: int = 2) -> int:
-    """Write a dataset of random latents and poses like `tcan preprocess`; return the mean bytes of a clip in a shard."""
+    """Write a dataset of random latents and poses like `tcan preprocess`; return the bytes of a frame in a shard."""
     rng = np.random.default_rng(0)
     side = size // 8
     (folder / "clips").mkdir()
@@ -148,7 +149,9 @@ def write_clips(folder: Path, size: int, data: Data, videos: int = 2) -> int:
             )  # fmt: skip
         writer.add_video(rows)
     writer.commit()
-    return sum(Path(file).stat().st_size for file in clip_files(folder)) // (videos * data.clips)
+    write_index(str(folder))
+    frames = videos * data.clips * data.clip_frames
+    return sum(Path(file).stat().st_size for file in clip_files(folder)) // frames
 
 
 def core_seconds(run: Callable[[int], object], times: int = 20) -> float:
@@ -162,62 +165,58 @@ def core_seconds(run: Callable[[int], object], times: int = 20) -> float:
 
 
 def measure_costs(config: Config, stage: int, data: Data) -> tuple[int, float, float]:
-    """Bytes of a clip in a shard; CPU seconds to read and decode a clip; CPU seconds to create a sample from cached clips."""
+    """Bytes of a frame in a shard; CPU seconds to read a frame; CPU seconds to create a sample from cached frames."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        clip_bytes = write_clips(folder, config.size, data)
-        with open_parquet(clip_files(folder)[0]) as file:
-            clips = file.metadata.row_group(0).num_rows  # loaded by one read
-        stores = [ClipStore(folder) for _ in range(20)]
-        read_seconds = core_seconds(lambda i: stores[i].frames(stores[i].videos[0], [0])) / clips
+        frame_bytes = write_clips(folder, config.size, data)
+        store = ClipStore(folder)
+        read_seconds = core_seconds(lambda i: store.frames(store.videos[0], [i]))
         sampler = Sampler(
-            stores[0], stage, seed=0, batch_size=1, size=config.size, vae_scaling_factor=0.18215,
+            store, stage, seed=0, batch_size=1, size=config.size, vae_scaling_factor=0.18215,
             stick_width=config.train.stick_width, frames=config.train.clip_frames, drop_reference=0.1,
         )  # fmt: skip
-        for step in range(50):  # until all clips are cached
+        for step in range(500):  # until most frames are cached
             sampler.sample(step, 0)
-        return clip_bytes, read_seconds, core_seconds(lambda step: sampler.sample(step, 0))
+        return frame_bytes, read_seconds, core_seconds(lambda step: sampler.sample(step, 0))
 
 
 # --- simulated ---------------------------------------------------------------------------------------------------------
 
 
-def clips_of_sample(number: int, data: Data, frames: int, rng: np.random.Generator) -> set[int]:
-    """Indices of the clips that a sample reads."""
+def frames_of_sample(number: int, data: Data, frames: int, rng: np.random.Generator) -> set[int]:
+    """Positions of the frames that a sample reads."""
     length = data.clips * data.clip_frames
     if number == 1:
-        positions: tuple[int, ...] = stage1_pair(length, rng)
-    else:
-        first = int(rng.integers(length - frames + 1))
-        positions = (0, first, first + frames - 1)  # frame 0 is the reference
-    return {position // data.clip_frames for position in positions}
+        return set(stage1_pair(length, rng))
+    first = int(rng.integers(length - frames + 1))
+    return {0, *range(first, first + frames)}  # frame 0 is the reference
 
 
-def clip_reads(
-    number: int, samples: int, data: Data, cached_clips: int, frames: int = 16, seed: int = 0
+def frame_reads(
+    number: int, samples: int, data: Data, cached_frames: int, frames: int = 16, seed: int = 0
 ) -> Iterator[int]:
-    """Yield, for each step, the number of clips that a worker reads because its LRU cache does not contain them."""
+    """Yield, for each step, the number of frames that a worker reads because its LRU cache does not contain them."""
     rng = np.random.default_rng(seed)
     cache: OrderedDict[tuple[int, int], None] = OrderedDict()
     while True:
         reads = 0
         for _ in range(samples):
             video = int(rng.integers(data.videos))
-            for clip in clips_of_sample(number, data, frames, rng):
-                reads += (video, clip) not in cache
-                cache[video, clip] = None
-                cache.move_to_end((video, clip))
-                if len(cache) > cached_clips:
+            for frame in frames_of_sample(number, data, frames, rng):
+                reads += (video, frame) not in cache
+                cache[video, frame] = None
+                cache.move_to_end((video, frame))
+                if len(cache) > cached_frames:
                     cache.popitem(last=False)
         yield reads
 
 
-def steady_state_reads(number: int, samples: int, data: Data, cached_clips: int) -> np.ndarray:
-    """`clip_reads` of `READERS` workers after their caches are full, `[READERS, STEPS]`."""
+def steady_state_reads(number: int, samples: int, data: Data, cached_frames: int) -> np.ndarray:
+    """`frame_reads` of `READERS` workers after their caches are full, `[READERS, STEPS]`."""
     found = np.empty((READERS, STEPS), np.int64)
     for reader in range(READERS):
-        reads = clip_reads(number, samples, data, cached_clips, seed=reader)
-        for _ in range(2 * min(cached_clips, data.videos * data.clips) // samples):
+        reads = frame_reads(number, samples, data, cached_frames, seed=reader)
+        for _ in range(2 * min(cached_frames, data.videos * data.clips * data.clip_frames) // samples):
             next(reads)
         found[reader] = [next(reads) for _ in range(STEPS)]
     return found
@@ -256,10 +255,10 @@ def simulate(load: StepLoad, cluster: Cluster, gpus: int) -> Scaled:
     total = loading = read = 0.0
     for _ in range(STEPS):
         reads = rng.choice(load.reads.ravel(), gpus)
-        slowest = reads.max() * (load.clip_bytes / rate + load.read_seconds) + load.sample_seconds
+        slowest = reads.max() * (load.frame_bytes / rate + load.read_seconds) + load.sample_seconds
         total += max(compute + communication, slowest)
         loading += slowest
-        read += reads.sum() * load.clip_bytes
+        read += reads.sum() * load.frame_bytes
     samples = gpus * load.samples
     return Scaled(
         samples * STEPS / total,
@@ -328,23 +327,23 @@ def main() -> None:
     loads, memory = {}, {}
     for plan in PLANS:
         memory[plan.name], flops = of_stage[plan.stage]
-        clip_bytes, read_seconds, sample_seconds = measure_costs(config, plan.stage, plan.data)
-        cached = (config.train.clip_cache_mb << 20) // clip_bytes
+        frame_bytes, read_seconds, sample_seconds = measure_costs(config, plan.stage, plan.data)
+        cached = (config.train.clip_cache_mb << 20) // frame_bytes
         loads[plan.name] = StepLoad(
             plan.samples,
             plan.samples * flops,
             3 * memory[plan.name].trained,
-            clip_bytes,
+            frame_bytes,
             read_seconds,
             plan.samples * sample_seconds,
             steady_state_reads(plan.stage, plan.samples, plan.data, cached),
         )
-    clip = loads[PLANS[0].name]
-    dataset = PLANS[0].data.videos * PLANS[0].data.clips * clip.clip_bytes
+    frame, data = loads[PLANS[0].name], PLANS[0].data
+    dataset = data.videos * data.clips * data.clip_frames * frame.frame_bytes
     lines = [
         *load_table(loads, memory),
-        f"\nA clip of {PLANS[0].data.clip_frames} frames is {clip.clip_bytes / 1e6:.2f} MB in a shard; reading it needs "
-        f"{clip.read_seconds * 1e3:.0f} ms of CPU time. The dataset is {dataset / 1e9:.0f} GB; a worker caches up to "
+        f"\nA frame is {frame.frame_bytes / 1e3:.0f} kB in a shard; reading it needs {frame.read_seconds * 1e3:.1f} ms of CPU "
+        f"time. The dataset is {dataset / 1e9:.0f} GB; a worker caches up to "
         f"{config.train.clip_cache_mb / 1024:.0f} GiB.",
         *(
             line

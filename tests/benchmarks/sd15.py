@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapt
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.preprocess.latents import encode_frames
+from pipelines.preprocess.latents import EncodedFrames
 from tcan.model import TCAN
 from tcan.pose import OpenPose
 from tcan.weights import PretrainedModels
@@ -126,7 +126,7 @@ def gpu_benchmarks(
     pipe = animation.pipeline(pretrained, animation.trained_like(pretrained))
     for what, run in (
         ("OpenPose", lambda: detector.detect(images)),
-        ("VAE encoding", lambda: encode_frames(pretrained.vae, images, 8)),
+        ("VAE encoding", lambda: EncodedFrames(pretrained.vae, images, 8).numpy()),
         ("VAE decoding", lambda: list(pipe.decode(latents))),
     ):
         with torch.no_grad():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.benchmarks.scaling import STEPS, Cluster, Data, StepLoad, clip_reads, simulate
+from tests.benchmarks.scaling import STEPS, Cluster, Data, StepLoad, frame_reads, simulate
 
 CLUSTER = Cluster(
     "", node_network=10e9, storage=np.inf, gpu_peak_flops=1e12, inside_node=100e9, one_reader=1e9
@@ -14,7 +14,7 @@ LOAD = StepLoad(
     samples=2,
     flops=1e11,
     communicated=10**9,
-    clip_bytes=10**6,
+    frame_bytes=10**6,
     read_seconds=0.0,
     sample_seconds=0.0,
     reads=np.zeros((1, STEPS), np.int64),
@@ -37,8 +37,9 @@ def test_step_time_is_compute_plus_communication_or_loading():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_worker_reads_only_clips_that_are_not_cached(stage):
-    data = Data(videos=20, clips=4)
-    cached, uncached = clip_reads(stage, 2, data, 80), clip_reads(stage, 2, data, 0)
-    assert sum(next(cached) for _ in range(500)) == 80  # each clip is read once
-    assert 1 <= np.mean([next(uncached) for _ in range(500)]) / 2 <= 3  # per sample
+def test_worker_reads_only_frames_that_are_not_cached(stage):
+    data = Data(videos=2, clips=2, clip_frames=64)
+    cached, uncached = frame_reads(stage, 2, data, 256), frame_reads(stage, 2, data, 0)
+    assert sum(next(cached) for _ in range(1000)) == 256  # each frame is read once
+    reads = np.mean([next(uncached) for _ in range(500)]) / 2  # per sample
+    assert reads == 2 if stage == 1 else 16 <= reads <= 17

@@ -22,7 +22,8 @@ import torch
 from pipelines.config.parser import load_config
 from pipelines.dataset import read_info
 from pipelines.demo import render
-from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
 from pipelines.train.model import batch_loss
 from pipelines.train.task import pretrained_sources
 from tcan.model import TCAN

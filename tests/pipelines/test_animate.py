@@ -132,7 +132,7 @@ def test_registered_model_predicts_with_sampling_params(
     info["pretrained"]["pose"] = {"source": "mini"}  # as in a model that was trained with it
     (model / "tcan.json").write_text(json.dumps(info))
     settings = config(f"--tracking.folder={tmp_path / 'runs'}")
-    with tracking.run("stage2", "stage 2", settings.tracking, {}) as run:
+    with tracking.run("stage2", "stage 2", settings.tracking, {}, tmp_path) as run:
         sampling = SamplingConfig(steps=2, guidance_scale=2.0, start_from_reference=True)
         run.model(model, "tcan", "ours", sampling)
 
@@ -142,6 +142,7 @@ def test_registered_model_predicts_with_sampling_params(
     row = {"image": str(puppets / "hero.png"), "driving": str(puppets / "dance.mp4")}
     first, second = registered.predict(pd.DataFrame([row, row]), params={"seed": 3})
     unguided = registered.predict([row], params={"guidance_scale": 1.0, "seed": 3})[0]
+    not_retargeted = registered.predict([row], params={"retarget": "none", "seed": 3})[0]
     frames = TCANPipeline.from_pretrained(model)(
         read_image(row["image"]),
         read_video(row["driving"])[0],
@@ -153,7 +154,7 @@ def test_registered_model_predicts_with_sampling_params(
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, np.asarray(frames) * 255, atol=0.5001)
     assert first.dtype == np.uint8 and first.shape == (6, 64, 64, 3)
-    assert not np.array_equal(first, unguided)
+    assert not np.array_equal(first, unguided) and not np.array_equal(first, not_retargeted)
 
 
 def test_poses_from_file_without_retargeting_are_only_cropped(
@@ -162,7 +163,7 @@ def test_poses_from_file_without_retargeting_are_only_cropped(
     """With a rectangular output; the drawn poses are in the middle column of the side-by-side video."""
     hero, poses = puppets / "hero.png", puppets / "dance.json"
     animation = Animation(hero, tmp_path / "wide", poses=poses, fps=12, side_by_side=True)
-    wide = config("--animate.retarget", "false", "--animate.width", "128")
+    wide = config("--animate.retarget", "none", "--animate.width", "128")
     assert read_inputs(animation, wide).fps == 12
     animate(animation, model_folder, wide)
     frames = images(tmp_path / "wide")
@@ -234,12 +235,12 @@ def test_invalid_animate_input_is_one_line_user_error(
         ({"driving": None, "poses": "one.json"}, "one.json: no frame rate; pass --fps"),
         ({"driving": None, "poses": "nobody.json", "fps": 24}, "nobody.json: no person found"),
         (
-            {"driving": None, "poses": "one.json", "fps": 24, "animate.retarget": "false"},
+            {"driving": None, "poses": "one.json", "fps": 24, "animate.retarget": "none"},
             "one.json: no height and width of the image",
         ),
         ({"character": "faceless.json"}, "faceless.json: no person found with visible neck and nose"),
         (
-            {"character": "one.json", "animate.retarget": "false"},
+            {"character": "one.json", "animate.retarget": "none"},
             "--character has no effect without retargeting",
         ),
         ({"animate.smoothing_window": 4}, "animate.smoothing_window = 4: must be odd"),

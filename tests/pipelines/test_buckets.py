@@ -15,7 +15,7 @@ from pipelines.dataset import clip_files, decode_row, read_info, rejected_files
 from pipelines.preprocess.job import preprocess
 from pipelines.preprocess.shards import writing
 from pipelines.preprocess.sources import identify, list_sources
-from pipelines.train.data import ClipStore
+from pipelines.train.clips import ClipStore
 from tcan.errors import UserError
 from tests.pipelines.faults import write_video
 from tests.pipelines.test_preprocess import OPTIONS, make_config
@@ -164,6 +164,6 @@ def test_preprocess_reads_and_writes_buckets_as_local_folders(
         assert all(np.allclose(remote[name], local[name], atol=2e-3) for name in local), clip
         assert row["source"] == expected[clip]["source"].replace(str(folder), videos)
     stored = [video for split in ("train", "validation") for video in ClipStore(out, split).videos]
-    assert sorted(len(video.number) for video in stored) == [40, 40, 40]
+    assert sorted(len(video) for video in stored) == [40, 40, 40]
     existing = storage.list_files(f"{bucket}/data", recursive=True)
     assert {name.removeprefix("s3://") for name in existing} == modification_times(out).keys()

@@ -301,3 +301,16 @@ def test_memory_prints_a_stage_by_gpus_and_zero_stage(capsys: pytest.CaptureFixt
         *parts, total, saving = map(float, row[2:])
         assert abs(sum(parts) - total) < 0.03 and saving <= total
     assert error_of(capsys, "memory", "--gpus", "0").startswith("--gpus 0: must be at least 1")
+
+
+def test_file_name_with_a_leading_dash_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-x.json").write_text("[]")
+    Path("--y.png").write_text("")
+    assert "./-x.json" in error_of(capsys, "weights", "check", "-x.json")
+    message = error_of(
+        capsys, "animate", "--image", "--y.png", "--out", "o.mp4", "--poses", "-x.json", "--model", "m"
+    )
+    assert "unknown key" not in message and "expected one argument" not in message

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines import cli
 from pipelines.config.parser import load_config
-from pipelines.dataset import CLIP_SCHEMA, decode_row, file_name, read_info
+from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION, decode_row, file_name, read_info
 from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.dataset_commands import preview
 from pipelines.preprocess.shards import ShardWriter, forget_rejected, read_contents, write_info, writing
@@ -28,7 +28,7 @@ from tcan.weights import load_part
 from tests.pipelines.test_preprocess import encoded_row, end_row, person
 
 IDS = ["0" * 16, "8" * 16, "f" * 16]
-IDENTITY = {"schema_version": 2, "validation_fraction": 0.1}
+IDENTITY = {"schema_version": SCHEMA_VERSION, "validation_fraction": 0.1}
 
 
 def write_dataset(
@@ -53,7 +53,7 @@ def write_dataset(
         writer.commit()
         contents = read_contents(str(folder), identity)
         info = {
-            "schema_version": 2, "counts": contents.counts, "files": contents.files, "identity": identity,
+            "schema_version": SCHEMA_VERSION, "counts": contents.counts, "files": contents.files, "identity": identity,
             "height": 64, "width": 64, "vae_fingerprint": vae_fingerprint, "mlflow_run_id": None,
         }  # fmt: skip
         write_info(str(folder), info)
@@ -295,7 +295,7 @@ def test_missing_and_damaged_files_are_user_errors_on_one_line(
     )
     for damage, message in (
         (lambda: file.write_bytes(content[:-50]), f"{file}: cannot be read"),
-        (file.unlink, f"{data}: 1 files are missing, such as clips/"),
+        (file.unlink, f"{data}: {file.relative_to(data)} is missing; restore"),
     ):
         damage()
         for command in commands:

@@ -35,7 +35,7 @@ from pipelines.preprocess import decoder_process
 from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.decode import DECODER, DecodeError, decode, decode_clips
 from pipelines.preprocess.job import plan, preprocess
-from pipelines.preprocess.latents import encode_frames
+from pipelines.preprocess.latents import EncodedFrames
 from pipelines.preprocess.models import PoseAndLatents
 from pipelines.preprocess.person_crop import Square, square_around
 from pipelines.preprocess.pose import pack_people, unpack_people
@@ -43,6 +43,7 @@ from pipelines.preprocess.schemas import DECODED_SCHEMA, ENCODED_SCHEMA
 from pipelines.preprocess.shards import Contents, ShardWriter, read_contents, writing
 from pipelines.preprocess.sources import Source, identify, list_sources
 from pipelines.puppets.world import Clip, sample_clip, write_clip
+from tcan import video_stream
 from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.pose.hands import FaceDetector
@@ -191,7 +192,7 @@ def test_clips_contain_consecutive_frames_of_the_video(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 40)
     *clips, end = decode_clips(str(path), **DECODE)
     assert [(clip["start"], clip["num_frames"]) for clip in clips] == [(0, 16), (16, 16), (32, 8)]
-    assert end == {"num_clips": 3}
+    assert end == {"num_clips": 3, "warning": None}
     frames = np.frombuffer(b"".join(clip["frames"] for clip in clips), np.uint8).reshape(40, SIZE, SIZE, 3)
     with av.open(str(path)) as container:  # decoders differ by rounding in colour conversion
         truth = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
@@ -200,7 +201,12 @@ def test_clips_contain_consecutive_frames_of_the_video(tmp_path: Path) -> None:
     assert np.abs(frames.astype(int) - truth).mean() < min(shifted_errors)
     # A remainder that is too short is dropped.
     *clips, end = decode_clips(str(path), **DECODE | {"min_clip_frames": 9})
-    assert ([clip["num_frames"] for clip in clips], end) == ([16, 16], {"num_clips": 2})
+    assert ([clip["num_frames"] for clip in clips], end) == ([16, 16], {"num_clips": 2, "warning": None})
+
+
+def test_decoder_process_does_not_import_torch() -> None:
+    code = "import sys, pipelines.preprocess.decoder_process, tcan.video; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_crop_is_the_scaled_centre_square(tmp_path: Path) -> None:
@@ -284,7 +290,7 @@ def test_trimmed_beginning_of_long_video_is_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The video exceeds this limit, so it counts as long.
-    monkeypatch.setattr(decoder_process, "AHEAD_BYTES", 40 * SIZE * SIZE * 3 - 1)
+    monkeypatch.setattr(video_stream, "AHEAD_BYTES", 40 * SIZE * SIZE * 3 - 1)
     path = trim(write_video(tmp_path / "a.mp4", 40), 0.4)
     *clips, _ = decoder_process.decode(str(path), **DECODE)
     frames = np.concatenate([frames for _, frames in clips])
@@ -303,7 +309,7 @@ def test_clips_end_at_scene_cuts(tmp_path: Path) -> None:
         str(tmp_path / "a.mp4"), **DECODE | {"cut_threshold": 27.0, "min_clip_frames": 4}
     )
     assert [(clip["start"], clip["num_frames"]) for clip in clips] == [(0, 16), (16, 4), (20, 5), (25, 13)]
-    assert end == {"num_clips": 4}
+    assert end == {"num_clips": 4, "warning": None}
     with pytest.raises(DecodeError, match="too short: no 21 consecutive frames without a cut"):
         list(
             decode_clips(
@@ -649,8 +655,8 @@ def test_every_source_is_kept_or_rejected_with_a_reason(job: Preprocessed) -> No
 def test_vae_in_half_precision_yields_float16_latents(pretrained_folder: Path, dtype: torch.dtype) -> None:
     vae = load_part("vae", str(pretrained_folder)).eval()
     frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    expected = encode_frames(vae, frames, 2)
-    for latents, reference in zip(encode_frames(vae.to(dtype), frames, 2), expected, strict=True):
+    expected = EncodedFrames(vae, frames, 2).numpy()
+    for latents, reference in zip(EncodedFrames(vae.to(dtype), frames, 2).numpy(), expected, strict=True):
         assert latents.dtype == np.float16 and latents.shape == (3, 4, 8, 8)
         assert np.abs(latents.astype(np.float32) - reference).mean() < 0.05
 

@@ -67,6 +67,12 @@ def test_unusable_environment_option_is_a_user_error(
     assert capsys.readouterr().err.startswith(f"tcan: error: --environment {missing}: no such file;")
     assert main(["preprocess", "a", "b", "--environment", missing]) == 2
     assert "--environment: only valid with --submit" in capsys.readouterr().err
+    assert main(["preprocess", "a", "b", "--job_id=mine"]) == 2
+    assert "--job_id: only valid with --submit" in capsys.readouterr().err
+    assert main(["preprocess", "a", "b", "--submit=http://head:8265", "--job_id=a b"]) == 2
+    assert "--job_id a b: letters, digits" in capsys.readouterr().err
+    assert main(["jobs", "stop", "--address=http://head:8265"]) == 2
+    assert "--job_id: missing with stop; pass" in capsys.readouterr().err
 
 
 HEAD = """
@@ -131,6 +137,38 @@ def test_submit_prints_the_log_and_returns_the_exit_status(
     assert "1 videos in 1 clips (20 frames)" in succeeded.stdout
     assert read_info(tmp_path / "out")["counts"]["videos"] == 1
     assert (tmp_path / "tcan-mlflow").is_dir()
+
+
+@pytest.mark.slow
+def test_submitting_an_id_again_follows_its_job(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the job runs (its source is a named pipe), and after its end."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    os.mkfifo(tmp_path / "list.txt")
+    job = [
+        "preprocess",
+        str(tmp_path / "list.txt"),
+        str(tmp_path / "out"),
+        f"--submit={cluster}",
+        "--job_id=mine-1",
+    ]
+    command = [sys.executable, "-m", "pipelines.cli", *job]
+    submitters = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/nowhere.mp4\n")  # returns when the job reads it
+    outputs = [submitter.communicate(timeout=120)[0] for submitter in submitters]
+    assert [submitter.returncode for submitter in submitters] == [2, 2], outputs
+    assert all("tcan: error: " in output for output in outputs)
+    assert main(job) == 2
+    assert f"job mine-1 on {cluster}: already submitted, failed; this is its log" in capsys.readouterr().out
+    assert main(["jobs", "list", f"--address={cluster}"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    (mine,) = [line for line in lines if line[0] == "mine-1"]
+    assert mine[1] == "failed" and mine[3].startswith(f"preprocess {tmp_path}/list.txt")
+    assert main(["jobs", "follow", f"--address={cluster}", "--job_id=mine-1"]) == 2
+    assert "tcan: error: " in capsys.readouterr().out
+    assert main(["jobs", "stop", f"--address={cluster}", "--job_id=other"]) == 2
+    assert "--job_id other: no such job on" in capsys.readouterr().err
 
 
 def make_wheel(folder: Path) -> str:
@@ -207,5 +245,5 @@ def test_ctrl_c_offers_to_stop_the_job_or_leave_it_running(
     assert process.returncode == status, output
     assert client.get_job_status(job) == after
     if after == "RUNNING":
-        assert f"ray job stop --address {cluster} {job}" in output
+        assert f"tcan jobs stop --address {cluster} --job_id {job}" in output
         client.stop_job(job)

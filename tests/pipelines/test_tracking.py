@@ -41,7 +41,7 @@ def test_registered_models_resolve_by_alias_version_and_run(config: Config, tmp_
         folder = tmp_path / f"out{number}" / "model"
         folder.mkdir(parents=True)
         (folder / "tcan.json").write_text(str(number))
-        with tracking.run("stage2", "stage 2", config.tracking, {}) as run:
+        with tracking.run("stage2", "stage 2", config.tracking, {}, config.tracking.folder) as run:
             run.model(folder, "tcan", f"out.{number}", config.animate)
         contents |= {f"models:/tcan@out-{number}": number, f"models:/tcan/{number}": number, run.id: number}
     contents["models:/tcan@latest"] = 2
@@ -63,7 +63,7 @@ def test_registered_models_resolve_by_alias_version_and_run(config: Config, tmp_
 def test_logged_metrics_params_and_artifacts_are_read_back(config: Config, tmp_path: Path) -> None:
     params = dataclasses.asdict(config)
     (tmp_path / "video.mp4").write_bytes(b"video")
-    with tracking.run("train", "stage 1", config.tracking, params) as run:
+    with tracking.run("train", "stage 1", config.tracking, params, config.tracking.folder) as run:
         for step in range(3):
             run.metrics({"loss": 1 / (step + 1), "grad_norm": float(step)}, step=step)
         run.image(np.full((8, 8, 3), 200, np.uint8), "samples", step=2)
@@ -87,10 +87,15 @@ def test_logged_metrics_params_and_artifacts_are_read_back(config: Config, tmp_p
 
 
 def test_parent_and_child_runs_are_linked(config: Config) -> None:
-    with tracking.run("preprocess", "dataset", config.tracking, {}) as dataset:
+    with tracking.run("preprocess", "dataset", config.tracking, {}, config.tracking.folder) as dataset:
         pass
     with tracking.run(
-        "train", "stage 2", config.tracking, {}, {"dataset": dataset.id, "stage1": None}
+        "train",
+        "stage 2",
+        config.tracking,
+        {},
+        config.tracking.folder,
+        {"dataset": dataset.id, "stage1": None},
     ) as run:
         pass
     client = client_of(config)
@@ -106,7 +111,9 @@ def test_parent_and_child_runs_are_linked(config: Config) -> None:
 
 def test_parent_run_of_another_store_is_recorded_as_tag(config: Config) -> None:
     elsewhere = "0" * 32
-    with tracking.run("train", "stage 1", config.tracking, {}, {"dataset": elsewhere}) as run:
+    with tracking.run(
+        "train", "stage 1", config.tracking, {}, config.tracking.folder, {"dataset": elsewhere}
+    ) as run:
         pass
     tags = client_of(config).get_run(run.id).data.tags
     assert tags["tcan.dataset_run"] == elsewhere
@@ -116,7 +123,10 @@ def test_parent_run_of_another_store_is_recorded_as_tag(config: Config) -> None:
     ("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
 )
 def test_exception_sets_run_status(config: Config, error: type[BaseException], status: str) -> None:
-    with pytest.raises(error), tracking.run("train", "stage 1", config.tracking, {}) as run:
+    with (
+        pytest.raises(error),
+        tracking.run("train", "stage 1", config.tracking, {}, config.tracking.folder) as run,
+    ):
         raise error
     assert client_of(config).get_run(run.id).info.status == status
 
@@ -124,12 +134,16 @@ def test_exception_sets_run_status(config: Config, error: type[BaseException], s
 def test_reopened_run_continues_and_records_changed_params(config: Config) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        tracking.run("train", "reopened", config.tracking, {"train": {"workers": 1, "lr": 0.1}}) as first,
+        tracking.run(
+            "train", "reopened", config.tracking, {"train": {"workers": 1, "lr": 0.1}}, config.tracking.folder
+        ) as first,
     ):
         first.metrics({"loss": 2.0}, step=0)
         raise KeyboardInterrupt
     resumed = {"train": {"workers": 2, "lr": 0.1}}
-    with tracking.run("train", "reopened", config.tracking, resumed, run_id=first.id) as second:
+    with tracking.run(
+        "train", "reopened", config.tracking, resumed, config.tracking.folder, run_id=first.id
+    ) as second:
         assert client_of(config).get_run(first.id).info.status == "RUNNING"
         second.metrics({"loss": 1.0}, step=1)
     client = client_of(config)
@@ -145,34 +159,9 @@ def test_reopened_run_continues_and_records_changed_params(config: Config) -> No
     assert [found.info.run_id for found in named] == [first.id]
 
 
-def test_processes_can_log_to_one_run_concurrently(config: Config, tmp_path: Path) -> None:
-    """The working directory of each process differs from that of the driver, as for Ray Train workers."""
-    code = """
-import sys
-from pipelines import tracking
-from pipelines.config import TrackingConfig
-folder, run_id, worker = sys.argv[1:]
-run = tracking.attach(TrackingConfig(folder=folder), run_id)
-for step in range(30):
-    run.metrics({f"loss_{worker}": step}, step=step)
-"""
-    with tracking.run("train", "stage 1", config.tracking, {}) as run:
-        command = [sys.executable, "-c", code, run.config.folder, run.id]
-        environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-        workers = [subprocess.Popen([*command, str(i)], cwd=tmp_path, env=environment) for i in range(3)]
-        for step in range(30):
-            run.metrics({"loss_driver": step}, step=step)
-        assert [worker.wait() for worker in workers] == [0, 0, 0]
-        # Exiting workers must not end the run.
-        assert client_of(config).get_run(run.id).info.status == "RUNNING"
-    for name in ("driver", "0", "1", "2"):
-        history = client_of(config).get_metric_history(run.id, f"loss_{name}")
-        assert [point.value for point in history] == list(range(30))
-
-
 @pytest.mark.slow
 def test_system_metrics_are_recorded(config: Config) -> None:
-    with tracking.run("train", "stage 1", config.tracking, {}) as run:
+    with tracking.run("train", "stage 1", config.tracking, {}, config.tracking.folder) as run:
         time.sleep(2.5 * tracking.SYSTEM_METRICS_SECONDS)
     history = client_of(config).get_metric_history(run.id, "system/cpu_utilization_percentage")
     assert len(history) >= 2
@@ -211,6 +200,28 @@ def test_git_commit_is_independent_of_working_directory(tmp_path: Path) -> None:
     assert origin()["tcan.git_dirty"] == "true"
 
 
+def test_deleted_runs_never_stop_a_job(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, client = config.tracking.folder, client_of(config)
+    with tracking.run("preprocess", "dataset", config.tracking, {}, folder) as dataset:
+        pass
+    client.delete_run(dataset.id)
+    with tracking.run("stage1", "stage 1", config.tracking, {}, folder, {"dataset": dataset.id}) as run:
+        run.metrics({"loss": 1.0}, step=1)
+    tags = client.get_run(run.id).data.tags
+    assert tags["tcan.dataset_run"] == dataset.id
+    assert f"dataset: run {dataset.id} (deleted" in tags["mlflow.note.content"]
+    client.delete_run(run.id)
+    with tracking.run("stage1", "stage 1", config.tracking, {}, folder, run_id=run.id) as reopened:
+        reopened.metrics({"loss": 2.0}, step=2)
+    assert reopened.id == run.id and "was deleted; it is restored" in capsys.readouterr().out
+    assert client.get_run(run.id).info.lifecycle_stage == "active"
+    assert [point.value for point in client.get_metric_history(run.id, "loss")] == [1.0, 2.0]
+    with tracking.run("stage1", "stage 1", config.tracking, {}, folder, run_id="0" * 32) as other:
+        other.metrics({"loss": 3.0}, step=3)
+    assert f"MLflow run {'0' * 32}: not in sqlite:///" in capsys.readouterr().out
+    assert client.get_run(other.id).info.status == "FINISHED"
+
+
 def test_store_uri_precedence_is_config_environment_folder(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,17 +232,11 @@ def test_store_uri_precedence_is_config_environment_folder(
     assert tracking.resolve_uri(explicit) == "http://named:2"
 
 
-def test_missing_run_and_unreachable_server_raise_user_error(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with tracking.run("train", "stage 1", config.tracking, {}):
-        pass
-    with pytest.raises(UserError, match=f"run {'0' * 32}: not found in sqlite:///"):
-        tracking.attach(config.tracking, "0" * 32)
+def test_unreachable_server_is_a_user_error(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with (
         pytest.raises(UserError, match="no MLflow server responds"),
-        tracking.run("train", "stage 1", config.tracking, {}),
+        tracking.run("train", "stage 1", config.tracking, {}, config.tracking.folder),
     ):
         pass
 
@@ -243,7 +248,7 @@ def free_port() -> int:
 
 
 def test_ui_on_occupied_port_raises_user_error(config: Config) -> None:
-    with tracking.run("train", "stage 1", config.tracking, {}):
+    with tracking.run("train", "stage 1", config.tracking, {}, config.tracking.folder):
         pass
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -261,7 +266,7 @@ def test_ui_without_runs_raises_user_error(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ui_serves_runs_and_artifacts_until_interrupted(config: Config, tmp_path: Path) -> None:
     (tmp_path / "video.mp4").write_bytes(b"video")
-    with tracking.run("train", "stage 1", config.tracking, {}) as run:
+    with tracking.run("train", "stage 1", config.tracking, {}, config.tracking.folder) as run:
         run.file(tmp_path / "video.mp4")
     port = free_port()
     server = subprocess.Popen(
@@ -279,7 +284,7 @@ def test_ui_serves_runs_and_artifacts_until_interrupted(config: Config, tmp_path
         assert video.content == b"video"
         # Artifacts of a run that is recorded through this server are stored on the server.
         server_config = dataclasses.replace(config.tracking, uri=address)
-        with tracking.run("train", "stage 2", server_config, {"seed": 1}) as second:
+        with tracking.run("train", "stage 2", server_config, {"seed": 1}, config.tracking.folder) as second:
             pass
         assert (
             requests.get(

@@ -14,7 +14,7 @@ import termios
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.config.parser import load_config
-from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION
+from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION, clip_files
+from pipelines.dataset_index import INDEX_FILE, WRITER_OPTIONS, write_index
+from pipelines.preprocess.shards import ShardWriter, write_info
 from pipelines.storage import read_bytes
 from pipelines.train.checkpoint import FrozenFingerprint, remove_incomplete
-from pipelines.train.data import ClipStore, Sampler
+from pipelines.train.clips import ClipStore
+from pipelines.train.data import Sampler
 from pipelines.train.engine import AdamW, deepspeed_settings, read_settings
 from pipelines.train.heartbeat import RunMonitor
 from pipelines.train.loss_guard import LossGuard, out_of_memory
@@ -93,16 +96,28 @@ def write_dataset(
                 }
             )  # fmt: skip
     (folder / "clips").mkdir(parents=True)
-    table = pa.Table.from_pylist(clips, CLIP_SCHEMA)
+    writer = ShardWriter(str(folder), {}, 1 << 30, 1e9)
     middle = len(clips) // 2
-    pq.write_table(table.slice(middle), folder / "clips" / "a.parquet", row_group_size=2)
-    pq.write_table(table.slice(0, middle), folder / "clips" / "b.parquet", row_group_size=3)
+    for part in filter(None, (clips[middle:], clips[:middle])):
+        writer.add_video(dict.fromkeys(CLIP_SCHEMA.names) | clip for clip in part)
+        writer.commit()
+    files = {file.removeprefix(f"{folder}/"): 0 for file in clip_files(folder)}
     info = {
-        "schema_version": SCHEMA_VERSION, "counts": {}, "height": height, "width": width, "clip_frames": 16, "fps": 8,
+        "schema_version": SCHEMA_VERSION, "counts": {}, "files": files, "height": height, "width": width, "clip_frames": 16, "fps": 8,
         "vae_fingerprint": vae, "vae_scaling_factor": 0.5, "pose_fingerprint": "", "settings": {}, "mlflow_run_id": None,
     }  # fmt: skip
-    (folder / "dataset.json").write_text(json.dumps(info))
+    write_info(str(folder), info)
     return folder
+
+
+def changed_clips(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield every row of a dataset, and write the changed rows back to the files."""
+    tables = {path: pq.read_table(path).to_pylist() for path in (folder / "clips").glob("*.parquet")}
+    for path, rows in sorted(tables.items(), key=lambda item: item[1][0]["clip_id"]):
+        yield from rows
+        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path, **WRITER_OPTIONS)
+    (folder / INDEX_FILE).unlink()
+    write_index(str(folder))
 
 
 def make_sampler(dataset: Path, stage: int, seed: int = 0, batch_size: int = 4, size: int = SIZE) -> Sampler:
@@ -332,12 +347,9 @@ def test_crop_is_identical_for_latents_reference_and_pose(tmp_path):
 
 def test_latents_are_sampled_from_the_posterior(tmp_path):
     folder = write_dataset(tmp_path / "set", {"a": [(0, 40)]}, SIZE, SIZE)
-    for path in (folder / "clips").glob("*.parquet"):
-        rows = pq.read_table(path).to_pylist()
-        for row in rows:
-            row["latent_mean"] = np.full((40, 4, 8, 8), 3, "<f2").tobytes()
-            row["latent_logvar"] = np.full((40, 4, 8, 8), np.log(4), "<f2").tobytes()
-        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    for row in changed_clips(folder):
+        row["latent_mean"] = np.full((40, 4, 8, 8), 3, "<f2").tobytes()
+        row["latent_logvar"] = np.full((40, 4, 8, 8), np.log(4), "<f2").tobytes()
     source = make_sampler(folder, 1)
     values = np.stack([source.sample(step, 0)["latents"] for step in range(100)])
     assert values.mean() == pytest.approx(3 * 0.5, abs=0.05)  # scaled by the VAE scaling factor
@@ -348,15 +360,42 @@ def test_latents_are_sampled_from_the_posterior(tmp_path):
 
 
 def test_loss_guard_detects_spikes_also_after_restart():
+    def is_bad(guard: LossGuard, loss: float) -> bool:
+        return bool(guard.check(torch.tensor(loss)))
+
     guard = LossGuard(10.0, {})
-    assert guard.check(1e9) is None and guard.check(float("nan")) == "the loss is nan"
+    assert not is_bad(guard, 1e9) and is_bad(guard, float("nan"))
     guard = LossGuard(10.0, {})
-    assert [guard.check(0.1) for _ in range(25)] == [None] * 25
+    assert not any(is_bad(guard, 0.1) for _ in range(25))
     restored = LossGuard(10.0, json.loads(json.dumps(guard.state)))
     for current in (guard, restored):
-        assert "20 times" in current.check(2.0) and "inf" in current.check(float("inf"))
-        assert current.check(0.9) is None  # below 10 times the mean, which excludes the spike
-    assert LossGuard(0.0, guard.state).check(1e9) is None
+        assert is_bad(current, 2.0) and is_bad(current, float("inf"))
+        assert not is_bad(current, 0.9)  # below 10 times the mean, which excludes the spike
+        assert current.state == {"loss_mean": pytest.approx(0.1 + 0.8 / 26), "loss_steps": 26}
+    assert not is_bad(LossGuard(0.0, guard.state), 1e9)
+    assert LossGuard.reason(2.0, 0.1) == "the loss is 2, 20 times its running mean"
+    assert LossGuard.reason(float("nan"), 0.1) == "the loss is nan"
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_optimizer_step_is_skipped_on_the_device(ema_decay):
+    """With `found_inf` the step changes nothing, even if gradients are NaN; without it equals a step of plain AdamW."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    weights[1].data.copy_(weights[0].data)
+    optimizers = [AdamW([weight], ema_decay, lr=0.1) for weight in weights]
+    for optimizer, weight in zip(optimizers, weights, strict=True):
+        optimizer.init_state([weight])
+    for gradient in (torch.ones(5), torch.full((5,), torch.nan), torch.ones(5)):
+        skipped = bool(gradient.isnan().any())
+        weights[0].grad, optimizers[0].found_inf = gradient.clone(), torch.tensor(float(skipped))
+        optimizers[0].step()
+        if not skipped:
+            weights[1].grad = gradient.clone()
+            optimizers[1].step()
+        assert torch.equal(*weights)
+        for key in (*optimizers[0].state_keys, "step"):
+            assert torch.equal(*(o.state[w][key] for o, w in zip(optimizers, weights, strict=True)))
 
 
 def test_deepspeed_json_is_merged_and_conflicts_are_reported(tmp_path):
@@ -608,14 +647,11 @@ def clips(tmp_path_factory, pretrained) -> Path:
     folder = tmp_path_factory.mktemp("clips") / "dataset"
     write_dataset(folder, {name: [(0, 16), (16, 16)] for name in "abcdefgh"}, SIZE, SIZE, vae)
     rng = np.random.default_rng(0)
-    for path in (folder / "clips").glob("*.parquet"):
-        rows = pq.read_table(path).to_pylist()
-        for row in rows:
-            row["split"] = "validation" if row["video_id"] in "gh" else "train"
-            row["latent_mean"] = rng.normal(0, 2, (16, 4, 8, 8)).astype("<f2").tobytes()
-            row["latent_logvar"] = rng.normal(-3, 1, (16, 4, 8, 8)).astype("<f2").tobytes()
-            row["reference_latent_mean"] = rng.normal(0, 2, (4, 8, 8)).astype("<f2").tobytes()
-        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    for row in changed_clips(folder):
+        row["split"] = "validation" if row["video_id"] in "gh" else "train"
+        row["latent_mean"] = rng.normal(0, 2, (16, 4, 8, 8)).astype("<f2").tobytes()
+        row["latent_logvar"] = rng.normal(-3, 1, (16, 4, 8, 8)).astype("<f2").tobytes()
+        row["reference_latent_mean"] = rng.normal(0, 2, (4, 8, 8)).astype("<f2").tobytes()
     return folder
 
 
@@ -713,6 +749,14 @@ def test_all_zero_stages_produce_the_same_losses(engine_results):
         assert found["losses"] == pytest.approx(engine_results[2]["zero2-fp32"]["losses"], rel=tolerance), (
             name
         )
+
+
+@pytest.mark.slow
+def test_steps_with_non_finite_gradients_change_nothing(engine_results):
+    """On two workers, with a gradient of inf on one of them, and a finite loss."""
+    for name, found in engine_results[2].items():
+        assert found["bad_norm"] in ("inf", "nan") and not found["bad_step_changed_weights"], name
+        assert np.isfinite(found["loss_after_bad_step"]), name
 
 
 @pytest.mark.slow
@@ -828,12 +872,9 @@ def test_nan_loss_stops_with_video_names_or_skips_the_step(tmp_path, pretrained,
     from pipelines.train.job import train
 
     bad = shutil.copytree(clips, tmp_path / "bad")
-    for path in (bad / "clips").glob("*.parquet"):
-        rows = pq.read_table(path).to_pylist()
-        for row in rows:
-            if row["video_id"] == "c":
-                row["latent_mean"] = np.full((16, 4, 8, 8), np.nan, "<f2").tobytes()
-        pq.write_table(pa.Table.from_pylist(rows, CLIP_SCHEMA), path)
+    for row in changed_clips(bad):
+        if row["video_id"] == "c":
+            row["latent_mean"] = np.full((16, 4, 8, 8), np.nan, "<f2").tobytes()
     keys = ("--train.workers=1", "--train.stage1.batch_size=2", "--train.stage1.checkpoint_every=1")
     with pytest.raises(UserError, match=r"the loss is nan; videos .*c.*; .*train.on_bad_loss") as error:
         train(bad, tmp_path / "out", make_config(pretrained, tmp_path, *keys), stage="1")
@@ -909,8 +950,15 @@ def test_rerun_after_sigterm_sigint_and_sigkill_resumes(uninterrupted, tmp_path,
 
     last_checkpoint = 0
     for count, (number, status) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130)), 1):
-        driver = training.start(2, "--train.stage1.checkpoint_every=1000")
-        wait_for(driver, lambda driver=driver: workers_of(driver))
+        # Sample images at every step slow training down, so that the signal arrives before its end.
+        keys = (
+            "--train.stage1.checkpoint_every=1000",
+            "--train.stage1.sample_every=1",
+            "--train.log_every=1",
+        )
+        reported = training.output().count("samples/s") if count > 1 else 0
+        driver = training.start(2, *keys)
+        wait_for(driver, lambda reported=reported: training.output().count("samples/s") > reported)
         driver.send_signal(number)
         assert driver.wait() == status, training.output()
         assert training.output().count("stopped; rerun the command to resume") == count
@@ -927,6 +975,22 @@ def test_rerun_after_sigterm_sigint_and_sigkill_resumes(uninterrupted, tmp_path,
     assert weights(tmp_path / "out" / "stage1" / "model") == weights(uninterrupted[1] / "stage1" / "model")
     client = MlflowClient(tracking.resolve_uri(config.tracking))
     assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
+
+
+@pytest.mark.slow
+def test_sigterm_while_workers_start_ends_the_job_and_a_second_job_is_refused(tmp_path, pretrained, clips):
+    training = Stage1(clips, tmp_path, arguments(pretrained, tmp_path))
+    driver = training.start(2)
+    while not (tmp_path / "out" / "stage1" / "run.json").exists():  # written before the workers start
+        assert driver.poll() is None, training.output()
+        time.sleep(0.05)
+    second = subprocess.run(training.command(2), capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"{tmp_path}/out: another train job is writing here (process {driver.pid} on" in second.stderr
+    driver.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert driver.wait(60) == 143, training.output()
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.slow
@@ -1006,4 +1070,45 @@ def test_invalid_input_raises_user_error_before_training(tmp_path, pretrained, c
         keys = arguments(pretrained, tmp_path, f"--train.deepspeed={file}")
         line = error_of(capsys, "train", str(clips), "--out", str(tmp_path / "out"), *keys)
         assert line.startswith(f"train.deepspeed = {file}: {message}")
+    for name in ("missing", "foreign"):
+        broken = shutil.copytree(clips, tmp_path / name)
+        files = sorted((broken / "clips").glob("*.parquet"))
+        names = [f"clips/{file.name}" for file in files]
+        if name == "missing":
+            for file in files:
+                file.unlink()
+            message = f"{broken}: {', '.join(names)} are missing; restore the files, or rerun"
+        else:
+            shutil.copy(files[0], broken / "clips" / "copied.parquet")
+            message = f"{broken}: clips/copied.parquet is not listed in dataset.json; remove the files"
+        with pytest.raises(UserError, match=re.escape(message)):
+            train(broken, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "stage1").mkdir(parents=True)
+    for text in (
+        "",
+        '{"settings": ',
+        "[]",
+        "{}",
+        '{"settings": [], "finished_steps": 1, "mlflow_run_id": "a"}',
+    ):
+        (tmp_path / "out" / "stage1" / "run.json").write_text(text)
+        with pytest.raises(
+            UserError, match=r"out/stage1/run.json: cannot be read, or is not a file of tcan train; "
+        ):
+            train(clips, tmp_path / "out", config)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written: file exists; choose another OUT"):
+        train(clips, tmp_path / "file", config)
+
+
+def test_field_added_after_the_start_of_a_run_has_its_default():
+    from pipelines.train.run_file import _settings_of_config, check_same_settings
+
+    config = load_config()
+    new = _settings_of_config(config, 1)
+    old = {key: value for key, value in new.items() if key not in ("noise_offset", "lr")}
+    check_same_settings(Path("out/stage1"), old, new)
+    config.train.noise_offset = 0.05
+    with pytest.raises(UserError, match=r"started with noise_offset = 0\.0, not 0\.05"):
+        check_same_settings(Path("out/stage1"), old, _settings_of_config(config, 1))

@@ -18,11 +18,20 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 import tcan
+from pipelines.preprocess import latents as preprocess_latents
+from pipelines.preprocess.latents import encode_batch
+from pipelines.preprocess.models import PoseAndLatents
 from pipelines.train.data import Batch
 from pipelines.train.engine import AdamW
+from pipelines.train.loss_guard import LossGuard
 from tcan.memory import to_fake
 from tcan.model import TCAN, diffusion_loss
-from tcan.pixels import from_vae_output, to_vae_input
+from tcan.pipeline import TCANPipeline
+from tcan.pixels import from_vae_output
+from tcan.pose import hands, openpose
+from tcan.pose.hands import FaceDetector, HandDetector
+from tcan.pose.network import BodyPoseNetwork
+from tcan.pose.openpose import OpenPose
 from tcan.schedule import sampler
 
 PACKAGE = Path(tcan.__file__).parent
@@ -156,10 +165,135 @@ def test_vae_runs_on_cuda_from_uint8_to_pixels(preset: str, dtype: torch.dtype) 
         side = networks.latent_size * 8
         frames = torch.zeros(2, side, side, 3, dtype=torch.uint8).to("cuda")
         with torch.no_grad():
-            latents = networks.vae.encode(to_vae_input(frames, dtype)).latent_dist.mean
-            pixels = from_vae_output(networks.vae.decode(latents).sample)
+            latents = encode_batch(networks.vae, frames)
+            assert latents.shape == (2, 2, networks.channels, side // 8, side // 8)
+            assert latents.device.type == "cuda" and latents.dtype == torch.float16
+            pixels = from_vae_output(networks.vae.decode(latents[0].to(dtype)).sample)
         assert pixels.shape == (2, side, side, 3) and pixels.dtype == torch.float32
         assert pixels.device.type == "cuda"
+
+
+def test_bad_loss_skips_the_optimizer_step_without_host_synchronization() -> None:
+    with fake():
+        guard = LossGuard(10.0, {}, "cuda")
+        weight = torch.nn.Parameter(torch.zeros(8, device="cuda"))
+        optimizer = AdamW([weight], 0.9, lr=1e-3)
+        optimizer.init_state([weight])
+        for _ in range(2):
+            weight.grad = torch.zeros_like(weight)
+            optimizer.found_inf = guard.check(torch.zeros((), device="cuda")).float()
+            optimizer.step()
+        assert guard.mean.device.type == "cuda"
+
+
+def pose_detectors(dtype: torch.dtype, mode: FakeTensorMode) -> dict[str, Any]:
+    """Detectors with the networks of mini and of OpenPose, on a fake CUDA device."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        model, face = openpose.open_pose_module("model"), openpose.open_pose_module("face")
+        detectors = {
+            "mini": OpenPose(BodyPoseNetwork(), device="meta"),
+            "body": OpenPose(model.bodypose_model(), device="meta"),
+            "hand": HandDetector(model.handpose_model(), "meta"),
+            "face": FaceDetector(face.FaceNet(), "meta"),
+        }
+        for detector in detectors.values():
+            to_fake(torch.nn.Module.to(detector.network, dtype), torch.device("cuda"), mode)
+            detector.device = torch.device("cuda")
+    return detectors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pose_networks_run_on_cuda_without_host_synchronization(dtype: torch.dtype) -> None:
+    with fake() as mode, torch.no_grad():
+        detectors = pose_detectors(dtype, mode)
+        frames = torch.zeros(2, 64, 64, 3, dtype=torch.uint8).to("cuda")
+        for name in ("mini", "body"):
+            maps = detectors[name].maps(frames)
+            assert maps.shape == (2, 38 + 18, 8, 8)
+            assert maps.dtype == torch.float32 and maps.device.type == "cuda"
+        heatmaps = detectors["hand"].heatmaps(frames)
+        assert heatmaps.shape == (2, 8, 8, 22) and heatmaps.dtype == torch.float32
+        points = detectors["face"].points(frames, [(50, 60), (70, 80)])
+        assert points.shape == (2, 70, 3) and points.dtype == torch.float32 and points.device.type == "cuda"
+
+
+class HostBoundary:
+    """Replaces the copies between host and device, which fake tensors do not support, by zeros, and counts them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.uploads: list[tuple[int, ...]] = []
+        self.downloads: list[tuple[int, ...]] = []
+        self._patch = patch
+        for module in (preprocess_latents, openpose, hands):
+            patch.setattr(module, "upload", self._upload)
+            patch.setattr(module, "HostCopy", self._download)
+        decode = OpenPose._decode_on_host
+
+        def decode_real(*args: Any) -> Any:
+            with unset_fake_temporarily():  # the maps are on the host
+                return decode(*args)
+
+        patch.setattr(OpenPose, "_decode_on_host", decode_real)
+
+    def _upload(self, array: np.ndarray, device: Any) -> Tensor:
+        assert array.dtype == np.uint8
+        self.uploads.append(array.shape)
+        return torch.zeros(array.shape, dtype=torch.uint8).to(device)
+
+    def _download(self, tensor: Tensor) -> Any:
+        assert tensor.device.type == "cuda"
+        self.downloads.append(tuple(tensor.shape))
+        array = np.zeros(tensor.shape, np.float16 if tensor.dtype == torch.float16 else np.float32)
+        return type("Copy", (), {"numpy": lambda self: array})()
+
+
+@pytest.mark.parametrize(("preset", "dtype"), CASES)
+def test_preprocessing_actor_copies_frames_to_cuda_and_two_results_back(
+    preset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From uint8 frames to the columns of a clip: latents in one copy, and the pose network's maps in one per batch."""
+    side = SIZES[preset] * 8
+    with fake() as mode:
+        actor = object.__new__(PoseAndLatents)
+        networks = Networks(preset, dtype, "cuda", mode)
+        actor.vae, channels = networks.vae, networks.channels
+        actor.detector = pose_detectors(torch.float32, mode)["body" if preset == "sd15" else "mini"]
+        actor.parts, actor.batch_frames = {}, 2
+        boundary = HostBoundary(monkeypatch)
+        columns = actor.encode(np.zeros((4, side, side, 3), np.uint8))
+    assert columns["people_per_frame"] == [0] * 4
+    assert (
+        len(columns["latent_mean"]) == len(columns["latent_logvar"]) == 4 * channels * SIZES[preset] ** 2 * 2
+    )
+    assert boundary.uploads == [(2, side, side, 3)] * 2 + [(2, 184, 184, 3)] * 2
+    assert boundary.downloads == [(2, 4, channels, side // 8, side // 8)] + [(2, 56, 23, 23)] * 2
+
+
+def test_model_offloading_moves_one_network_at_a_time_to_the_gpu() -> None:
+    frames = 4
+    with fake() as mode, torch.no_grad():
+        networks = Networks("mini", torch.float32, "cpu", mode)
+        pipe = TCANPipeline(networks.vae, networks.tcan, networks.scheduler)
+        pipe.enable_model_cpu_offload(device="cuda")
+
+        def devices() -> tuple[str, str]:
+            return next(pipe.vae.parameters()).device.type, next(pipe.tcan.parameters()).device.type
+
+        assert devices() == ("cpu", "cpu")
+        cuda, side = pipe._execution_device, networks.latent_size
+        assert cuda.type == "cuda"
+        reference = pipe.vae.encode(torch.zeros(1, 3, 8 * side, 8 * side, device=cuda)).latent_dist.mean
+        assert devices() == ("cuda", "cpu")
+        t = torch.zeros(1, dtype=torch.int64, device=cuda)
+        features = pipe.tcan.appearance(reference, t)
+        assert devices() == ("cpu", "cuda")
+        pose = pipe.tcan.embed_pose(torch.zeros(1, frames, 3, side * 8, side * 8, device=cuda))
+        noisy = torch.zeros(1, frames, networks.channels, side, side, device=cuda)
+        residuals = pipe.tcan.pose_residuals(noisy, t, pose)
+        eps = pipe.tcan.denoise(noisy, t, residuals, features, [False, True])
+        assert eps.device.type == "cuda"
+        pipe.maybe_free_model_hooks()
+        assert devices() == ("cpu", "cpu")
 
 
 def test_every_scheduler_steps_after_training_used_its_schedule() -> None:

@@ -3,6 +3,7 @@
 import collections
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,15 +154,115 @@ def test_motion_modules_load_without_the_middle_block(tmp_path: Path, middle: bo
     torch.testing.assert_close(table, files.positions(32, 640))
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"), [("length", "supports 24 frames, expected 32"), ("values", "sinusoidal")]
-)
-def test_motion_modules_with_other_positions_are_an_error(tmp_path: Path, change: str, reason: str) -> None:
+@pytest.mark.parametrize("frames", [24, 64, None])
+def test_motion_modules_load_with_their_number_of_positions(tmp_path: Path, frames: int | None) -> None:
+    """24: mm_sd_v14; 64: long-range modules; without tables: AnimateLCM, trained with 64."""
     weights = files.tensors(files.motion_modules(middle=False))
     for name in [name for name in weights if name.endswith(".pe")]:
-        weights[name] = weights[name][:, :24] if change == "length" else weights[name].flip(1)
-    with pytest.raises(UserError, match=reason):
-        load_part("motion_adapter", str(save(weights, tmp_path / "mm_sd_v15.ckpt")))
+        width = weights.pop(name).shape[-1]
+        if frames:
+            weights[name] = files.positions(frames, width)
+    path = save({f"module.{name}": tensor for name, tensor in weights.items()}, tmp_path / "mm.ckpt")
+    adapter = load_part("motion_adapter", str(path))
+    assert adapter.config.motion_max_seq_length == (frames or 64)
+    table = adapter.state_dict()["up_blocks.2.motion_modules.1.transformer_blocks.0.pos_embed.pe"]
+    torch.testing.assert_close(table, files.positions(frames or 64, 640))
+    assert (
+        f"AnimateDiff motion modules (417.1 M, up to {frames or 64} frames)" in describe(path) or not frames
+    )
+
+
+def test_motion_modules_with_other_positions_are_an_error(tmp_path: Path) -> None:
+    weights = files.tensors(files.motion_modules(middle=False))
+    tables = [name for name in weights if name.endswith(".pe")]
+    for changed, reason in (
+        ({name: weights[name].flip(1) for name in tables}, "sinusoidal"),
+        ({tables[0]: weights[tables[0]][:, :24]}, "24 positions, but another table has 32"),
+    ):
+        path = save(weights | changed, tmp_path / "mm_sd_v15.ckpt")
+        with pytest.raises(UserError, match=reason):
+            load_part("motion_adapter", str(path))
+        with pytest.raises(UserError, match=reason):
+            describe(path)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_unet_alone_loads_every_tensor(tmp_path: Path, wrapper: str) -> None:
+    weights = files.tensors(files.unet())
+    path = save({wrapper + name: tensor for name, tensor in weights.items()}, tmp_path / "unet.ckpt")
+    unet = load_part("unet", str(path))
+    check_values("unet", weights, unet)
+    save(unet.state_dict(), tmp_path / "diffusers.bin")  # diffusers' keys
+    again = load_part("unet", str(tmp_path / "diffusers.bin")).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in unet.state_dict().items())
+
+
+def test_merges_with_other_text_encoder_keys_load(
+    checkpoint: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """Renamed keys still give the text encoder; unusable ones do not prevent loading the UNet."""
+    start, text = PREFIX["text_encoder"], "cond_stage_model.transformer.text_model."
+    extra = {"cond_stage_model.logit_scale": (), "embedding_manager.embedder.x": (3,), "logit_scale": ()}
+    extra |= {"cond_stage_model.transformer.text_projection.weight": (3, 3)}
+    unused = files.tensors(extra)
+    others = {name: tensor for name, tensor in checkpoint[1].items() if not name.startswith(start)}
+    renamed = {
+        name.replace(text, start): tensor for name, tensor in checkpoint[1].items() if name.startswith(start)
+    }
+    path = save(others | renamed | unused, tmp_path / "renamed.ckpt")
+    assert load_part("unet", str(path)).config.cross_attention_dim == 768
+    state = load_part("text_encoder", str(path)).state_dict()
+    key = next(name for name in state if name.endswith("layers.7.mlp.fc1.weight"))
+    original = checkpoint[1][f"{text}encoder.layers.7.mlp.fc1.weight"]
+    assert (state[key] == original.flatten()[0]).all()
+    del renamed[f"{start}encoder.layers.7.mlp.fc1.weight"]
+    path = save(others | renamed | unused, tmp_path / "broken.ckpt")
+    assert load_part("vae", str(path)).config.latent_channels == 4
+    assert "the text encoder is not usable: text_encoder from" in describe(path)
+    with pytest.raises(UserError, match=r"missing keys: .*layers\.7\.mlp\.fc1\.weight"):
+        load_part("text_encoder", str(path))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_lfs_pointers_and_html_pages_are_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model.{suffix}"
+    for text, reason in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+        ("\n<!DOCTYPE html><html></html>", "an HTML page"),
+    ):
+        path.write_text(text)
+        for load in (
+            lambda: load_part("vae", str(path)),
+            lambda: describe(path),
+            lambda: OpenPose.from_pretrained(path),
+        ):
+            with pytest.raises(UserError, match=f"model.{suffix}: {reason}"):
+                load()
+
+
+def test_loading_a_file_prints_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    """diffusers warns about modules kept in float32."""
+    path = save(files.tensors(files.motion_modules()), tmp_path / "mm.ckpt")
+    load_part("motion_adapter", str(path))
+    assert not caplog.text and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "network", "text"),
+    [
+        ("hand_pose_model.pth", "model", "handpose_model", "OpenPose hand network (36.8 M)"),
+        ("facenet.pth", "face", "FaceNet", "OpenPose face network (38.3 M)"),
+    ],
+)
+def test_describe_knows_hand_and_face_networks(
+    tmp_path: Path, name: str, module: str, network: str, text: str
+) -> None:
+    state = getattr(open_pose_module(module), network)().state_dict()
+    in_blocks = network == "handpose_model"
+    shapes = {key.split(".", 1)[1] if in_blocks else key: tuple(t.shape) for key, t in state.items()}
+    path = save(files.tensors(shapes), tmp_path / name)
+    millions = f"({sum(t.numel() for t in state.values()) / 1e6:.1f} M)"
+    assert describe(path) == f"{text.split(' (')[0]} {millions}, as a single file"
 
 
 @pytest.mark.parametrize(
@@ -284,11 +385,11 @@ def test_describe_identifies_files(checkpoint: tuple[Path, dict[str, Tensor]], t
         (save(files.tensors(files.controlnet()), tmp_path / "c.pth"), "SD1.5 ControlNet (361.3 M)"),
         (
             save(files.tensors(files.motion_modules()), tmp_path / "m.ckpt"),
-            "AnimateDiff motion modules (417.1 M)",
+            "AnimateDiff motion modules (417.1 M, up to 32 frames)",
         ),
         (save(files.tensors(shapes), tmp_path / "body_pose_model.pth"), "OpenPose body network (52.3 M)"),
     ):
-        assert describe(path) == f"{text}, in the original layout"
+        assert describe(path) == f"{text}, as a single file"
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def test_latents_equal_two_full_passes_per_window(
     image, poses = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8), dance(num_frames)
     options = dict(steps=2, guidance_scale=3.0, window=4, overlap=2, height=height, width=width)
     options |= dict(start_from_reference=start, generator=torch.Generator().manual_seed(5))
-    latents = pipe(image, poses, retarget=False, output_type="latent", **options).frames
+    latents = pipe(image, poses, retarget="none", output_type="latent", **options).frames
     expected = baseline_latents(
         pipe, image, poses, steps=2, scale=3.0, length=4, overlap=2, seed=5, start_from_reference=start
     )
@@ -134,7 +134,7 @@ def test_euler_scheduler_matches_its_formula(pipe: TCANPipeline) -> None:
     euler.model_info = pipe.model_info
     image, poses = random_image(), dance(3)
     latents = euler(
-        image, poses, retarget=False, generator=torch.Generator().manual_seed(5), output_type="latent",
+        image, poses, retarget="none", generator=torch.Generator().manual_seed(5), output_type="latent",
         steps=2, guidance_scale=1, window=3, overlap=0, ptm=False,
     ).frames  # fmt: skip
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -159,7 +159,7 @@ def test_every_compatible_scheduler_is_deterministic(pipe: TCANPipeline) -> None
         other.set_progress_bar_config(disable=True)
         runs = [
             other(
-                random_image(), dance(2), retarget=False, generator=torch.Generator().manual_seed(5), window=2, overlap=0,
+                random_image(), dance(2), retarget="none", generator=torch.Generator().manual_seed(5), window=2, overlap=0,
                 steps=2, guidance_scale=1, output_type="latent",
             ).frames
             for _ in range(2)
@@ -178,7 +178,7 @@ def test_loading_restores_the_noise_schedule(model_folder: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("num_frames", [1, 3, 5])
 def test_output_has_one_frame_per_pose(pipe: TCANPipeline, num_frames: int) -> None:
-    output = pipe(random_image(), dance(num_frames), retarget=False, steps=1, window=4, overlap=1)
+    output = pipe(random_image(), dance(num_frames), retarget="none", steps=1, window=4, overlap=1)
     assert output.frames.shape == (num_frames, SIZE, SIZE, 3)
     assert output.frames.min() >= 0 and output.frames.max() <= 1
 
@@ -187,7 +187,7 @@ def test_rectangular_output_as_pil_images(pipe: TCANPipeline) -> None:
     wide = pipe(
         random_image(),
         dance(2),
-        retarget=False,
+        retarget="none",
         steps=1,
         height=64,
         width=128,
@@ -206,7 +206,7 @@ def test_overrides_replace_fields_of_the_sampling_config(pipe: TCANPipeline) -> 
     def latents(**options: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         output = pipe(
-            random_image(), dance(3), retarget=False, generator=generator, output_type="latent", **options
+            random_image(), dance(3), retarget="none", generator=generator, output_type="latent", **options
         )
         return output.frames
 
@@ -223,7 +223,7 @@ def test_overrides_replace_fields_of_the_sampling_config(pipe: TCANPipeline) -> 
 def test_output_depends_on_seed_image_poses_and_options(pipe: TCANPipeline) -> None:
     def frames(image: np.ndarray, poses: np.ndarray, seed: int, **overrides: object) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        options = dict(retarget=False, steps=1, window=4, overlap=1, output_type="latent") | overrides
+        options = dict(retarget="none", steps=1, window=4, overlap=1, output_type="latent") | overrides
         return pipe(image, poses, generator=generator, **options).frames
 
     poses = dance(4)
@@ -254,6 +254,15 @@ def test_retargeting_fits_the_poses_to_the_character(pipe: TCANPipeline) -> None
     driving[:, :, 0] += np.arange(3)[:, None]
     output = pipe(image, driving, character=character, steps=1)
     np.testing.assert_allclose(output.poses, driving, atol=1e-3)
+
+    driving[0, 4, :2] = driving[0, 3, :2] + 0.5 * (
+        driving[1, 4, :2] - driving[1, 3, :2]
+    )  # foreshortened forearm
+    lengths = {}
+    for method in ("robust", "paper"):
+        poses = pipe(image, driving, character=character, retarget=method, steps=1).poses
+        lengths[method] = np.linalg.norm(poses[1, 4, :2] - poses[1, 3, :2])
+    assert lengths["paper"] == pytest.approx(1.1 * lengths["robust"], rel=1e-3)  # its limit of stretching
 
 
 def test_driving_frames_without_pose_network_are_a_user_error(pipe: TCANPipeline) -> None:
@@ -294,7 +303,7 @@ def test_float_image_and_tensor_output_equal_uint8_image_and_array(pipe: TCANPip
 
     def frames(image: Any, output_type: str) -> Any:
         generator = torch.Generator().manual_seed(0)
-        options = dict(retarget=False, steps=1, window=2, overlap=0, guidance_scale=1)
+        options = dict(retarget="none", steps=1, window=2, overlap=0, guidance_scale=1)
         return pipe(image, dance(2), generator=generator, output_type=output_type, **options).frames
 
     expected = frames(random_image(), "np")
@@ -305,7 +314,7 @@ def test_float_image_and_tensor_output_equal_uint8_image_and_array(pipe: TCANPip
 
 def test_latents_returned_by_the_callback_replace_the_latents(pipe: TCANPipeline) -> None:
     """Doubled after the last step: the result is doubled. Padded frames (3 of 5 + 3) stay, other returns are ignored."""
-    options = dict(retarget=False, steps=2, window=4, overlap=0, guidance_scale=1, output_type="latent")
+    options = dict(retarget="none", steps=2, window=4, overlap=0, guidance_scale=1, output_type="latent")
 
     def latents(callback: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -333,11 +342,12 @@ def test_invalid_arguments_are_refused_before_denoising(pipe: TCANPipeline) -> N
         ({"decode_batch": 0}, "decode_batch = 0"),
         ({"output_type": "numpy"}, "output_type = 'numpy'"),
         ({"generator": 0}, "generator: type int"),
+        ({"retarget": False}, "retarget = False: unknown; use one of robust, paper, none"),
         ({"guidance_scale": float("nan")}, "guidance_scale = nan"),
         ({"poses": np.zeros((2, 17, 3))}, "the driving poses: shape"),
         ({"image": random_image().astype(np.float32)}, "the image: float values from 0 to 255"),
     ):
-        arguments = {"image": random_image(), "poses": dance(2), "retarget": False, "steps": 1} | options
+        arguments = {"image": random_image(), "poses": dance(2), "retarget": "none", "steps": 1} | options
         with pytest.raises(UserError, match=reason):
             pipe(**arguments, callback_on_step_end=fail)
 
@@ -409,3 +419,96 @@ def test_moving_the_pipeline_moves_the_pose_network(pipe: TCANPipeline, pretrain
     ).to("meta")
     assert copied.device.type == copied.pose_detector.device.type == "meta"
     assert {parameter.device.type for parameter in copied.pose_detector.network.parameters()} == {"meta"}
+
+
+OPTIONS: dict[str, Any] = dict(retarget=False, window=2, overlap=0, output_type="latent")
+
+
+def seeded(pipe: TCANPipeline, **options: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipe(random_image(), dance(2), generator=generator, **{**OPTIONS, "steps": 2, **options}).frames
+
+
+def test_pipeline_of_components_gives_the_same_result(pipe: TCANPipeline) -> None:
+    copied = TCANPipeline(**pipe.components)
+    assert (copied.height, copied.width) == (SIZE, SIZE)
+    assert torch.equal(seeded(copied), seeded(pipe))
+    assert torch.equal(seeded(pipe, steps=7, num_inference_steps=2), seeded(pipe))
+
+
+def test_interrupt_ends_the_denoising_after_the_step(pipe: TCANPipeline) -> None:
+    steps = []
+
+    def interrupt(pipe: TCANPipeline, step: int, timestep: int, tensors: dict[str, Tensor]) -> None:
+        steps.append((step, sorted(tensors)))
+        pipe._interrupt = True
+        assert pipe.interrupt
+
+    seeded(pipe, callback_on_step_end=interrupt, callback_on_step_end_tensor_inputs=["noise_pred"])
+    assert steps == [(0, ["noise_pred"])]
+    steps.clear()
+    seeded(pipe, callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(step))
+    assert steps == [0, 1]  # the interruption does not last
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_inference_steps": 0}, "steps = 0: must be from 1"),
+        ({"num_inference_steps": -1}, "steps = -1: must be from 1"),
+        ({"num_inference_steps": 1.5}, "steps = 1.5: must be an integer"),
+        ({"guidance_scale": float("inf")}, "guidance_scale = inf: must be finite"),
+        ({"guidance_scale": "7"}, "guidance_scale = 7"),
+        ({"window": 33}, "window = 33: the model's motion modules have 32 positions; set at most 32"),
+        ({"height": 0}, "height 0, width 64: must be multiples of 64"),
+        ({"width": -64}, "height 64, width -64: must be multiples of 64"),
+        ({"height": 64.5}, "height 64.5"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "unknown 'prompt'; use latents, noise_pred"),
+    ],
+)
+def test_options_out_of_range_are_user_errors(pipe: TCANPipeline, options: dict, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        seeded(pipe, **options)
+
+
+def test_decode_batch_of_zero_is_a_user_error(pipe: TCANPipeline) -> None:
+    with pytest.raises(UserError, match="decode_batch = 0"):
+        next(pipe.decode(torch.zeros(1, 4, 8, 8), 0))
+
+
+def test_simultaneous_calls_of_one_pipeline_do_not_share_a_schedule(pipe: TCANPipeline) -> None:
+    """A call inside the callback of another one changes neither result."""
+    expected, inner = seeded(pipe), []
+    outer = seeded(pipe, callback_on_step_end=lambda *_: inner.append(seeded(pipe, steps=1)))
+    assert torch.equal(outer, expected) and torch.equal(inner[0], seeded(pipe, steps=1))
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_offloading_does_not_change_the_result(pipe: TCANPipeline, model_folder: Path, kind: str) -> None:
+    """Sequential offloading leaves no weight in the modules between calls, so a missed hook fails on the meta device."""
+    offloaded = TCANPipeline.from_pretrained(model_folder)
+    offloaded.tcan.load_state_dict(pipe.tcan.state_dict())
+    getattr(offloaded, f"enable_{kind}_cpu_offload")(device="cpu")
+    if kind == "sequential":
+        assert {parameter.device.type for parameter in offloaded.tcan.parameters()} == {"meta"}
+    assert torch.equal(seeded(offloaded), seeded(pipe))
+    frames = seeded(offloaded, output_type="np")
+    np.testing.assert_array_equal(frames, seeded(pipe, output_type="np"))
+
+
+def test_dtype_can_be_a_name(model_folder: Path) -> None:
+    assert TCANPipeline.from_pretrained(model_folder, torch_dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(UserError, match="torch_dtype = int8: unknown; use float32"):
+        TCANPipeline.from_pretrained(model_folder, torch_dtype="int8")
+
+
+def test_vae_slicing_and_tiling_reach_the_vae(pipe: TCANPipeline) -> None:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = np.concatenate(list(pipe.decode(latents)))
+    pipe.enable_vae_slicing()
+    np.testing.assert_allclose(np.concatenate(list(pipe.decode(latents))), expected, atol=1e-5)
+    pipe.disable_vae_slicing()
+    pipe.enable_vae_tiling()
+    assert pipe.vae.use_tiling and not pipe.vae.use_slicing
+    pipe.disable_vae_tiling()
+    assert not pipe.vae.use_tiling

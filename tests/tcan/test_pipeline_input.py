@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from tcan.errors import UserError
 from tcan.pipeline_input import (
@@ -85,6 +85,23 @@ def test_float_tiff_is_scaled_or_refused(tmp_path: Path) -> None:
         to_image(Image.fromarray(values.astype(np.int32)))
 
 
+def test_colors_with_an_icc_profile_are_converted_to_srgb(tmp_path: Path) -> None:
+    """A profile whose red and green channels are swapped gives the swapped colors; PIL's own conversion ignores it."""
+    srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = srgb.index(b"rXYZ"), srgb.index(b"gXYZ")
+    srgb[red : red + 4], srgb[green : green + 4] = b"gXYZ", b"rXYZ"
+    pixels = np.full((4, 4, 3), (200, 40, 90), np.uint8)
+    for alpha in (False, True):
+        image = Image.fromarray(pixels)
+        if alpha:
+            image.putalpha(255)
+        image.save(tmp_path / "image.png", icc_profile=bytes(srgb))
+        for found in (read_image(tmp_path / "image.png"), to_image(Image.open(tmp_path / "image.png"))):
+            np.testing.assert_allclose(found, pixels[..., [1, 0, 2]], atol=2)
+    Image.fromarray(pixels).save(tmp_path / "broken.png", icc_profile=b"no profile")
+    np.testing.assert_array_equal(read_image(tmp_path / "broken.png"), pixels)
+
+
 def test_transparent_pixels_of_pil_images_are_white() -> None:
     transparent = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
     np.testing.assert_array_equal(to_image(transparent), 255)
@@ -159,7 +176,7 @@ def test_keypoints_are_unchanged() -> None:
         ([], r"the driving poses: shape \[0, 18, 3\]"),
         (np.zeros((2, 3, 8, 8)), r"the driving poses: shape \[2, 3, 8, 8\]"),
         (torch.zeros(2, 8, 8, 3), r"the driving poses: shape \[2, 8, 3, 8\]"),
-        (np.full((2, 18, 3), np.nan), "the driving poses: NaN, inf"),
+        (np.full((2, 18, 3), np.nan), "the driving poses: NaN or inf"),
         ("dance.mp4", "the driving poses: type str; pass keypoints"),
         (np.full((2, 8, 8, 3), 2.0), "the driving frames: float values from 2 to 2"),
         ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "driving frame 1: shape"),
@@ -172,7 +189,7 @@ def test_other_driving_motions_are_user_errors(poses: Any, reason: str) -> None:
 
 
 def test_invalid_options_are_user_errors() -> None:
-    check_options(torch.Generator(), 1, "pt")
+    check_options(torch.Generator(), 1, "pt", "paper")
     for options, reason in (
         ((0, 8, "np"), "generator: type int; pass one torch.Generator"),
         (([torch.Generator()], 8, "np"), "generator: type list"),
@@ -181,10 +198,10 @@ def test_invalid_options_are_user_errors() -> None:
         ((None, 8, "numpy"), "output_type = 'numpy': unknown; use one of np, pil, pt, latent"),
     ):
         with pytest.raises(UserError, match=reason):
-            check_options(*options)
+            check_options(*options, "robust")
     with pytest.raises(UserError, match=r"the character: shape \[17, 3\]"):
         to_character(np.zeros((17, 3)))
-    with pytest.raises(UserError, match="the character: NaN, inf"):
+    with pytest.raises(UserError, match="the character: NaN or inf"):
         to_character(np.full((18, 3), np.inf))
     with pytest.raises(UserError, match=r"callback_on_step_end: returned latents of shape \[1, 4, 8, 8\]"):
         changed_latents({"latents": torch.zeros(1, 4, 8, 8)}, torch.zeros(2, 4, 8, 8))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
@@ -17,15 +17,20 @@ from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
 from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
+from tcan.variant import Variant
 from tcan.weights import (
     PretrainedModels,
     export_model,
     load_model,
+    load_part,
     load_pretrained,
+    portable_source,
     read_model_info,
     save_model,
 )
 from tcan.weights.check import describe
+from tcan.weights.pretrained import NETWORKS, pretrained_fingerprint
+from tests.tcan import original_files as files
 
 PARTS = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
 UNET = "diffusion_pytorch_model.safetensors"
@@ -318,3 +323,151 @@ def test_missing_model_folder_and_other_schema_version_are_errors(
     (model_folder / "tcan.json").write_text(json.dumps(info | {"schema_version": 99}))
     with pytest.raises(UserError, match="schema version 99"):
         load_model(model_folder, loaded)
+
+
+def half_precision(source: Path, folder: Path, variant: str | None = "fp16") -> Path:
+    """A copy of a folder of pretrained models whose weights are only in fp16."""
+    networks = {**NETWORKS}
+    for part in (*PARTS[:5], "scheduler"):
+        if part == "scheduler":
+            shutil.copytree(source / part, folder / part)
+        else:
+            network = networks[part].from_pretrained(source / part).half()
+            network.save_pretrained(folder / part, variant=variant)
+    return folder
+
+
+def test_folder_with_only_the_fp16_variant_loads(pretrained_folder: Path, tmp_path: Path) -> None:
+    folder = half_precision(pretrained_folder, tmp_path / "half")
+    assert (folder / "text_encoder" / "model.fp16.safetensors").is_file()
+    small = load_pretrained(**dict.fromkeys(PARTS, str(folder)))
+    stored = load_file(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert all(torch.equal(stored[name].float(), value) for name, value in small.unet.state_dict().items())
+    UNet2DConditionModel.from_pretrained(pretrained_folder / "unet").save_pretrained(folder / "unet")
+    full = load_part("unet", str(folder)).state_dict()
+    assert not torch.equal(full["conv_in.weight"], stored["conv_in.weight"].float())
+    half = load_part("unet", str(folder), "fp16").state_dict()
+    assert torch.equal(half["conv_in.weight"], stored["conv_in.weight"].float())
+
+
+def test_fingerprint_of_motion_modules_does_not_depend_on_the_storage_type(
+    pretrained_folder: Path, tmp_path: Path
+) -> None:
+    """Position tables are computed; in half precision they are rounded, although the weights are the same."""
+    adapter = MotionAdapter.from_pretrained(pretrained_folder / "motion_adapter")
+    for name, tensor in adapter.state_dict().items():
+        if not name.endswith(".pe"):
+            tensor.copy_(tensor.half())
+    adapter.save_pretrained(tmp_path / "full")
+    adapter.half().save_pretrained(tmp_path / "half")
+    prints = [
+        pretrained_fingerprint("motion_adapter", load_part("motion_adapter", str(tmp_path / name)))
+        for name in ("full", "half")
+    ]
+    assert prints[0] == prints[1]
+
+
+def test_lfs_pointers_in_folders_are_named(
+    pretrained_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    folder = shutil.copytree(pretrained_folder / "unet", tmp_path / "unet")
+    (folder / UNET).write_text(pointer)
+    with pytest.raises(UserError, match=f"{UNET}: a Git LFS pointer"):
+        load_part("unet", str(folder))
+    (model_folder / "appearance_unet" / UNET).write_text(pointer)
+    with pytest.raises(UserError, match=f"{UNET}: a Git LFS pointer"):
+        describe(model_folder)
+
+
+def test_source_behind_a_symlink_keeps_its_name(tmp_path: Path) -> None:
+    """The Hub's cache: snapshots/REVISION/NAME is a symlink to blobs/HASH, which has no suffix."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots").mkdir()
+    files.write_sparse_safetensors(files.checkpoint(), tmp_path / "blobs" / "0123abcd")
+    link = tmp_path / "snapshots" / "model.safetensors"
+    link.symlink_to("../blobs/0123abcd")
+    source = portable_source(str(link))
+    assert source == str(link)
+    assert load_part("vae", source).config.latent_channels == 4
+
+
+VARIANTS = [
+    Variant(appa=False),
+    Variant(controlnet="finetune"),
+    Variant(temporal_controlnet=False),
+    Variant(False, "finetune", False),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_variants_train_save_and_load_exactly_their_parts(
+    loaded: PretrainedModels, tmp_path: Path, variant: Variant, stage: int
+) -> None:
+    torch.manual_seed(0)
+    base = (loaded.unet, loaded.controlnet, loaded.motion_adapter, loaded.empty_prompt)
+    model = TCAN(*base, variant=variant)
+    model.set_stage(stage)
+    trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
+    spatial_controlnet = {
+        name
+        for name, _ in model.controlnet.named_parameters(prefix="controlnet")
+        if ".motion_modules." not in name
+    }
+    assert any("lora" in name for name in trained_names) == (stage == 1 and variant.appa)
+    assert (spatial_controlnet <= trained_names) == (stage == 1 and variant.controlnet == "finetune")
+    temporal = {
+        name for name in trained_names if name.startswith("controlnet.") and ".motion_modules." in name
+    }
+    assert bool(temporal) == (stage == 2 and variant.temporal_controlnet)
+
+    inputs = {
+        "noisy": torch.randn(1, 3, 4, 8, 8),
+        "timestep": torch.tensor([300]),
+        "pose": torch.rand(1, 3, 3, 64, 64),
+        "reference_latent": torch.randn(1, 4, 8, 8),
+    }
+    for parameter in model.parameters():  # APPA and the temporal layers start with zeros
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.train()(**inputs).square().mean().backward()
+    assert not [
+        name for name, p in model.named_parameters() if (p.grad is not None) != (name in trained_names)
+    ]
+
+    folder = tmp_path / "model"
+    options = {"pretrained": loaded.info, "height": 64, "width": 64, "stick_width": 2}
+    save_model(model, folder, stage=stage, **options)
+    assert (folder / "appa").exists() == variant.appa
+    assert (folder / "controlnet").exists() == (variant.controlnet == "finetune")
+    assert (folder / "temporal_controlnet").exists() == (stage == 2 and variant.temporal_controlnet)
+    with torch.no_grad():
+        reloaded = load_model(folder, loaded)
+        assert reloaded.variant == variant
+        for part, weights in model.parts().items():
+            if stage == 2 or part not in ("motion_adapter", "temporal_controlnet"):
+                assert all(torch.equal(reloaded.parts()[part][name], w) for name, w in weights.items()), part
+        torch.testing.assert_close(reloaded(**inputs), model.eval()(**inputs), rtol=0, atol=1e-5)
+        assert (reloaded(**inputs) - TCAN(*base)(**inputs)).abs().max() > 1e-4
+
+
+def test_finetuned_controlnet_loads_strictly_and_with_plain_diffusers(
+    loaded: PretrainedModels, tmp_path: Path
+) -> None:
+    model = TCAN(
+        loaded.unet,
+        loaded.controlnet,
+        loaded.motion_adapter,
+        loaded.empty_prompt,
+        variant=Variant(controlnet="finetune"),
+    )
+    options = {"pretrained": loaded.info, "height": 64, "width": 64, "stick_width": 2}
+    save_model(model, tmp_path / "model", stage=1, **options)
+    plain = ControlNetModel.from_pretrained(tmp_path / "model" / "controlnet")
+    assert fingerprint(plain) == fingerprint(loaded.controlnet)
+    file = tmp_path / "model" / "controlnet" / UNET
+    weights = load_file(file)
+    save_file({name: weights[name] for name in list(weights)[1:]}, file)
+    with pytest.raises(UserError, match="controlnet"):
+        load_model(tmp_path / "model", loaded)

@@ -1,0 +1,32 @@
+"""Copies between host and device that do not make the host wait."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def upload(array: NDArray[np.uint8], device: torch.device | str) -> Tensor:
+    """Copy uint8 frames to a device; to a GPU from pinned memory, so that the host does not wait for the copy."""
+    if torch.device(device).type != "cuda":
+        return torch.tensor(array, device=device)
+    pinned = torch.empty(array.shape, dtype=torch.uint8, pin_memory=True)
+    np.copyto(pinned.numpy(), array)
+    return pinned.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a tensor to the host that starts at once; `numpy` waits for it."""
+
+    def __init__(self, tensor: Tensor):
+        self._event = None
+        # From a GPU to pinned memory.
+        self._host = tensor.to("cpu", non_blocking=True)
+        if tensor.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def numpy(self) -> np.ndarray:
+        if self._event:
+            self._event.synchronize()
+        return self._host.numpy()

@@ -1,0 +1,237 @@
+"""MLflow stores that are away, refuse requests, or are damaged. Servers are real `mlflow server` processes."""
+
+import dataclasses
+import http.server
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from pipelines import cli, tracking
+from pipelines.config import TrackingConfig
+from tcan.errors import UserError
+from tests.pipelines.test_tracking import free_port
+
+
+class Server:
+    """An MLflow server on a store of its own that can be killed and started again at the same address."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/server.db",
+        ]
+        command += [
+            "--artifacts-destination",
+            f"{self.folder}/artifacts",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
+            )
+        for _ in range(600):
+            try:
+                requests.get(f"{self.uri}/health", timeout=5).raise_for_status()
+                return
+            except requests.RequestException:
+                assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+                time.sleep(0.2)
+        raise TimeoutError("the MLflow server did not start")
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+def history(uri: str, run_id: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in MlflowClient(uri).get_metric_history(run_id, "loss")]
+
+
+@pytest.mark.slow
+def test_outage_during_a_job_delays_only_the_delivery(server: Server, tmp_path: Path) -> None:
+    config = TrackingConfig(uri=server.uri, folder=str(tmp_path / "unused"))
+    slowest = 0.0
+    with tracking.run("stage1", "outage", config, {"seed": 1}, tmp_path) as run:
+        for step in range(1, 31):
+            if step == 10:
+                server.kill()
+            if step == 25:
+                threading.Thread(target=server.start).start()
+            began = time.monotonic()
+            run.metrics({"loss": 1 / step}, step)
+            if step == 15:
+                run.image(np.full((8, 8, 3), 200, np.uint8), "samples", step)
+                run.tag("when", "during the outage")
+            slowest = max(slowest, time.monotonic() - began)
+            time.sleep(0.1)
+        while run.spool.error:  # until the server is back
+            time.sleep(0.1)
+    assert slowest < 0.5
+    assert history(server.uri, run.id) == [(step, 1 / step) for step in range(1, 31)]
+    client = MlflowClient(server.uri)
+    found = client.get_run(run.id)
+    assert found.info.status == "FINISHED" and found.data.tags["when"] == "during the outage"
+    assert len(client.list_artifacts(run.id, "images")) == 2  # the image and its preview, once
+    assert not list(tmp_path.glob("*.spool"))
+
+
+@pytest.mark.slow
+def test_records_left_at_the_end_are_delivered_by_track_sync(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrackingConfig(uri=server.uri, folder=str(tmp_path / "unused"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "result.txt").write_text("result")
+    with tracking.run("evaluate", "left", config, {}, tmp_path / "out") as run:
+        run.metrics({"loss": 0.5}, 1)
+        run.spool.drain(failures=1)
+        server.kill()
+        run.metrics({"loss": 0.25}, 2)
+        run.file(tmp_path / "result.txt", "results")
+    (spool,) = (tmp_path / "out").glob("*.spool")
+    message = capsys.readouterr().out
+    assert f"tracking: 3 records are not delivered to {server.uri}" in message
+    assert f"tcan track sync {spool}" in message and message.count("\n") == 1
+    assert cli.main(["track", "sync", str(tmp_path / "out")]) == 2
+    assert "no MLflow server responds" in capsys.readouterr().err
+    server.start()
+    shutil.copy(spool, tmp_path / spool.name)
+    assert cli.main(["track", "sync", str(tmp_path / "out")]) == 0
+    assert not spool.exists()
+    # A delivery that was interrupted before it was noted is repeated.
+    assert cli.main(["track", "sync", str(tmp_path / spool.name)]) == 0
+    client = MlflowClient(server.uri)
+    assert history(server.uri, run.id) == [(1, 0.5), (2, 0.25)]
+    assert client.get_run(run.id).info.status == "FINISHED"
+    assert [item.path for item in client.list_artifacts(run.id, "results")] == ["results/result.txt"]
+
+
+def test_job_without_required_tracking_starts_without_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(
+        tmp_path
+    )  # MLflow's default for artifacts of a database is a folder in the working directory
+    away = TrackingConfig(uri=f"http://user:secret@127.0.0.1:{free_port()}")
+    with pytest.raises(UserError, match="no MLflow server responds"):
+        tracking.check(away)
+    optional = dataclasses.replace(away, required=False)
+    with tracking.run("stage1", "later", optional, {"tracking": {"uri": away.uri}}, tmp_path) as run:
+        run.metrics({"loss": 1.0, "other": float("nan")}, 1)
+    (spool,) = tmp_path.glob("*.spool")
+    output = capsys.readouterr().out
+    assert "the job runs, and its records wait" in output and f"tcan track sync {spool}" in output
+    assert "secret" not in output and b"secret" not in spool.read_bytes()
+    store = f"sqlite:///{tmp_path}/store.db"
+    copy = shutil.copy(spool, tmp_path / "copy.spool")
+    for file in (spool, copy):
+        assert cli.main(["track", "sync", str(file), f"--tracking.uri={store}"]) == 0
+    client = MlflowClient(store)
+    (found,) = client.search_runs([item.experiment_id for item in client.search_experiments()])
+    assert found.info.run_name == "later" and found.info.status == "FINISHED"
+    assert history(store, found.info.run_id) == [(1, 1.0)]
+    assert found.data.params == {"tracking.uri": away.uri.replace("user:secret", "***")}
+
+
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    """Address of an HTTP server that answers all requests, apart from the health check, with this status."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else status)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://me:secret@127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [
+        (401, "error code 401.*; set MLFLOW_TRACKING_USERNAME"),
+        (403, "error code 403.*; check the permissions"),
+        (404, "error code 404.*; check the address"),
+        (500, "500 error responses.*; check the log of the server"),
+    ],
+)
+def test_refusing_server_is_a_user_error(
+    status: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with answering(status) as uri, pytest.raises(UserError, match=advice) as error:
+        tracking.check(TrackingConfig(uri=uri))
+    assert "secret" not in str(error.value) and "***@127.0.0.1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("mlflow:5000", "tracking.uri = mlflow:5000: not an MLflow server or database"),
+        ("file:///tmp/runs", "tracking.uri = file:///tmp/runs: not an MLflow server or database"),
+        ("garbage", "tracking.uri = garbage: not an MLflow server or database"),
+        ("postgresql+pg8000://me:secret@127.0.0.1/runs", "install the driver of this database"),
+    ],
+)
+def test_unusable_uri_is_a_user_error(uri: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        tracking.check(TrackingConfig(uri=uri))
+    assert message in str(error.value) and "secret" not in str(error.value)
+
+
+def test_damaged_or_read_only_tracking_folder_is_a_user_error(tmp_path: Path, small_disk: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "mlflow.db").write_text("not a database" * 100)
+    (tmp_path / "foreign").mkdir()
+    with sqlite3.connect(tmp_path / "foreign" / "mlflow.db") as database:
+        database.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        database.execute("INSERT INTO alembic_version VALUES ('unknown')")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for folder in (tmp_path / "file", tmp_path / "damaged", tmp_path / "foreign", small_disk / "runs"):
+        with pytest.raises(
+            UserError, match=f"MLflow store sqlite:///{folder}.*: cannot be used .*; check this store"
+        ):
+            tracking.check(TrackingConfig(folder=str(folder)))
