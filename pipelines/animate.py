@@ -5,7 +5,7 @@ tcan animate --image hero.png --poses dance.json --model run/model --out hero-da
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,24 @@ import torch
 
 from pipelines.config import Config
 from pipelines.inference import create_folder, driving_poses, load_pipeline, memory_advice
-from tcan.crop import fit_image
+from pipelines.match import (
+    Motion,
+    check_character,
+    clean_people,
+    find_characters,
+    load_detector,
+    match_motion,
+    report,
+    warn_or_refuse,
+)
 from tcan.errors import UserError
-from tcan.person_box import person_box
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
-from tcan.pose import main_person_poses, read_poses, track_main_person
-from tcan.pose.skeleton import NECK, NOSE
+from tcan.pose import PoseDetector, find_people, read_poses
+from tcan.pose.cleaning import CleanPoses
+from tcan.pose.tracking import check_selection
 from tcan.video import VideoFrames, check_target, is_image, read_image, write_video
+from tcan.weights import read_model_info
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,12 @@ class Animation:
     """Frames per second, to which a driving video is resampled; None: its rate, else that of the file of poses."""
     audio: bool = False
     side_by_side: bool = False
+    person: str = "largest"
+    """Person of the image, or several; see `tcan.pose.tracking.select_people`."""
+    driving_person: str = "largest"
+    """Person of the driving video, or as many as of the image, in the same order."""
+    strict: bool = False
+    """Refuse poses that do not match the image (see `tcan.pose.match`) instead of warning."""
 
 
 @dataclass
@@ -48,14 +64,15 @@ class Inputs:
     image: np.ndarray  # uint8 [H, W, 3]
     fps: float
     video: VideoFrames | None
-    poses: np.ndarray | None  # driving poses from a file: [F, 18, 3]
+    drivers: list[CleanPoses] | None  # driving poses from a file
     size: tuple[int, int] | None  # height and width of the image that the driving poses refer to, if known
-    character: np.ndarray | None  # pose of the character from a file: [18, 3] in pixels of the image
+    characters: list[np.ndarray] | None  # poses of the characters from a file: [18, 3] in pixels of the image
 
 
-def animate(animation: Animation, model: Path, config: Config) -> None:
+def animate(animation: Animation, model: Path, config: Config, dry_run: bool = False) -> None:
     """Animate the person of the image with the motion of the driving video's main person, at its frame rate.
 
+    With `dry_run`, only the poses are detected and checked; OUT.preview.png shows them over the image.
     Frames are read and written one at a time; `TCANPipeline` documents the memory that grows with the video.
 
     Raises:
@@ -63,6 +80,14 @@ def animate(animation: Animation, model: Path, config: Config) -> None:
             model folder that is incomplete or does not match its pretrained models; a target that cannot be written.
     """
     inputs = read_inputs(animation, config)
+    if dry_run:
+        info = read_model_info(model)
+        size = config.animate.height or info["height"], config.animate.width or info["width"]
+        motion = read_motion(load_detector(model, config), animation, inputs, config, size)
+        report(motion, animation.out.with_suffix(".preview.png"))
+        if animation.strict:
+            warn_or_refuse(motion, str(animation.out), strict=True)
+        return
     with memory_advice(config):
         count = render_animation(load_pipeline(model, config), animation, inputs, config)
     print(f"{animation.out}: {count} frames at {inputs.fps:g} frames/s", flush=True)
@@ -80,7 +105,7 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
         raise UserError(f"{animation.driving}: an image, not a video; pass a driving video with --driving")
     video = None if animation.driving is None else VideoFrames(animation.driving, animation.fps)
     size = None if video is None else (video.height, video.width)
-    poses, fps = None, animation.fps or (video and video.fps)
+    drivers, fps = None, animation.fps or (video and video.fps)
     if animation.poses is not None:
         file = read_poses(animation.poses)
         if file.height and file.width:
@@ -94,8 +119,8 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
         points = np.concatenate(file.people)
         extent = float(points[..., 1].max(initial=1)), float(points[..., 0].max(initial=1))
         height, width = size or extent
-        poses = main_person_poses(
-            file.people, height, width, str(animation.poses), config.animate.smoothing_window
+        drivers = clean_people(
+            file.people, height, width, animation.driving_person, str(animation.poses), config
         )
     if not fps:
         raise UserError(f"{animation.poses}: no frame rate; pass --fps, or the video with --driving")
@@ -104,11 +129,13 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
             f"{animation.poses}: no height and width of the image, required without retargeting; add both to the "
             "file, or pass the video with --driving"
         )
-    return Inputs(image, fps, video, poses, size, _read_character(animation.character, image))
+    return Inputs(image, fps, video, drivers, size, _read_characters(animation, image, config))
 
 
 def _check_options(animation: Animation, config: Config) -> None:
     check_target(animation.out, animation.audio)
+    check_selection(animation.person, "--person")
+    check_selection(animation.driving_person, "--driving_person")
     if animation.driving is None and animation.poses is None:
         raise UserError(
             f"{animation.out}: no driving motion; pass a video with --driving or poses with --poses"
@@ -123,25 +150,46 @@ def _check_options(animation: Animation, config: Config) -> None:
         raise UserError(f"--fps {animation.fps:g}: must be from 0.1 to 1000; pass frames per second")
 
 
-def _read_character(path: Path | None, image: np.ndarray) -> np.ndarray | None:
-    """The main person of the file's first frame, `[18, 3]` in pixels of the image."""
+def _read_characters(animation: Animation, image: np.ndarray, config: Config) -> list[np.ndarray] | None:
+    """The selected people of the file's first frame, `[18, 3]` each in pixels of the image."""
+    path = animation.character
     if path is None:
         return None
     file = read_poses(path)
     height, width = image.shape[:2]
-    character = track_main_person(file.people[:1], height, width)[0]
+    people = file.people[0].copy()
     if file.height and file.width:  # drawn on a copy of the image of another size
-        character[:, :2] *= width / file.width, height / file.height
-    return _check_character(character, path)
+        people[..., :2] *= width / file.width, height / file.height
+    selected = clean_people([people], height, width, animation.person, str(path), config)
+    return [check_character(clean.poses[0], path) for clean in selected]
 
 
-def _check_character(character: np.ndarray, path: Path) -> np.ndarray:
-    if not (character[[NECK, NOSE], 2] > 0).all():
-        raise UserError(
-            f"{path}: no person found with visible neck and nose; use an image that shows a person from the front, or "
-            "pass keypoints with --character"
+def read_motion(
+    detector: PoseDetector | None,
+    animation: Animation,
+    inputs: Inputs,
+    config: Config,
+    size: tuple[int, int],
+) -> Motion:
+    """Detect the poses that no file gives, and fit them to the output of height and width `size`.
+
+    Raises:
+        UserError: see `animate`.
+    """
+    drivers, characters = inputs.drivers, inputs.characters or []
+    if drivers is None:
+        assert inputs.video is not None and detector is not None
+        people, height, width = find_people(detector, inputs.video)
+        drivers = clean_people(
+            people, height, width, animation.driving_person, str(animation.driving), config
         )
-    return character
+    extent = max(float(driver.poses[..., 1].max(initial=1)) for driver in drivers)
+    pose_height = inputs.size[0] if inputs.size else round(extent)
+    drivers = [replace(d, poses=driving_poses(d.poses, pose_height, config)) for d in drivers]
+    if not characters and config.animate.retarget != "none":
+        assert detector is not None
+        characters = find_characters(detector, inputs.image, animation.person, str(animation.image), config)
+    return match_motion(inputs.image, drivers, characters, inputs.size, config, size, str(animation.image))
 
 
 def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, config: Config) -> int:
@@ -150,46 +198,22 @@ def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, c
     Raises:
         UserError: see `animate`.
     """
-    image, poses, options = inputs.image, inputs.poses, config.animate
+    options = config.animate
     height, width = options.height or pipe.height, options.width or pipe.width
-    if poses is None:
-        assert inputs.video is not None
-        poses = pipe.detect_poses(inputs.video, str(animation.driving), options.smoothing_window)
-    pose_height = inputs.size[0] if inputs.size else round(float(poses[..., 1].max(initial=1)))
-    poses = driving_poses(poses, pose_height, config)
-    character = inputs.character
-    if options.retarget == "none":
-        assert inputs.size is not None
-        poses = pipe.scale_poses(poses, *inputs.size, height, width)
-    elif character is None:
-        character = pipe.detect_poses([image], str(animation.image))[0]
-        character = _check_character(character, animation.image)
+    motion = read_motion(pipe.pose_detector, animation, inputs, config, (height, width))
+    warn_or_refuse(motion, str(animation.out), animation.strict)
     create_folder(animation.out.parent)
-    latents, poses = pipe(
-        image,
-        poses,
-        sampling=options,
-        character=character,
-        retarget=options.retarget,
-        height=height,
-        width=width,
-        generator=torch.Generator().manual_seed(config.seed),
-        output_type="latent",
-        return_dict=False,
+    latents = pipe.denoise(
+        motion.image, motion.poses, sampling=options, generator=torch.Generator().manual_seed(config.seed)
     )
     frames: Iterator[np.ndarray] = (
         frame for batch in pipe.decode(latents, options.decode_batch) for frame in to_uint8(batch)
     )
     if animation.side_by_side:
-        drawn = (pipe.draw(pose[None], height, width)[0] for pose in poses)
-        box = (
-            None
-            if character is None
-            else person_box(character, image.shape[0], image.shape[1], height, width)
-        )
-        frames = side_by_side(fit_image(image, height, width, box), drawn, frames)
+        drawn = (pipe.draw(pose[None], height, width)[0] for pose in motion.poses)
+        frames = side_by_side(motion.image, drawn, frames)
     write_video(frames, animation.out, inputs.fps, animation.driving if animation.audio else None)
-    return len(poses)
+    return len(motion.poses)
 
 
 def side_by_side(

@@ -52,14 +52,13 @@ class Outcome:
     note: str = ""  # reason of the failure, or warnings
 
 
-def animate_pairs(
-    file: Path, model: Path, config: Config, audio: bool = False, side_by_side: bool = False
-) -> list[Outcome]:
+def animate_pairs(file: Path, model: Path, config: Config, **options: Any) -> list[Outcome]:
     """Animate the pairs of a table whose output is missing, and write a report next to the table.
 
     Args:
         file: .csv (with a header) or .parquet with the columns image, driving and out. Relative paths start at the
             table's folder, and must be valid on every machine of the cluster.
+        options: fields of `Animation` for all pairs, such as `audio`.
 
     Returns:
         one outcome per pair, in the order of the table.
@@ -70,7 +69,7 @@ def animate_pairs(
     """
     outcomes = read_pairs(file)
     with locked(file.absolute().parent, "animate --pairs", f".{file.name}.lock"):
-        return _animate_missing(outcomes, file, model, config, {"audio": audio, "side_by_side": side_by_side})
+        return _animate_missing(outcomes, file, model, config, options)
 
 
 def _animate_missing(
@@ -251,8 +250,9 @@ class Animator:
         self.notes: list[str] = []
         handler = logging.Handler(logging.WARNING)
         handler.emit = lambda record: self.notes.append(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger("tcan").setLevel(logging.WARNING)  # Ray workers log errors only
-        logging.getLogger("tcan").addHandler(handler)
+        for name in ("tcan", "pipelines"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # Ray workers log errors only
+            logging.getLogger(name).addHandler(handler)
 
     def load(self) -> None:
         """Load the model before the first pair, because its errors concern all pairs."""

@@ -66,8 +66,11 @@ def _train(arguments: Any, config: Any) -> None:
 def _animate(arguments: Any, config: Any) -> None:
     names = ("image", "driving", "poses", "character", "out", "fps")
     given = {name: arguments[name] for name in names if arguments[name] is not None}
-    options = {"audio": arguments.audio, "side_by_side": arguments.side_by_side}
+    flags = ("audio", "side_by_side", "person", "driving_person", "strict")
+    options = {name: arguments[name] for name in flags}
     if arguments.pairs is not None:
+        if arguments.dry_run:
+            given["dry-run"] = True
         if given:
             raise UserError(f"--pairs: conflicts with --{', --'.join(given)}; remove --{', --'.join(given)}")
         from pipelines.animate_pairs import animate_pairs
@@ -88,15 +91,24 @@ def _animate(arguments: Any, config: Any) -> None:
     }
     model = find_model(arguments.model, config)
     with local_output(arguments.out) as out:
-        animate(Animation(**inputs, out=out, fps=arguments.fps, **options), model, config)
+        animation = Animation(**inputs, out=out, fps=arguments.fps, **options)
+        animate(animation, model, config, arguments.dry_run)
 
 
 def _pose(arguments: Any, config: Any) -> None:
-    from pipelines.pose import pose
+    from pipelines.pose import match, pose
     from pipelines.staging import local_input, local_output
 
+    source = local_input(arguments.source)
+    if arguments.match is not None:
+        with local_output(arguments.out or "match.png") as out:
+            image = local_input(arguments.match)
+            match(source, image, out, config, arguments.person, arguments.driving_person)
+        return
+    if arguments.out is None:
+        raise UserError("missing --out; see tcan pose --help")
     with local_output(arguments.out) as out:
-        pose(local_input(arguments.source), out, config)
+        pose(source, out, config, arguments.person)
 
 
 def _evaluate(arguments: Any, config: Any) -> None:
@@ -173,6 +185,18 @@ DATASET = _path("Clip dataset: the OUT folder of `tcan preprocess`.")
 OWN_MODEL = "a folder, models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
 MINI_OR_OWN = _path(f"Trained model: mini (the one in this package), {OWN_MODEL}", default="mini")
 MODEL = _required_path(f"Trained model: {OWN_MODEL}")
+
+PERSON = {
+    "type": str,
+    "default": "largest",
+    "help": "Person of the image: largest, left, right, a number of the preview of `tcan pose`, or X,Y in pixels; several "
+    "people are joined by +, e.g. left+right.",
+}
+DRIVING_PERSON = {
+    "type": str,
+    "default": "largest",
+    "help": "Person of the driving motion, in the forms of --person. Several people move those of --person in this order.",
+}
 
 COMMANDS = {
     "preprocess": Command(
@@ -262,6 +286,16 @@ COMMANDS = {
                 "action": "store_true",
                 "help": "Result with reference image and driving pose next to each frame.",
             },
+            "--person": PERSON,
+            "--driving_person": DRIVING_PERSON,
+            "--dry-run": {
+                "action": "store_true",
+                "help": "Check of the poses only: prints the findings and writes OUT.preview.png.",
+            },
+            "--strict": {
+                "action": "store_true",
+                "help": "Refusal of poses that do not match the image, instead of warnings.",
+            },
         },
         _animate,
         ("pretrained", "animate", "tracking"),
@@ -270,7 +304,16 @@ COMMANDS = {
         "Detect the poses of a video or image and write them to an editable file.",
         {
             "source": _path("Video or image."),
-            "--out": _required_path("Pose file (.json). A preview is written next to it."),
+            "--out": _path(
+                "Pose file (.json), required without --match; a preview is written next to it. With --match: the preview "
+                "(default: match.png)."
+            ),
+            "--match": _path(
+                "Image of a person. Instead of a pose file, check whether the poses match it, and write a preview of "
+                "animate.height x animate.width (default: size)."
+            ),
+            "--person": PERSON,
+            "--driving_person": DRIVING_PERSON,
         },
         _pose,
         ("pretrained", "animate"),

@@ -33,13 +33,14 @@ COLORS = (
 def draw_poses(
     keypoints: NDArray[np.float32], height: int, width: int, stick_width: int = 4
 ) -> NDArray[np.uint8]:
-    """Draw keypoints `[F, 18, 3]` in pixels on black RGB images `[F, height, width, 3]`; joints of score 0 are omitted.
+    """Draw keypoints `[F, 18, 3]`, or of several people `[F, P, 18, 3]`, in pixels on black RGB images `[F, height, width, 3]`; joints of score 0 are omitted.
 
     Limbs are ellipses of half-width `stick_width` pixels at 60% of their color's brightness. Joints are circles of
     radius `stick_width`. The default of 4 gives the strokes of controlnet_aux, which are designed for 512 x 512.
     """
     images = np.zeros((len(keypoints), height, width, 3), np.uint8)
-    for image, joints in zip(images, np.asarray(keypoints, np.float64), strict=True):
+    people = np.asarray(keypoints, np.float64).reshape(len(keypoints), -1, 18, 3)
+    for image, joints in ((images[frame], body) for frame, bodies in enumerate(people) for body in bodies):
         for (start, end), color in zip(LIMBS[:DRAWN_LIMBS], COLORS, strict=False):
             (x0, y0, s0), (x1, y1, s1) = joints[start], joints[end]
             if s0 <= 0 or s1 <= 0:

@@ -13,18 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import tracking
-from pipelines.animate import Animation, animate, read_inputs, side_by_side
+from pipelines import cli, tracking
+from pipelines.animate import Animation, animate, read_inputs, read_motion, side_by_side
 from pipelines.config import Config
 from pipelines.config.parser import load_config
 from pipelines.inference import choose_device, load_pipeline
-from pipelines.pose import pose
+from pipelines.pose import number_labels, overlay, pose
 from pipelines.puppets.world import sample_clip, write_clip
 from tcan.crop import fit_image
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
-from tcan.pose import draw_poses, read_poses
+from tcan.pose import draw_poses, read_poses, write_poses
 from tcan.sampling import SamplingConfig
 from tcan.video import VideoFrames, read_image, read_video, write_image, write_video
 from tests.pipelines.test_cli import error_of
@@ -192,6 +192,105 @@ def test_person_at_the_side_of_the_image_is_in_the_crop(
     assert np.abs(reference - fit_image(wide, 64, 64)).mean() > 16  # the centered crop shows only background
 
 
+def pair(folder: Path) -> None:
+    """duo.png and duo.mp4 (8 frames): two puppets next to each other, on the right one of another character."""
+    clips = [sample_clip("dance", seed, 8, every=2) for seed in (2, 5)]
+    write_video(np.concatenate([clip.frames for clip in clips], axis=2), folder / "duo.mp4", 12)
+    heroes = [sample_clip("dance", seed, 1).frames[0] for seed in (1, 7)]
+    write_image(np.concatenate(heroes, axis=1), folder / "duo.png")
+
+
+def test_dry_run_prints_the_verdict_and_writes_only_a_preview(
+    model_folder: Path, puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"image": puppets / "hero.png", "out": tmp_path / "out.mp4", "driving": puppets / "dance.mp4"}
+    animate(Animation(**files), model_folder, config(), dry_run=True)
+    text = capsys.readouterr().out
+    assert re.findall(r"^(?:ok|problem) +(\w+) ", text, re.MULTILINE) == [
+        "frame",
+        "limbs",
+        "scale",
+        "missing",
+        "flips",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.preview.png"]
+    sheet = read_image(tmp_path / "out.preview.png")
+    assert sheet.shape == (3 * 336, 3 * 336, 3)  # the image and 6 frames; a margin of 20% around 240 pixels
+    assert (sheet[:336, :336].max(axis=2) > 200).any() and not (sheet[-336:, 336:] != 32).any()
+
+
+def test_match_reports_without_a_model(
+    puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["pose", str(puppets / "dance.mp4"), "--match", str(puppets / "hero.png")]
+    assert cli.main([*arguments, "--out", str(tmp_path / "match.png")]) == 0
+    assert "match.png: 6 frames, 0 problems" in capsys.readouterr().out
+    assert read_image(tmp_path / "match.png").shape == (3 * 336, 3 * 336, 3)
+    assert "missing --out" in error_of(capsys, "pose", str(puppets / "dance.mp4"))
+
+
+def test_driver_who_leaves_the_frame_is_refused_by_strict_and_named_by_a_warning(
+    model_folder: Path, puppets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver is 20% of the character's height and walks across the frame: its movement is scaled up."""
+    walk = np.concatenate(read_poses(puppets / "dance.json").people)
+    walk[..., :2] = (walk[..., :2] - walk[:1, 1:2, :2]) / 5 + (20, 60)
+    walk[..., 0] += 16 * np.arange(len(walk))[:, None]
+    write_poses(walk, tmp_path / "walk.json", 128, 128, 12)
+    files = {"image": puppets / "hero.png", "poses": tmp_path / "walk.json", "out": tmp_path / "out"}
+    with pytest.raises(UserError, match=r"out: \d+% of the joints are outside"):
+        animate(Animation(**files, strict=True), model_folder, config())
+    assert not (tmp_path / "out").exists()
+    animate(Animation(**files), model_folder, config())
+    assert "% of the joints are outside the frame, most often" in caplog.text
+    assert len(images(tmp_path / "out")) == len(walk)
+
+
+def test_two_people_get_the_motions_that_are_mapped_to_them(model_folder: Path, tmp_path: Path) -> None:
+    """The left person of the image gets the motion of the right person of the video, and the reverse; the drawn poses are
+    those of two animations of one person each."""
+    pair(tmp_path)
+    wide = config("--animate.width", "128")
+    files = {"image": tmp_path / "duo.png", "driving": tmp_path / "duo.mp4"}
+    inputs = read_inputs(Animation(**files, out=tmp_path / "out"), wide)
+    detector = load_pipeline(model_folder, wide).pose_detector
+
+    def motion(person: str, driving_person: str) -> np.ndarray:
+        animation = Animation(**files, out=tmp_path / "out", person=person, driving_person=driving_person)
+        return read_motion(detector, animation, inputs, wide, (64, 128)).poses
+
+    both = motion("left+right", "right+left")
+    assert both.shape == (8, 2, 18, 3)
+    necks = both[:, :, 1, 0].mean(axis=0)
+    assert necks[0] < 64 < necks[1]
+    for index, selection in enumerate((("left", "right"), ("right", "left"))):
+        np.testing.assert_array_equal(both[:, index : index + 1], motion(*selection))
+    with pytest.raises(UserError, match=r"duo\.png: 1 people selected, but 2 in the driving motion"):
+        motion("left", "left+right")
+
+    animation = Animation(
+        **files, out=tmp_path / "out", person="left+right", driving_person="2+1", side_by_side=True
+    )
+    animate(animation, model_folder, wide)
+    frames = images(tmp_path / "out")
+    assert frames.shape == (8, 64, 3 * 128, 3)
+    drawn = frames[:, :, 128:256].reshape(8, 64, 2, 64, 3).max(axis=(1, 3, 4))
+    assert (drawn > 100).all()  # a skeleton on both sides of each frame
+
+
+def test_pose_preview_shows_numbers_and_the_selected_person(tmp_path: Path) -> None:
+    pair(tmp_path)
+    pose(tmp_path / "duo.mp4", tmp_path / "right.json", config(), "right")
+    poses = np.stack(read_poses(tmp_path / "right.json").people)[:, 0]
+    assert (poses[:, 1, 0] > 128).all()
+    without = overlay(read_image(tmp_path / "duo.png"), 0 * poses[0])
+    numbered = overlay(read_image(tmp_path / "duo.png"), 0 * poses[0], [(1, (60, 30)), (2, (190, 30))])
+    changed = np.flatnonzero((without != numbered).any(axis=(0, 2)))
+    assert changed.min() > 40 and changed.max() < 220 and not np.isin(np.arange(100, 170), changed).any()
+    labels = number_labels([np.stack([body, body + np.float32([128, 0, 0])]) for body in poses], 128, 384)
+    assert [[number for number, _ in frame] for frame in labels] == [[1, 2]] * len(poses)
+
+
 def test_invalid_animate_input_is_one_line_user_error(
     puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +345,8 @@ def test_invalid_animate_input_is_one_line_user_error(
         ({"animate.smoothing_window": 4}, "animate.smoothing_window = 4: must be odd"),
         ({"animate.width": 100}, "animate.width = 100: must be above 0 and a multiple of 64"),
         ({"animate.overlap": 16}, "animate.overlap = 16"),
+        ({"person": "above"}, "--person above: invalid person; use largest"),
+        ({"driving_person": "0"}, "--driving_person 0: invalid person"),
         ({"pairs": "pairs.csv"}, "remove --image, --driving, --out"),
     ):
         arguments = []

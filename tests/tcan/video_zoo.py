@@ -106,6 +106,10 @@ BYTES = {  # name -> (file, first byte, last byte) as fractions
     "ends_inside_frame.mpg": ("mpeg2.mpg", 0.0, 0.8),
 }
 FILTERS = dict.fromkeys(("interlaced.mpg", "interlaced.mp4"), "yadif=deint=interlaced")
+ROUNDED = ("hevc.mkv", "ten_bits.mp4", "sar_wide.mp4", "sar_tall.mkv", "sar_dvd.mpg", "sar_stream.avi")
+"""Scaled or of 10 bits: versions of swscale interpolate chroma differently at edges, so blocks are compared."""
+LATE = {"packed.avi": 1 / 24}
+"""ffmpeg's times omit the chunks without a picture that the container counts: seconds of difference."""
 NAMES = [*BASE, *FILES, *DERIVED, *BYTES]
 
 
