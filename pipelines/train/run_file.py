@@ -1,4 +1,5 @@
-"""`run.json` of a training stage: its MLflow run, and the settings that must stay the same when the run is resumed."""
+"""`run.json` in the folder of a stage: MLflow run id, number of finished steps, and the settings that must not change when
+the run resumes."""
 
 import dataclasses
 import hashlib
@@ -47,11 +48,11 @@ def run_settings(stage: int, dataset: str, start: Path | None, config: Config) -
         "size": config.size,
         "dataset": _digest([storage.read_bytes(f"{dataset}/{INFO_FILE}")]),
         "from": start_digest,
-        **_settings_of_config(config, stage),
+        **settings_of_config(config, stage),
     }
 
 
-def _settings_of_config(config: Config, stage: int) -> dict[str, Any]:
+def settings_of_config(config: Config, stage: int) -> dict[str, Any]:
     values = dataclasses.asdict(config.train)
     relevant = {
         key: value for key, value in values.items() if key not in RESUME_MAY_CHANGE | {"stage1", "stage2"}

@@ -1103,12 +1103,12 @@ def test_invalid_input_raises_user_error_before_training(tmp_path, pretrained, c
 
 
 def test_field_added_after_the_start_of_a_run_has_its_default():
-    from pipelines.train.run_file import _settings_of_config, check_same_settings
+    from pipelines.train.run_file import check_same_settings, settings_of_config
 
     config = load_config()
-    new = _settings_of_config(config, 1)
+    new = settings_of_config(config, 1)
     old = {key: value for key, value in new.items() if key not in ("noise_offset", "lr")}
     check_same_settings(Path("out/stage1"), old, new)
     config.train.noise_offset = 0.05
     with pytest.raises(UserError, match=r"started with noise_offset = 0\.0, not 0\.05"):
-        check_same_settings(Path("out/stage1"), old, _settings_of_config(config, 1))
+        check_same_settings(Path("out/stage1"), old, settings_of_config(config, 1))

@@ -28,7 +28,7 @@ BASE = {
     "short_gop.mp4": f"{SOURCE} {X264} -g 6 -bf 2 -frames:v 48",
     "no_b.mp4": f"{SOURCE} {X264} -g 12 -bf 0 -frames:v 48",
     "sound.mp4": f"{AUDIO} {X264} -c:a aac",
-    "whole.ts": f"{SOURCE} {X264} -g 12 -bf 2 -frames:v 48",
+    "complete.ts": f"{SOURCE} {X264} -g 12 -bf 2 -frames:v 48",
     "small.mkv": "-f lavfi -i testsrc2=s=32x32:r=24 -frames:v 10 -c:v mpeg2video -q:v 2",
 }
 FILES = {
@@ -100,8 +100,8 @@ DERIVED = {
     "cover.mp4": "-i {folder}/cover.png -i {folder}/sound.mp4 -map 0 -map 1 -c copy -disposition:v:0 attached_pic",
 }
 BYTES = {  # name -> (file, first byte, last byte) as fractions
-    "begins_inside_gop.ts": ("whole.ts", 0.3, 1.0),
-    "ends_inside_frame.ts": ("whole.ts", 0.0, 0.8),
+    "begins_inside_gop.ts": ("complete.ts", 0.3, 1.0),
+    "ends_inside_frame.ts": ("complete.ts", 0.0, 0.8),
     "ends_inside_frame.mkv": ("plain.mkv", 0.0, 0.8),
     "ends_inside_frame.mpg": ("mpeg2.mpg", 0.0, 0.8),
 }
@@ -109,7 +109,7 @@ FILTERS = dict.fromkeys(("interlaced.mpg", "interlaced.mp4"), "yadif=deint=inter
 ROUNDED = ("hevc.mkv", "ten_bits.mp4", "sar_wide.mp4", "sar_tall.mkv", "sar_dvd.mpg", "sar_stream.avi")
 """Scaled or of 10 bits: versions of swscale interpolate chroma differently at edges, so blocks are compared."""
 LATE = {"packed.avi": 1 / 24}
-"""ffmpeg's times omit the chunks without a picture that the container counts: seconds of difference."""
+"""ffmpeg's times omit the chunks without a frame that the container counts: seconds of difference."""
 NAMES = [*BASE, *FILES, *DERIVED, *BYTES]
 
 
