@@ -1,9 +1,10 @@
-# make install | demo | test | test-all | check | bench: each first installs requirements.lock into .venv if it is out of date.
+# make install | demo | test | test-all | check | bench | gpu: each first installs requirements.lock into .venv if it is out of
+# date.
 # `make lock` regenerates requirements.lock from pyproject.toml.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-all check bench format lock
+.PHONY: install demo test test-all check bench gpu format lock
 
 # The first interpreter that is Python 3.11 or 3.12; override with PYTHON=...
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
@@ -33,6 +34,9 @@ bench: $(STAMP)
 	KINETO_LOG_LEVEL=99 $(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks.preprocess
 	$(BIN)/python -m tests.benchmarks.trainer
+
+gpu: $(STAMP)
+	$(BIN)/python -m tests.gpu --minutes 8
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipelines.config import Config
-from pipelines.inference import create_folder, driving_poses, load_pipeline
+from pipelines.inference import create_folder, driving_poses, load_pipeline, memory_advice
 from pipelines.match import (
     Motion,
     check_character,
@@ -88,7 +88,8 @@ def animate(animation: Animation, model: Path, config: Config, dry_run: bool = F
         if animation.strict:
             warn_or_refuse(motion, str(animation.out), strict=True)
         return
-    count = render_animation(load_pipeline(model, config), animation, inputs, config)
+    with memory_advice(config):
+        count = render_animation(load_pipeline(model, config), animation, inputs, config)
     print(f"{animation.out}: {count} frames at {inputs.fps:g} frames/s", flush=True)
 
 

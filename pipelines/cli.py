@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # SystemExit instead of immediate termination, so that runs and files are closed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     _silence_libraries()
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:

@@ -152,7 +152,7 @@ def _demo(arguments: Any, config: Any) -> None:
 def _memory(arguments: Any, config: Any) -> None:
     from pipelines.memory import memory
 
-    memory(config, arguments.gpus, arguments.stage)
+    memory(config, arguments.gpus, arguments.stage, arguments.job)
 
 
 def _jobs(arguments: Any, config: Any) -> int:
@@ -353,8 +353,13 @@ COMMANDS = {
         ("pretrained", "preprocess", "train", "animate", "evaluate", "tracking"),
     ),
     "memory": Command(
-        "Estimate the GPU memory of training.",
+        "Estimate the GPU memory of a job, and what fits into GPUs of common sizes.",
         {
+            "--job": {
+                "type": Literal["train", "preprocess", "animate"],
+                "default": "train",
+                "help": "Job to estimate.",
+            },
             "--gpus": {
                 "type": int,
                 "default": 8,
@@ -367,7 +372,7 @@ COMMANDS = {
             },
         },
         _memory,
-        ("pretrained", "train"),
+        ("pretrained", "preprocess", "train", "animate"),
     ),
     "jobs": Command(
         "List, follow or stop the jobs of a Ray cluster that were submitted with --submit.",

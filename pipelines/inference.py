@@ -1,12 +1,15 @@
 """Functions shared by the jobs that run a trained model: animate, animate_pairs, pose, evaluate."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipelines.config import Config
+from tcan.acceleration import compile_tcan, compile_vae, is_compiled, use_fast_formats
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pipeline_input import check_window
@@ -56,10 +59,16 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
         **pretrained,
     )
     check_window(config.animate, pipe.tcan.max_frames)
+    use_fast_formats(torch.device(device), pipe.tcan, pipe.vae)
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
     if config.animate.lora is not None:
         pipe.load_lora_weights(config.animate.lora)
         pipe.fuse_lora(config.animate.lora_scale)
+    # Offloading moves weights between the steps; CUDA graphs need them at fixed addresses.
+    if config.animate.offload == "none" and is_compiled(config.animate.compile, pipe.device):
+        print("compiling the networks: the first step of a size takes minutes", flush=True)
+        compile_tcan(pipe.tcan, cuda_graphs=True)
+        compile_vae(pipe.vae, cuda_graphs=True)
     if config.animate.vae_tiling:
         pipe.enable_vae_tiling()
     if config.animate.offload == "model":
@@ -68,6 +77,27 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
         pipe.enable_sequential_cpu_offload(device=device)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: shown only on a terminal
     return pipe
+
+
+@contextmanager
+def memory_advice(config: Config) -> Iterator[None]:
+    """Context in which exhausted GPU memory is an error with the settings to change.
+
+    Raises:
+        UserError: out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        options = config.animate
+        advice = [
+            f"lower animate.decode_batch ({options.decode_batch})" if options.decode_batch > 1 else "",
+            "set animate.precision to fp16" if options.precision == "fp32" else "",
+            "lower animate.height and animate.width",
+        ]
+        raise UserError(
+            f"animate: out of GPU memory; {', or '.join(filter(None, advice))}; see tcan memory --job animate"
+        ) from None
 
 
 def choose_device(config: Config) -> str:

@@ -1,27 +1,43 @@
-"""`tcan memory`: estimate of the GPU memory that each training stage needs.
+"""`tcan memory`: estimate of the GPU memory that each job needs, and what fits into which GPU.
 
 tcan memory --config sd15 --gpus 8
+tcan memory --config sd15 --job animate
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, MotionAdapter, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, MotionAdapter, UNet2DConditionModel
+from torch import nn
 
 from pipelines.config import Config, PretrainedConfig
 from tcan.errors import UserError
-from tcan.memory import TrainingMemory, fake_tcan, training_memory
+from tcan.memory import (
+    InferenceMemory,
+    TrainingMemory,
+    animation_memory,
+    fake_network,
+    fake_tcan,
+    preprocess_memory,
+    training_memory,
+)
 from tcan.weights.original import SD15
 from tcan.weights.pretrained import locate
 
 BATCHES = (1, 2, 4, 8)
 GIB = 2**30
+CARDS = (6, 8, 12, 16, 24, 40, 80)  # GiB
+RESERVED, MARGIN = 0.75, 1.05
+"""GiB of the CUDA context with the libraries' workspaces, and factor of the allocator's fragmentation."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def memory(config: Config, gpus: int, stage: str = "all") -> None:
-    """Print the memory per GPU of weights, gradients, optimizer states and activations, by ZeRO stage, GPUs and batch size.
+def memory(config: Config, gpus: int, stage: str = "all", job: str = "train") -> None:
+    """Print the memory per GPU of a job, and the options with which it fits into GPUs of common sizes.
 
     The estimate runs full-size modules on fake tensors. It takes about a minute and needs neither a GPU nor weights.
 
@@ -30,35 +46,75 @@ def memory(config: Config, gpus: int, stage: str = "all") -> None:
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: must be at least 1; give the number of GPUs to train on")
-    train = config.train
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    for number, settings in ((1, train.stage1), (2, train.stage2)):
-        if stage not in ("all", str(number)):
-            continue
-        estimates = {}
-        for checkpointing in (False, True):
-            tcan = fake_tcan(lambda: networks(config.pretrained, train.lora_rank), dtype)
-            if checkpointing:
-                tcan.enable_gradient_checkpointing()
-            if train.clip_frames > tcan.max_frames:
-                raise UserError(
-                    f"train.clip_frames = {train.clip_frames}: the motion modules of {config.pretrained.motion_adapter} have "
-                    f"{tcan.max_frames} positions; set at most {tcan.max_frames}"
-                )
-            estimates[checkpointing] = training_memory(
-                tcan, number, 1, train.clip_frames, config.size, config.size
-            )
-        sample = "image" if number == 1 else f"clip of {train.clip_frames} frames"
-        print(
-            f"stage {number}: {sample} of {config.size} x {config.size}, {train.precision}, GiB", flush=True
-        )
-        print(
-            "\n".join(_activations(estimates) + _sums(estimates, settings.micro_batch, gpus)) + "\n",
-            flush=True,
-        )
+    if job == "animate":
+        _print_animation(config)
+    elif job == "preprocess":
+        _print_preprocess(config)
+    else:
+        for number in (1, 2):
+            if stage in ("all", str(number)):
+                _print_training(config, number, gpus)
     print(
-        "Not included: DeepSpeed's buffers, the gathered weights of the active layers at ZeRO 3, and the CUDA context."
+        f"What fits: the sum x {MARGIN} (fragmentation) + {RESERVED} GiB (CUDA context, workspaces). Not included: "
+        "DeepSpeed's buffers, and the gathered weights of the active layers at ZeRO 3."
     )
+
+
+def fits(size: float, gibibytes: float) -> bool:
+    """Whether `size` bytes fit into a GPU of `gibibytes`."""
+    return size * MARGIN / GIB + RESERVED <= gibibytes
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def training_estimate(config: Config, stage: int, checkpointing: bool) -> TrainingMemory:
+    """The memory of a stage with one image or clip per micro-batch, with the precision of the configuration."""
+    train = config.train
+    tcan = fake_tcan(lambda: networks(config.pretrained, train.lora_rank), DTYPES[train.precision])
+    if checkpointing:
+        tcan.enable_gradient_checkpointing()
+    if train.clip_frames > tcan.max_frames:
+        raise UserError(
+            f"train.clip_frames = {train.clip_frames}: the motion modules of {config.pretrained.motion_adapter} have "
+            f"{tcan.max_frames} positions; set at most {tcan.max_frames}"
+        )
+    return training_memory(tcan, stage, 1, train.clip_frames, config.size, config.size)
+
+
+def _print_training(config: Config, stage: int, gpus: int) -> None:
+    train = config.train
+    settings = train.stage1 if stage == 1 else train.stage2
+    estimates = {
+        checkpointing: training_estimate(config, stage, checkpointing) for checkpointing in (False, True)
+    }
+    sample = "image" if stage == 1 else f"clip of {train.clip_frames} frames"
+    lines = [
+        f"stage {stage}: {sample} of {config.size} x {config.size}, {train.precision}, GiB",
+        *_activations(estimates),
+        *_sums(estimates, 1 if settings.micro_batch == "auto" else settings.micro_batch, gpus),
+        "  fits into one GPU, with the fastest options first",
+    ]
+    for card in CARDS:
+        lines.append(
+            f"    {card:>2} GiB  {next(training_options(estimates, settings.batch_size, card), '-')}"
+        )
+    print("\n".join(lines) + "\n", flush=True)
+
+
+def training_options(estimates: dict[bool, TrainingMemory], batch_size: int, card: float) -> Iterator[str]:
+    """Options with which a stage fits into one GPU, the fastest first."""
+    divisors = [n for n in range(batch_size, 0, -1) if batch_size % n == 0]
+    for offload in (False, True):
+        for checkpointing in (False, True):
+            for batch in divisors:
+                parts = estimates[checkpointing].per_device(2, 1, batch)
+                if fits(parts["sum"] - offload * parts["optimizer"], card):
+                    yield (
+                        f"micro_batch {batch}"
+                        + ", gradient_checkpointing" * checkpointing
+                        + ", optimizer on the CPU (train.deepspeed)" * offload
+                    )
 
 
 def _activations(estimates: dict[bool, TrainingMemory]) -> list[str]:
@@ -90,6 +146,64 @@ def _sums(estimates: dict[bool, TrainingMemory], batch: int, gpus: int) -> list[
     return lines
 
 
+# --- animation and preprocessing -------------------------------------------------------------------------------------
+
+
+def _print_animation(config: Config) -> None:
+    animate, train = config.animate, config.train
+    height, width = animate.height or config.size, animate.width or config.size
+    dtype = DTYPES[animate.precision]
+    tcan = fake_tcan(lambda: networks(config.pretrained, train.lora_rank), dtype)
+    vae = fake_network(lambda: _vae(config.pretrained), dtype)
+    guidance = animate.guidance_scale != 1
+    batches = sorted({1, animate.decode_batch}, reverse=True)
+    estimates = {
+        batch: animation_memory(tcan, vae, animate.window, height, width, batch, guidance)
+        for batch in batches
+    }
+    print(f"animate: window of {animate.window} frames of {width} x {height}, {animate.precision}, GiB")
+    print("\n".join(_phases(estimates[batches[0]])))
+    options = {
+        f"decode_batch {batch}, offload {offload}": estimates[batch].peak(offload)
+        for offload in ("none", "model", "sequential")
+        for batch in batches
+    }
+    print("\n".join(_fitting(options)) + "\n", flush=True)
+
+
+def _print_preprocess(config: Config) -> None:
+    network, input_height = _pose_network(config.pretrained.pose)
+    vae = fake_network(lambda: _vae(config.pretrained), torch.float32)
+    estimates = {
+        batch: preprocess_memory(vae, network, input_height, batch, config.canvas, config.canvas)
+        for batch in (64, 32, 16, 8, 4, 2, 1)
+    }
+    batch = config.preprocess.batch_frames
+    print(f"preprocess: frames of {config.canvas} x {config.canvas}, fp32, GiB")
+    print("\n".join(_phases(estimates.get(batch) or estimates[16])))
+    options = {f"batch_frames {batch}": estimate.peak() for batch, estimate in estimates.items()}
+    print("\n".join(_fitting(options)) + "\n", flush=True)
+
+
+def _phases(estimate: InferenceMemory) -> list[str]:
+    lines = ["  phase        weights  activations"]
+    for phase, peak in estimate.activations.items():
+        lines.append(f"  {phase:<10}{estimate.weights[phase] / GIB:>10.2f}{peak / GIB:>13.2f}")
+    return lines
+
+
+def _fitting(options: dict[str, int]) -> list[str]:
+    """options: bytes by option, the fastest option first."""
+    lines = ["  fits into one GPU, with the fastest options first"]
+    for card in CARDS:
+        fitting = (f"{name} ({size / GIB:.1f})" for name, size in options.items() if fits(size, card))
+        lines.append(f"    {card:>2} GiB  {next(fitting, '-')}")
+    return lines
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
 def networks(pretrained: PretrainedConfig, lora_rank: int) -> dict[str, Any]:
     """Arguments of `TCAN`: networks built from the configurations of local model folders, else SD1.5's."""
     modules = {
@@ -103,6 +217,25 @@ def networks(pretrained: PretrainedConfig, lora_rank: int) -> dict[str, Any]:
     prompt = _config("text_encoder", pretrained)
     tokens, width = prompt["max_position_embeddings"], prompt["hidden_size"]
     return {**modules, "empty_prompt": torch.zeros(1, tokens, width), "lora_rank": lora_rank}
+
+
+def _vae(pretrained: PretrainedConfig) -> AutoencoderKL:
+    return AutoencoderKL.from_config(_config("vae", pretrained))
+
+
+def _pose_network(source: str) -> tuple[nn.Module, float]:
+    """The pose network on fake tensors and its input height: of a local `BodyPoseNetwork` folder, else OpenPose's."""
+    folder = Path(locate(source, "pose")[0]) if source == "mini" else Path(source).expanduser()
+    if (folder / "config.json").is_file():
+        from tcan.pose.network import BodyPoseNetwork
+
+        config = json.loads((folder / "config.json").read_text())
+        return fake_network(lambda: BodyPoseNetwork.from_config(config), torch.float32), config[
+            "input_height"
+        ]
+    from tcan.pose.openpose_loading import open_pose_module
+
+    return fake_network(open_pose_module("model").bodypose_model, torch.float32), 184.0
 
 
 def _config(part: str, pretrained: PretrainedConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ which a thread delivers them (`pipelines.delivery`). If MLflow is not available 
 """
 
 import base64
+import dataclasses
 import getpass
 import io
 import json
@@ -122,7 +123,8 @@ class Run:
             sampling: defaults of the params of `predict`: every `SamplingConfig` field whose default is not None.
                 `predict` also accepts `seed` (default 0) and `retarget` (default robust).
         """
-        self._record("model", local=os.path.abspath(local), name=name, alias=alias, sampling=vars(sampling))
+        defaults = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(SamplingConfig)}
+        self._record("model", local=os.path.abspath(local), name=name, alias=alias, sampling=defaults)
 
     def link(self, key: str, parent: str) -> None:
         """Record the run of an input as the tag `tcan.<key>_run`, and link the descriptions of both runs."""

@@ -23,30 +23,42 @@ class Appearance:
     Args:
         features: one feature h_a per reference attention, in execution order: `[B, N, C]`, or `[1, N, C]` to share one
             reference between all clips.
-        reference_mask: B bools on the host, so that no attention waits for the device. Clips with True use reference
-            attention, clips with False use plain self-attention. None: all clips use reference attention. With
-            `tcan.appearance.share_down_blocks` it may also be `[G * B]`, G rows per clip.
+        reference_mask: B bools. Clips with True use reference attention, clips with False use plain self-attention. None:
+            all clips use reference attention. A sequence on the host splits the clips into two groups, so that no
+            attention waits for the device. With `tcan.appearance.share_down_blocks` it may also be `[G * B]`, G rows
+            per clip. A bool tensor on the device keeps all clips in one group, so that a compiled network does not
+            depend on its values; the features then have the size of the clips' tokens.
         num_frames: F. The attention's batch is `[B * F, ...]`; all frames of a clip share its feature.
     """
 
     features: Sequence[Tensor]
-    reference_mask: Sequence[bool] | None = None
+    reference_mask: Sequence[bool] | Tensor | None = None
     num_frames: int = 1
 
     def __post_init__(self) -> None:
         self.rows = None if self.reference_mask is None else len(self.reference_mask)
         if self.rows and 1 < len(self.features[0]) < self.rows:
             self.features = [f.repeat(self.rows // len(f), 1, 1) for f in self.features]
+        if isinstance(self.reference_mask, Tensor):
+            return
         if self.reference_mask is not None and all(self.reference_mask):
             self.reference_mask = None
-        if self.reference_mask is not None:  # clip indices, computed once for all attentions
-            with_reference = [i for i, has in enumerate(self.reference_mask) if has]
-            without_reference = [i for i, has in enumerate(self.reference_mask) if not has]
-            split = [*with_reference, *without_reference]
-            device = self.features[0].device
-            self.with_reference = torch.tensor(with_reference, dtype=torch.int64, device=device)
-            self.without_reference = torch.tensor(without_reference, dtype=torch.int64, device=device)
-            self.order = torch.tensor([split.index(i) for i in range(len(split))], device=device)
+        if self.reference_mask is not None:  # indices of the two groups, computed once for all attentions
+            indices = range(len(self.reference_mask))
+            with_reference = [i for i in indices if self.reference_mask[i]]
+            without_reference = [i for i in indices if not self.reference_mask[i]]
+            split = [*without_reference, *with_reference]
+            self.num_with_reference = len(with_reference)
+            self.with_reference, self.without_reference, self.order = (
+                self._index(group)
+                for group in (with_reference, without_reference, [split.index(i) for i in indices])
+            )
+
+    def _index(self, clips: list[int]) -> slice | Tensor:
+        """A slice where possible, as in guidance: it needs neither a copy of the clips nor an upload."""
+        if clips == list(range(clips[0] if clips else 0, clips[-1] + 1 if clips else 0)):
+            return slice(clips[0], clips[-1] + 1) if clips else slice(0, 0)
+        return torch.tensor(clips, device=self.features[0].device)
 
 
 class AppearanceAttention:
@@ -87,21 +99,22 @@ class AppearanceAttention:
         if appearance is None or self.index is None:
             return _project_output(attn, F.scaled_dot_product_attention(q, k, v))
 
-        feature = appearance.features[self.index]
-        if appearance.reference_mask is None:
-            return _project_output(attn, _reference_attention(attn, q, k, v, feature))
+        feature, mask = appearance.features[self.index], appearance.reference_mask
+        if mask is None or isinstance(mask, Tensor):
+            mask = mask if mask is None else mask.repeat_interleave(appearance.num_frames, output_size=len(q))
+            return _project_output(attn, _reference_attention(attn, q, k, v, feature, mask))
 
         # Clips with and without a reference run separately. This needs no attention mask, so every fused kernel is
         # usable, and clips without a reference have no extra cost.
-        def rows(x: Tensor, index: Tensor) -> Tensor:
+        def rows(x: Tensor, index: slice | Tensor) -> Tensor:
             return x.unflatten(0, (-1, appearance.num_frames))[index].flatten(0, 1)
 
         if len(feature) > 1:
             feature = feature[appearance.with_reference]
         parts = [F.scaled_dot_product_attention(*(rows(x, appearance.without_reference) for x in (q, k, v)))]
-        if len(appearance.with_reference):
+        if appearance.num_with_reference:
             q, k, v = (rows(x, appearance.with_reference) for x in (q, k, v))
-            parts.insert(0, _reference_attention(attn, q, k, v, feature))
+            parts.append(_reference_attention(attn, q, k, v, feature))
         return _project_output(attn, rows(torch.cat(parts), appearance.order))
 
 
@@ -145,11 +158,19 @@ def _project_output(attn: Attention, x: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))
 
 
-def _reference_attention(attn: Attention, q: Tensor, k: Tensor, v: Tensor, feature: Tensor) -> Tensor:
-    """Attention of q `[R * F, heads, N, d]` to its own tokens k, v and to h_a `[R or 1, M, C]`."""
+def _reference_attention(
+    attn: Attention, q: Tensor, k: Tensor, v: Tensor, feature: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Attention of q `[R * F, heads, N, d]` to its own tokens k, v and to h_a `[R or 1, M, C]`.
+
+    mask: bool `[R * F]`. Rows with False attend to their own tokens twice, which equals plain self-attention: it doubles
+    both the numerator and the denominator of the softmax, and needs no attention mask, so every fused kernel is usable.
+    """
     # h_a is projected once per clip, then repeated over the frames.
     k_a, v_a = (
         x.repeat_interleave(len(q) // len(x), dim=0, output_size=len(q))
         for x in _split_heads(attn, attn.to_k(feature), attn.to_v(feature))
     )
+    if mask is not None:
+        k_a, v_a = (torch.where(mask[:, None, None, None], a, b) for a, b in ((k_a, k), (v_a, v)))
     return F.scaled_dot_product_attention(q, torch.cat([k, k_a], dim=2), torch.cat([v, v_a], dim=2))

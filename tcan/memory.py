@@ -1,4 +1,5 @@
-"""Estimate the memory of a training stage with fake tensors, on the real modules at their real size.
+"""Estimate the memory of a training stage, of an animation and of the preprocessing with fake tensors, on the real
+modules at their real size.
 
 The estimate allocates no tensor memory:
 
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tcan.model import TCAN, diffusion_loss
+from tcan.pixels import from_vae_output, to_vae_input
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,12 @@ def training_memory(
     tcan.set_stage(stage)
     tcan.train()
     trained = [parameter for parameter in tcan.parameters() if parameter.requires_grad]
-    tensors = [*tcan.parameters(), *tcan.buffers()]
     with getattr(tcan.empty_prompt, "fake_mode", nullcontext()):
         activations = _step_peak(
             tcan, trained, *_inputs(tcan, batch, frames if stage == 2 else 1, height, width)
         )
     return TrainingMemory(
-        weights=sum(map(_bytes, tensors)),
+        weights=_weights(tcan),
         trained=sum(map(_bytes, trained)),
         trained_parameters=sum(parameter.numel() for parameter in trained),
         mixed=tcan.dtype.itemsize < 4,
@@ -107,6 +108,119 @@ def fake_tcan(build: Callable[[], dict[str, Any]], dtype: torch.dtype) -> TCAN:
     with torch.device("meta"):
         tcan = TCAN(**build()).to(dtype)
     return to_fake(tcan, torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Memory of a job without a backward pass, by phase. Sizes are in bytes."""
+
+    weights: dict[str, int]
+    """Weights of the networks of each phase."""
+    activations: dict[str, int]
+    """Peak of each phase, excluding weights."""
+
+    def peak(self, offload: str = "none") -> int:
+        """Bytes on the device.
+
+        offload: "none": the weights of all phases are on the device; "model": of one phase at a time; "sequential": of
+        one layer at a time, whose size is neglected.
+        """
+        resident = {
+            "none": dict.fromkeys(self.weights, sum(self.weights.values())),
+            "model": self.weights,
+            "sequential": dict.fromkeys(self.weights, 0),
+        }[offload]
+        return max(peak + resident[phase] for phase, peak in self.activations.items())
+
+
+def animation_memory(
+    tcan: TCAN,
+    vae: AutoencoderKL,
+    frames: int,
+    height: int,
+    width: int,
+    decode_batch: int,
+    guidance: bool = True,
+) -> InferenceMemory:
+    """Return the memory of an animation: of a denoising step of a window, and of decoding.
+
+    Args:
+        tcan, vae: networks, or fake ones (`fake_tcan`, `fake_network`).
+        frames: frames per window.
+        height, width: in pixels.
+        decode_batch: frames that the VAE decodes at once.
+        guidance: whether each step has an unconditional row.
+    """
+    mask = [False, True] if guidance else None
+
+    def denoise() -> None:
+        options = {"device": tcan.device, "dtype": tcan.dtype}
+        noisy = torch.zeros(1, frames, tcan.denoiser.config.in_channels, height // 8, width // 8, **options)
+        timestep = torch.zeros(1, dtype=torch.int64, device=tcan.device)
+        features = tcan.appearance(noisy[:, 0], timestep)
+        pose = tcan.embed_pose(torch.zeros(1, frames, 3, height, width, device=tcan.device))
+        residuals = tcan.pose_residuals(noisy, timestep, pose)
+        temperature = torch.zeros(height, width, device=tcan.device)
+        tcan.denoise(noisy, timestep, residuals, features, mask, temperature)
+
+    def decode() -> None:
+        shape = (decode_batch, vae.config.latent_channels, height // 8, width // 8)
+        from_vae_output(vae.decode(torch.zeros(shape, device=vae.device, dtype=vae.dtype)).sample)
+
+    return InferenceMemory(
+        weights={"denoising": _weights(tcan), "decoding": _weights(vae)},
+        activations={"denoising": _forward_peak(denoise, tcan), "decoding": _forward_peak(decode, vae)},
+    )
+
+
+def preprocess_memory(
+    vae: AutoencoderKL,
+    pose_network: nn.Module,
+    input_height: float,
+    batch_frames: int,
+    height: int,
+    width: int,
+) -> InferenceMemory:
+    """Return the memory of the preprocessing actor: of VAE encoding and of the pose network, without its decoding.
+
+    Args:
+        vae, pose_network: networks, or fake ones.
+        input_height: see `tcan.pose.OpenPose`.
+        batch_frames: frames per batch.
+        height, width: in pixels.
+    """
+    side = [-(-round(x * input_height / height) // 8) * 8 for x in (height, width)]
+
+    def encode() -> None:
+        frames = torch.zeros(batch_frames, height, width, 3, dtype=torch.uint8, device=vae.device)
+        vae.encode(to_vae_input(frames, vae.dtype))
+
+    def detect() -> None:
+        pose_network(torch.zeros(batch_frames, 3, *side, device=next(pose_network.parameters()).device))
+
+    return InferenceMemory(
+        weights={"VAE": _weights(vae), "pose": _weights(pose_network)},
+        activations={"VAE": _forward_peak(encode, vae), "pose": _forward_peak(detect, pose_network)},
+    )
+
+
+def _weights(network: nn.Module) -> int:
+    return sum(map(_bytes, [*network.parameters(), *network.buffers()]))
+
+
+@torch.no_grad()
+def _forward_peak(run: Callable[[], None], network: nn.Module) -> int:
+    """Peak bytes of tensors that `run` creates on the device of a network, fake or not."""
+    with getattr(next(network.parameters()), "fake_mode", nullcontext()), PeakMemory() as memory:
+        run()
+    return memory.peak
+
+
+def fake_network(build: Callable[[], nn.Module], dtype: torch.dtype) -> Any:
+    """Return a network in eval mode with fake tensors, as `fake_tcan` does for a TCAN."""
+    with torch.device("meta"):
+        network = build().to(dtype).requires_grad_(False).eval()
+    return to_fake(network, torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def to_fake(module: nn.Module, device: torch.device, mode: FakeTensorMode) -> Any:

@@ -13,7 +13,8 @@ def make_memory_efficient(network: nn.Module) -> None:
     """Convert a network's convolutions, GEGLU layers and residual blocks, in place.
 
     The converted modules save only the activations that their gradients require. Under `torch.autocast` they run as the
-    torch modules do, because autocast does not cast the inputs of custom autograd functions.
+    torch modules do, because autocast does not cast the inputs of custom autograd functions; under `torch.compile` too,
+    because the compiler chooses itself what to save and what to recompute.
     """
     for module in network.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros":
@@ -33,7 +34,7 @@ class Convolution(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         saves_input = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
-        if saves_input and not _is_autocast(x):
+        if saves_input and not _uses_torch_module(x):
             return _FrozenConvolution.apply(
                 x, weight, bias, self.stride, self.padding, self.dilation, self.groups
             )
@@ -57,7 +58,7 @@ class GatedLinear(GEGLU):
     """GEGLU, a * gelu(b) for the two chunks a, b of one projection. gelu(b) is recomputed in the backward pass."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if _is_autocast(hidden_states):
+        if _uses_torch_module(hidden_states):
             return super().forward(hidden_states)
         return _Gate.apply(self.proj(hidden_states))
 
@@ -91,7 +92,7 @@ class NormSiLU(nn.GroupNorm):
     """GroupNorm followed by SiLU. The output of the GroupNorm is recomputed in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_autocast(x):
+        if _uses_torch_module(x):
             return F.silu(super().forward(x))
         return _NormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
 
@@ -121,5 +122,5 @@ class _NormSiLU(torch.autograd.Function):
         )
 
 
-def _is_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+def _uses_torch_module(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)

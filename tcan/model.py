@@ -72,6 +72,8 @@ class TCAN(nn.Module):
         self.register_buffer("empty_prompt", empty_prompt.detach().clone(), persistent=False)
         self._motion_adapter_config = motion_adapter.config
         self.stage: int | None = None
+        self.compiled = False
+        """Whether the networks are compiled (`tcan.acceleration.compile_tcan`)."""
         self.info: dict[str, Any] = {}  # of the model folder; set by `tcan.weights.load_model`
         self.requires_grad_(False)
         self.eval()
@@ -189,7 +191,7 @@ class TCAN(nn.Module):
         timestep: Tensor,
         residuals: Residuals | None,
         features: Sequence[Tensor] | None,
-        reference_mask: Sequence[bool] | None = None,
+        reference_mask: Sequence[bool] | Tensor | None = None,
         temperature: Tensor | None = None,
         temperature_limit: int | None = None,
     ) -> Tensor:
@@ -204,8 +206,8 @@ class TCAN(nn.Module):
             timestep: `[B]`.
             residuals: output of `pose_residuals` for these clips; None: no pose.
             features: output of `appearance` for these clips, or for one reference shared by all; None: no reference.
-            reference_mask: B bools on the host. Rows with False use plain self-attention; None: all rows use the
-                reference.
+            reference_mask: B bools. Rows with False use plain self-attention; None: all rows use the reference. On the
+                host or, for compiled networks, on the device: see `tcan.attention.Appearance`.
             temperature: `[H, W]` or `[B, H, W]` (`tcan.temperature`); None: 1.
             temperature_limit: maximum size, in cells of the longer side, of the layer grids that use the temperature.
                 Layers with larger grids use 1. None: no limit.
@@ -248,10 +250,13 @@ class TCAN(nn.Module):
 
         Argument shapes are those of these three methods.
         """
+        mask: Sequence[bool] | Tensor | None = reference_mask
+        if self.compiled and self.stage == 1 and reference_mask is not None:
+            mask = torch.tensor(reference_mask).to(noisy.device, non_blocking=True)
         residuals = self.pose_residuals(noisy, timestep, pose)
         features = self.appearance(reference_latent, timestep)
-        eps = self.denoise(noisy, timestep, residuals, features, reference_mask)
-        if self.stage == 1 and reference_mask is not None and not any(reference_mask):
+        eps = self.denoise(noisy, timestep, residuals, features, mask)
+        if self.stage == 1 and isinstance(mask, Sequence) and not any(mask):
             # No row uses the reference. The appearance UNet needs zero gradients instead of None: data-parallel workers
             # must agree on which parameters have gradients.
             eps = eps + 0 * sum(f[0, 0, 0] for f in features)

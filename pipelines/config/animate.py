@@ -74,6 +74,9 @@ class AnimateConfig(SamplingConfig):
     vae_tiling: bool = False
     """Encoding and decoding in overlapping tiles, which are blended: less memory for large frames."""
 
+    compile: bool | Literal["auto"] = "auto"
+    """Compilation of the networks with torch.compile: faster steps after a first step of minutes. auto: on GPUs."""
+
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of weights and activations."""
 

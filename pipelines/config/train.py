@@ -22,8 +22,9 @@ class StageConfig:
     batch_size: int
     """Images (stage 1) or clips (stage 2) per optimizer step (>= 1), over all workers and accumulation steps."""
 
-    micro_batch: int
-    """Batch size of one forward pass of one worker (>= 1): batch_size = workers x micro_batch x accumulation steps."""
+    micro_batch: int | Literal["auto"]
+    """Batch size of one forward pass of one worker (>= 1): batch_size = workers x micro_batch x accumulation steps. auto:
+    the largest that fits into memory by the estimate of `tcan memory`, halved when a step runs out of memory."""
 
     lr: float = 1e-5
     """Learning rate of AdamW (> 0), constant after warm-up."""
@@ -130,6 +131,10 @@ class TrainConfig:
     ema_decay: float = 0.0
     """EMA decay per step (>= 0, < 1). If > 0, the EMA weights are validated and saved. 0 disables EMA."""
 
+    compile: bool | Literal["auto"] = "auto"
+    """Compilation of the networks with torch.compile: faster steps after a first step of minutes. auto: on GPUs, except
+    with ZeRO 3."""
+
     gradient_checkpointing: bool = False
     """Recomputation of activations in the backward pass: less memory, about 1.4 times the time (`make bench`). `tcan
     memory` prints the memory with and without."""
@@ -184,7 +189,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name, stage in (("train.stage1.", self.stage1), ("train.stage2.", self.stage2)):
-            check(stage, name, at_least(1), steps=1000, batch_size=8, micro_batch=1, checkpoint_every=500)
+            check(stage, name, at_least(1), steps=1000, batch_size=8, checkpoint_every=500)
+            if stage.micro_batch != "auto":
+                check(stage, name, at_least(1), micro_batch=1)
             check(stage, name, at_least(0), warmup_steps=0, sample_every=500, validate_every=500)
             check(stage, name, ABOVE_0, lr=1e-5)
         check(self, "train.", at_least(1), stick_width=4, lora_rank=16, lora_alpha=16, workers=1)
@@ -202,6 +209,11 @@ class TrainConfig:
         check(self, "train.", ABOVE_0, snr_gamma=5, hang_timeout=900)
         check(self, "train.", between(0, 1), drop_reference=0.1, pose_dropout=0.1, pose_jitter=0.01)
         check(self, "train.", between(0, 1), pose_outliers=0.05)
+        if self.compile is True and self.zero_stage == 3:
+            raise UserError(
+                "train.compile = True: not supported with ZeRO 3, which gathers weights between layers; set train.zero_stage "
+                "2 or train.compile auto"
+            )
         if self.storage is not None and not re.fullmatch(
             r"((s3|gs)://[^/]+.*|file:///.+|(?!\w+://).+)", self.storage
         ):
@@ -220,7 +232,8 @@ class TrainConfig:
             )
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
             for workers in range(self.min_workers or self.workers, self.workers + 1):
-                if stage.batch_size % (workers * stage.micro_batch):
+                micro_batch = 1 if stage.micro_batch == "auto" else stage.micro_batch
+                if stage.batch_size % (workers * micro_batch):
                     raise UserError(
                         f"train.{name}.batch_size = {stage.batch_size}: not a multiple of train.workers x micro_batch = "
                         f"{workers} x {stage.micro_batch}; change one of them"

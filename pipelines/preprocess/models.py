@@ -17,6 +17,7 @@ from pipelines.config import PretrainedConfig
 from pipelines.preprocess.latents import EncodedFrames
 from pipelines.preprocess.pose import pack_people
 from pipelines.preprocess.schemas import ENCODED_SCHEMA
+from tcan.errors import UserError
 from tcan.pose import PoseDetector
 from tcan.pose.hands import FaceDetector, HandDetector
 from tcan.weights import load_part, load_pose_detector
@@ -82,8 +83,14 @@ class PoseAndLatents:
             if frames[i].is_valid:
                 # as_buffer: a view of the object store without a copy.
                 images = np.frombuffer(frames[i].as_buffer(), np.uint8)
-                with self._stream():
-                    row.update(self.encode(images.reshape(-1, row["height"], row["width"], 3)))
+                try:
+                    with self._stream():
+                        row.update(self.encode(images.reshape(-1, row["height"], row["width"], 3)))
+                except torch.OutOfMemoryError:
+                    raise UserError(
+                        f"preprocess.batch_frames = {self.batch_frames}: out of GPU memory; lower it (see tcan memory "
+                        "--job preprocess), or raise preprocess.gpus_per_actor if actors share a GPU"
+                    ) from None
         return pa.Table.from_pylist(rows, ENCODED_SCHEMA)
 
     def _stream(self) -> AbstractContextManager:

@@ -148,6 +148,7 @@ def deepspeed_settings(
     Raises:
         UserError: the contradictions and the keys to change instead.
     """
+    assert stage.micro_batch != "auto"
     ours = {
         "train_batch_size": stage.batch_size,
         "train_micro_batch_size_per_gpu": stage.micro_batch,
@@ -163,6 +164,7 @@ def deepspeed_settings(
         "gradient_accumulation_steps": "train.stageN.batch_size, micro_batch and train.workers",
         "gradient_clipping": "train.max_grad_norm",
         "bf16.enabled": "train.precision",
+        "data_types.grad_accum_dtype": "train.precision",
         "fp16.enabled": "train.precision (fp32 or bf16)",
         "zero_optimization.stage": "train.zero_stage",
     }
@@ -171,6 +173,10 @@ def deepspeed_settings(
         for key in ("optimizer", "scheduler")
         if key in given
     ]
+    if config.precision == "bf16" and config.zero_stage >= 2:
+        # By default DeepSpeed sums the gradients of accumulation steps in bf16, whose rounding loses small ones. ZeRO 0
+        # does not support another type, and ZeRO 1 then replaces its optimizer by one without partitioned updates.
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
     merged = _merge(ours, given, "", conflicts, set_by)
     if conflicts:
         raise UserError(
@@ -181,6 +187,9 @@ def deepspeed_settings(
         # The contiguous buffer prevents fragmentation of GPU memory, but costs a copy of all gradients.
         zero = merged["zero_optimization"]
         merged["zero_optimization"] = {"contiguous_gradients": zero["stage"] == 3} | zero
+    else:
+        # Reduce gradients on a side stream while the backward pass continues; DeepSpeed's default is only ZeRO 3.
+        merged["zero_optimization"] = {"overlap_comm": True} | merged["zero_optimization"]
     quiet = {
         "steps_per_print": 1 << 30,
         "zero_allow_untested_optimizer": True,

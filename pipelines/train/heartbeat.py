@@ -16,6 +16,14 @@ class RunMonitor:
         self._heartbeats: dict[int, tuple[int, str]] = {}  # rank -> (last step, process and host)
         self._last_heartbeat = time.monotonic()
         self._progress: tuple[int, str] | None = None
+        self._micro_batch_limit: int | None = None
+
+    def limit_micro_batch(self, limit: int) -> None:
+        """Set the upper bound of `micro_batch: auto` for restarted workers."""
+        self._micro_batch_limit = limit
+
+    def micro_batch_limit(self) -> int | None:
+        return self._micro_batch_limit
 
     def register(self, rank: int, workers: int) -> str | None:
         """Register a starting worker; returns the reason to abort, if there is one."""

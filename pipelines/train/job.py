@@ -158,9 +158,13 @@ def _check_clips(dataset: str, info: dict[str, Any], config: Config, stage: int)
         UserError: no clip is long enough; contradictory settings.
     """
     stage_options = stage_config(config, stage)
-    deepspeed_settings(
-        config.train, stage_options, config.train.workers, read_settings(config.train.deepspeed)
+    # "auto" is resolved by the workers.
+    one = (
+        dataclasses.replace(stage_options, micro_batch=1)
+        if stage_options.micro_batch == "auto"
+        else stage_options
     )
+    deepspeed_settings(config.train, one, config.train.workers, read_settings(config.train.deepspeed))
     Sampler(
         ClipStore(dataset), stage, seed=config.seed, batch_size=stage_options.batch_size, size=config.size,
         vae_scaling_factor=info["vae_scaling_factor"], stick_width=config.train.stick_width, frames=config.train.clip_frames,
@@ -180,7 +184,6 @@ def _train_stage(
     stage_options = stage_config(config, stage)
     folder = out / f"stage{stage}"
     settings = run_settings(stage, dataset, start, config)
-    given = read_settings(config.train.deepspeed)
     run = read_run(folder)
     if run:
         check_same_settings(folder, run["settings"], settings)
@@ -211,7 +214,7 @@ def _train_stage(
             vae_scaling_factor=info["vae_scaling_factor"],
             from_model=str(start) if start else None,
             run_id=record.id,
-            deepspeed=given,
+            deepspeed=read_settings(config.train.deepspeed),
             monitor=on_driver_node(RunMonitor),
             mailbox=on_driver_node(Mailbox),
             show_bar=sys.stdout.isatty() and sys.stderr.isatty(),
@@ -286,8 +289,15 @@ def _ray_trainer(task: Task, location: str, name: str) -> TorchTrainer:
                 checkpoint_score_order="min",
             ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            # Before CUDA starts: Ray Train starts it for NCCL, ahead of the worker's function.
+            worker_runtime_env={"env_vars": _allocator_settings()} if config.gpus_per_worker else {},
         ),
     )
+
+
+def _allocator_settings() -> dict[str, str]:
+    """The driver's settings of torch's CUDA allocator; `pipelines.cli` sets expandable segments."""
+    return {name: value for name, value in os.environ.items() if name == "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 def _wait(

@@ -63,19 +63,22 @@ def arm_watchdog(seconds: float) -> None:
 disarm_watchdog = faulthandler.cancel_dump_traceback_later
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether device or main memory is exhausted; for main memory, torch raises a RuntimeError."""
+    text = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text or "not enough memory" in text
+    )
+
+
 def out_of_memory(
     error: BaseException, config: TrainConfig, stage_config: StageConfig, stage: int
 ) -> str | None:
     """If the error means that memory is exhausted: a message with the settings to change."""
-    text = str(error)
-    if (
-        not isinstance(error, torch.OutOfMemoryError)
-        and "allocate memory" not in text
-        and "not enough memory" not in text
-    ):
+    if not is_out_of_memory(error):
         return None
     advice = []
-    if stage_config.micro_batch > 1:
+    if stage_config.micro_batch != 1:
         advice.append(f"lower train.stage{stage}.micro_batch ({stage_config.micro_batch})")
     if not config.gradient_checkpointing:
         advice.append("set train.gradient_checkpointing")

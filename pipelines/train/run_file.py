@@ -22,6 +22,7 @@ RESUME_MAY_CHANGE = {
     "gpus_per_worker",
     "zero_stage",
     "deepspeed",
+    "compile",
     "gradient_checkpointing",
     "min_workers",
     "max_failures",

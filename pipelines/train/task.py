@@ -34,6 +34,12 @@ class Task:
     def stage_config(self) -> StageConfig:
         return stage_config(self.config, self.stage)
 
+    @property
+    def micro_batch(self) -> int:
+        """A number: "auto" is replaced when a worker starts (`pipelines.train.micro_batch`)."""
+        assert self.stage_config.micro_batch != "auto"
+        return self.stage_config.micro_batch
+
 
 def stage_config(config: Config, stage: int) -> StageConfig:
     return config.train.stage1 if stage == 1 else config.train.stage2

@@ -5,8 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from pipelines.train.data import Batch
+from tcan.model import TCAN, diffusion_loss
 
 
 class FlopsMeter:
@@ -31,6 +36,21 @@ class FlopsMeter:
             return
         with _FlopCounter() as counter:
             yield
+        self._flops_per_step = self._micro_batches * counter.flops
+
+    def count_fake(self, model: TCAN, batch: Batch) -> None:
+        """Count the first micro-batch on fake tensors, which takes seconds and neither device memory nor device time."""
+        if self._flops_per_step:
+            return
+        shape, device = batch.latents.shape, model.device
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode, _FlopCounter() as counter, torch.compiler.set_stance("force_eager"):
+            latents = torch.empty(shape, device=device)
+            pose = torch.empty(*shape[:2], 3, 8 * shape[-2], 8 * shape[-1], device=device)
+            timestep = torch.zeros(shape[0], dtype=torch.int64, device=device)
+            loss = diffusion_loss(model, DDIMScheduler(), latents, latents, timestep, pose, latents[:, 0])
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(loss, trained, allow_unused=True)
         self._flops_per_step = self._micro_batches * counter.flops
 
     def metrics(self, seconds: float) -> dict[str, float]:

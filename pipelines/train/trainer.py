@@ -29,6 +29,7 @@ from pipelines.train.run_logger import RunLogger
 from pipelines.train.task import Task, pretrained_sources, schedule_options
 from pipelines.train.throughput import FlopsMeter, peak_matmul_flops, profiler
 from pipelines.train.validation import SampleImages, Validation, validation_sampler
+from tcan.acceleration import compile_tcan, is_compiled, use_fast_formats
 from tcan.pose import PoseErrors
 from tcan.schedule import noise_schedule
 from tcan.weights import load_pretrained
@@ -73,7 +74,12 @@ class Trainer:
         self.pretrained = load_pretrained(**pretrained_sources(task.config))
         self.pretrained.scheduler = noise_schedule(self.pretrained.scheduler, **schedule_options(config))
         model = build_model(task, self.pretrained)
+        use_fast_formats(self.device, model)
         self.engine = create_engine(model, config, self.stage, workers, task.deepspeed)
+        # After DeepSpeed has placed the weights. ZeRO 3 gathers them in hooks, at which a graph would break.
+        self.compiled = config.zero_stage < 3 and is_compiled(config.compile, self.device)
+        if self.compiled:
+            compile_tcan(self.engine.module)
         self.frozen = checkpoint.FrozenFingerprint(self.engine.module)
         self.state = checkpoint.load(self.engine)
         self.first_step = self.last_checkpoint = self.state["step"]
@@ -90,7 +96,7 @@ class Trainer:
         self.sampler = create_sampler(task, "train", self.stage.batch_size, errors)
         self.logger = RunLogger(task, rank, self.first_step)
         self.flops_meter = FlopsMeter(
-            self.stage.batch_size // self.stage.micro_batch,
+            self.stage.batch_size // task.micro_batch,
             workers,
             peak_matmul_flops(self.device, self.engine.module.dtype),
         )
@@ -112,7 +118,7 @@ class Trainer:
         if self.first_step >= self.stage.steps and not self.state.get("model"):
             self.save(self.first_step, is_last=True)  # train.stageN.steps was lowered since the last start
         profile = self._profiler()
-        shard = (self.rank, self.workers, self.stage.micro_batch)
+        shard = (self.rank, self.workers, self.task.micro_batch)
         with Prefetcher(lambda step: self.sampler.worker_batches(step, *shard)) as prefetcher:
             has_left_machine = False
             for step in range(self.first_step, self.stage.steps):
@@ -154,6 +160,8 @@ class Trainer:
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = lr
         local_loss = torch.zeros((), device=self.device)
+        if self.compiled:  # the operations of compiled networks cannot be counted while they run
+            self.flops_meter.count_fake(self.engine.module, batches[0])
         for batch in batches:
             with self.flops_meter.counted():
                 loss = self.batch_loss(batch, self.config.snr_gamma)
@@ -208,14 +216,15 @@ class Trainer:
     def validate(self, step: int) -> None:
         """Compute and log the validation loss with the EMA weights, if there are any."""
         assert self.validation is not None
-        with ema_weights(self.engine):
+        # Without compilation for the shapes of the validation and of sample images.
+        with ema_weights(self.engine), torch.compiler.set_stance("force_eager"):
             self.validation_metrics = self.validation.compute(self.batch_loss, self.device)
         self.logger.metrics(self.validation_metrics, step)
 
     def log_samples(self, step: int) -> None:
         """Render and log the sample images. Called by all workers: under ZeRO-3 each holds a shard of the weights."""
         assert self.sample_images is not None
-        with ema_weights(self.engine):
+        with ema_weights(self.engine), torch.compiler.set_stance("force_eager"):
             image, clip = self.sample_images.draw(self.engine.module)
         self.logger.samples(image, clip, step)
 

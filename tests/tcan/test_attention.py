@@ -60,14 +60,23 @@ def test_reference_attention_follows_the_formula() -> None:
         z = torch.randn(3 * 2, 5, WIDTH, dtype=torch.float64)
         for shared in (False, True):
             features = torch.randn(1 if shared else 3, 7, WIDTH, dtype=torch.float64)
-            for reference_mask in (None, [True] * 3, [True, False, True], [False, True, False], [False] * 3):
-                mask = None if reference_mask is None else torch.tensor(reference_mask)
-                appearance = Appearance([torch.empty(0), features], mask, num_frames=2)
+            for reference_mask in (None, [True] * 3, [True, False, True], [False, True, True], [False] * 3):
+                appearance = Appearance([torch.empty(0), features], reference_mask, num_frames=2)
                 out = AppearanceAttention(1)(attn, z, appearance=appearance)
                 expected = expected_reference_attention(
                     attn, z, features, reference_mask or [True] * 3, frames=2
                 )
                 torch.testing.assert_close(out, expected, **CLOSE)
+
+
+def test_reference_mask_on_the_device_follows_the_formula() -> None:
+    attn = attention_layer(lora=True)
+    z, features = (torch.randn(n, 5, WIDTH, dtype=torch.float64) for n in (3 * 2, 3))
+    for reference_mask in ([True] * 3, [True, False, True], [False] * 3):
+        appearance = Appearance([features], torch.tensor(reference_mask), num_frames=2)
+        out = AppearanceAttention(0)(attn, z, appearance=appearance)
+        expected = expected_reference_attention(attn, z, features, reference_mask, frames=2)
+        torch.testing.assert_close(out, expected, **CLOSE)
 
 
 def test_without_index_or_appearance_it_is_standard_attention() -> None:

@@ -4,10 +4,25 @@ import pytest
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
 
-from tcan.memory import TrainingMemory, fake_tcan, training_memory
+from tcan.memory import (
+    InferenceMemory,
+    TrainingMemory,
+    animation_memory,
+    fake_network,
+    fake_tcan,
+    preprocess_memory,
+    training_memory,
+)
 from tcan.model import TCAN, diffusion_loss
+from tcan.pixels import from_vae_output, to_vae_input
+from tcan.pose.network import BodyPoseNetwork
+from tests.benchmarks.timing import peak_bytes
+from tests.tiny import tiny_vae
 
 SIZE = 64
+MAX_SCRATCH = 0.4
+"""Scratch of the CPU's convolutions that the estimates exclude, as a fraction of the estimate: at these sizes up to 0.35 with
+oneDNN, and more with other implementations. Only the lower bound is therefore strict."""
 
 
 def build(pretrained: dict) -> dict:
@@ -65,6 +80,54 @@ def test_estimate_matches_the_measured_training_step(
     assert parts["gradients"] == gradients
     # The estimate excludes scalars, such as AdamW's step counter.
     assert abs(parts["optimizer"] / state - 1) < 1e-3
+
+
+@torch.no_grad()
+def test_inference_estimates_match_the_measured_peaks(pretrained: dict) -> None:
+    """Measured by the profiler of torch's allocations, on the calls of the pipeline and of the preprocessing actor."""
+    real, vae, network = TCAN(**build(pretrained)), tiny_vae().eval(), BodyPoseNetwork().eval()
+    frames, side = 3, SIZE // 8
+    estimate = animation_memory(
+        fake_tcan(lambda: build(pretrained), torch.float32),
+        fake_network(tiny_vae, torch.float32),
+        frames,
+        SIZE,
+        SIZE,
+        4,
+    )
+    assert estimate.weights["denoising"] == sum(t.nbytes for t in [*real.parameters(), *real.buffers()])
+
+    def denoise() -> None:
+        noisy, timestep = torch.randn(1, frames, 4, side, side), torch.zeros(1, dtype=torch.int64)
+        features = real.appearance(noisy[:, 0], timestep)
+        embedding = real.embed_pose(torch.rand(1, frames, 3, SIZE, SIZE))
+        residuals = real.pose_residuals(noisy, timestep, embedding)
+        real.denoise(noisy, timestep, residuals, features, [False, True], torch.ones(SIZE, SIZE))
+
+    def decode() -> None:
+        from_vae_output(vae.decode(torch.randn(4, 4, side, side)).sample)
+
+    def encode() -> None:
+        vae.encode(to_vae_input(torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8), torch.float32))
+
+    actor = preprocess_memory(
+        fake_network(tiny_vae, torch.float32), fake_network(BodyPoseNetwork, torch.float32), 64, 4, SIZE, SIZE
+    )
+    for name, estimated, run in (
+        ("denoising", estimate.activations["denoising"], denoise),
+        ("decoding", estimate.activations["decoding"], decode),
+        ("VAE", actor.activations["VAE"], encode),
+        ("pose", actor.activations["pose"], lambda: network(torch.zeros(4, 3, 64, 64))),
+    ):
+        ratio = peak_bytes(run) / estimated
+        assert 0.95 <= ratio <= 1 + MAX_SCRATCH, f"{name}: {ratio:.3f} of the estimate"
+
+
+def test_offloading_keeps_the_weights_of_one_phase_or_layer_on_the_device() -> None:
+    memory = InferenceMemory(
+        weights={"denoising": 50, "decoding": 10}, activations={"denoising": 20, "decoding": 70}
+    )
+    assert [memory.peak(offload) for offload in ("none", "model", "sequential")] == [130, 80, 70]
 
 
 def test_activations_scale_with_the_batch_and_shrink_with_checkpointing(pretrained: dict) -> None:
