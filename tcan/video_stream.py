@@ -11,7 +11,7 @@ import logging
 import os
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -161,7 +161,7 @@ class VideoStream:
             )
         return False
 
-    def _decoded(self, keyframes: bool = False) -> Iterator[tuple[float | None, av.VideoFrame]]:
+    def _decoded(self, keyframes: bool = False) -> Generator[tuple[float | None, av.VideoFrame], None, None]:
         """Time on the file's clock and decoded frame, stored size and orientation."""
         try:
             with av.open(self.path) as container:
