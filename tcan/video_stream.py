@@ -161,7 +161,7 @@ class VideoStream:
             )
         return False
 
-    def _decoded(self, keyframes: bool = False) -> Generator[tuple[float | None, av.VideoFrame]]:
+    def _decoded(self, keyframes: bool = False) -> Generator[tuple[float | None, av.VideoFrame], None, None]:
         """Time on the file's clock and decoded frame, stored size and orientation."""
         try:
             with av.open(self.path) as container:
