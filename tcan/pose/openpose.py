@@ -7,7 +7,7 @@ finds the same people. Only the computation differs: see `tcan.pose.peaks` and `
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -32,6 +32,7 @@ PADDING_VALUE = 128  # gray
 PAF_MAPS, JOINT_MAPS = 38, 18
 
 
+@runtime_checkable
 class PoseDetector(Protocol):
     """Detector of all people in each frame."""
 

@@ -1,5 +1,6 @@
 """Loaders of the components of a model folder for `DiffusionPipeline.from_pretrained`; `model_index.json` names them.
 
+The folder's `pipeline.py` imports this module, because diffusers imports no other module that a model folder names.
 diffusers calls `from_pretrained` of each class with the model folder and `torch_dtype`. The base classes decide which
 method it calls, so their names must exist in this module.
 """
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
 from tcan.model import TCAN
 from tcan.pose import OpenPose
 from tcan.schedule import noise_schedule
+from tcan.weights.common import quiet
 from tcan.weights.model_folder import check_fingerprint, load_model, read_model_info
 from tcan.weights.pretrained import (
     load_part,
@@ -37,7 +39,8 @@ class Vae(ModelMixin):
         vae = load_part("vae", entry["source"], variant)
         actual = {"source": entry["source"], "fingerprint": pretrained_fingerprint("vae", vae)}
         check_fingerprint(os.fspath(folder), "vae", entry, actual)
-        return vae.to(dtype=torch_dtype or torch.float32).requires_grad_(False).eval()
+        with quiet():
+            return vae.to(dtype=torch_dtype or torch.float32).requires_grad_(False).eval()
 
 
 class Tcan(ModelMixin):

@@ -40,6 +40,9 @@ MODEL_PARTS = {
     "temporal_controlnet": "temporal_controlnet/diffusion_pytorch_model.safetensors",
 }
 SCHEMA_VERSION = 1
+PIPELINE = """import tcan.weights.components  # the loaders in model_index.json
+from tcan.pipeline import TCANPipeline
+"""
 
 
 def save_model(
@@ -160,9 +163,7 @@ def _write_info(info: Mapping[str, Any], folder: Path) -> None:
     index = {"_class_name": ["pipeline", "TCANPipeline"], "_diffusers_version": diffusers.__version__}
     index |= {name: ["tcan.weights.components", loader] for name, loader in loaders.items()}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "pipeline.py").write_text(
-        'from tcan.pipeline import TCANPipeline\n\n__all__ = ["TCANPipeline"]\n'
-    )
+    (folder / "pipeline.py").write_text(PIPELINE)
 
 
 @contextmanager
