@@ -75,7 +75,8 @@ class AnimateConfig(SamplingConfig):
     """Encoding and decoding in overlapping tiles, which are blended: less memory for large frames."""
 
     compile: bool | Literal["auto"] = "auto"
-    """Compilation of the networks with torch.compile: faster steps after a first step of minutes. auto: on GPUs."""
+    """Compilation of the networks with torch.compile: faster steps after a first step of minutes. auto: on GPUs.
+    With offloading, the networks are never compiled."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Data type of weights and activations."""

@@ -156,7 +156,7 @@ def window(device: str, report: Reporter, models: Any, peak: float) -> None:
 
 def frames(device: str, report: Reporter) -> None:
     """(d) Frames/s of decoding a video, of the pose network and of the VAE, and the time in which the GPU is idle."""
-    from pipelines.preprocess.latents import encode_frames
+    from pipelines.preprocess.latents import EncodedFrames
     from tcan.pose import OpenPose
     from tcan.weights import load_pose_detector
 
@@ -168,7 +168,7 @@ def frames(device: str, report: Reporter) -> None:
     latents = torch.randn(count, models.vae.config.latent_channels, size // 8, size // 8)
     for what, run in (
         ("pose detection", lambda: detector.detect(images)),
-        ("VAE encoding", lambda: encode_frames(models.vae, images, 16)),
+        ("VAE encoding", lambda: EncodedFrames(models.vae, images, 16).numpy()),
         ("VAE decoding", lambda: list(pipe.decode(latents))),
     ):
         run()
