@@ -26,7 +26,6 @@ from pipelines.train.engine import AdamW
 from pipelines.train.loss_guard import LossGuard
 from tcan.memory import to_fake
 from tcan.model import TCAN, diffusion_loss
-from tcan.pipeline import TCANPipeline
 from tcan.pixels import from_vae_output
 from tcan.pose import hands, openpose
 from tcan.pose.hands import FaceDetector, HandDetector
@@ -267,33 +266,6 @@ def test_preprocessing_actor_copies_frames_to_cuda_and_two_results_back(
     )
     assert boundary.uploads == [(2, side, side, 3)] * 2 + [(2, 184, 184, 3)] * 2
     assert boundary.downloads == [(2, 4, channels, side // 8, side // 8)] + [(2, 56, 23, 23)] * 2
-
-
-def test_model_offloading_moves_one_network_at_a_time_to_the_gpu() -> None:
-    frames = 4
-    with fake() as mode, torch.no_grad():
-        networks = Networks("mini", torch.float32, "cpu", mode)
-        pipe = TCANPipeline(networks.vae, networks.tcan, networks.scheduler)
-        pipe.enable_model_cpu_offload(device="cuda")
-
-        def devices() -> tuple[str, str]:
-            return next(pipe.vae.parameters()).device.type, next(pipe.tcan.parameters()).device.type
-
-        assert devices() == ("cpu", "cpu")
-        cuda, side = pipe._execution_device, networks.latent_size
-        assert cuda.type == "cuda"
-        reference = pipe.vae.encode(torch.zeros(1, 3, 8 * side, 8 * side, device=cuda)).latent_dist.mean
-        assert devices() == ("cuda", "cpu")
-        t = torch.zeros(1, dtype=torch.int64, device=cuda)
-        features = pipe.tcan.appearance(reference, t)
-        assert devices() == ("cpu", "cuda")
-        pose = pipe.tcan.embed_pose(torch.zeros(1, frames, 3, side * 8, side * 8, device=cuda))
-        noisy = torch.zeros(1, frames, networks.channels, side, side, device=cuda)
-        residuals = pipe.tcan.pose_residuals(noisy, t, pose)
-        eps = pipe.tcan.denoise(noisy, t, residuals, features, [False, True])
-        assert eps.device.type == "cuda"
-        pipe.maybe_free_model_hooks()
-        assert devices() == ("cpu", "cpu")
 
 
 def test_every_scheduler_steps_after_training_used_its_schedule() -> None:
