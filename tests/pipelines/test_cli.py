@@ -309,7 +309,7 @@ def test_file_name_with_a_leading_dash_is_a_path(
     monkeypatch.chdir(tmp_path)
     Path("-x.json").write_text("[]")
     Path("--y.png").write_text("")
-    assert "./-x.json" in error_of(capsys, "weights", "check", "-x.json")
+    assert "-x.json: not a weights file" in error_of(capsys, "weights", "check", "-x.json")
     message = error_of(
         capsys, "animate", "--image", "--y.png", "--out", "o.mp4", "--poses", "-x.json", "--model", "m"
     )
