@@ -81,6 +81,7 @@ def test_operations_counted_on_fake_tensors_equal_those_of_a_step() -> None:
     assert all(parameter.grad is None for parameter in tcan.parameters())
 
 
+@pytest.mark.slow
 def test_micro_batch_auto_is_the_largest_divisor_that_fits() -> None:
     config = load_config("--train.stage1.micro_batch=auto", "--train.stage1.batch_size=12", "--size=64")
     estimate = training_estimate(config, 1, False)

@@ -67,7 +67,7 @@ def write_lora(pipe: TCANPipeline, path: Path, layout: str) -> dict[str, Tensor]
 
 def frames(pipe: TCANPipeline, **options: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    options = dict(retarget=False, steps=2, window=2, overlap=0, output_type="latent") | options
+    options = dict(retarget="none", steps=2, window=2, overlap=0, output_type="latent") | options
     return pipe(random_image(), dance(2), generator=generator, **options).frames
 
 

@@ -425,7 +425,7 @@ def test_moving_the_pipeline_moves_the_pose_network(pipe: TCANPipeline, pretrain
     assert {parameter.device.type for parameter in copied.pose_detector.network.parameters()} == {"meta"}
 
 
-OPTIONS: dict[str, Any] = dict(retarget=False, window=2, overlap=0, output_type="latent")
+OPTIONS: dict[str, Any] = dict(retarget="none", window=2, overlap=0, output_type="latent")
 
 
 def seeded(pipe: TCANPipeline, **options: Any) -> Tensor:

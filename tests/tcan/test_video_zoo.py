@@ -107,8 +107,9 @@ def test_change_of_size_fits_all_frames_to_the_first(tmp_path: Path) -> None:
     (tmp_path / "both.ts").write_bytes((tmp_path / "64.ts").read_bytes() + (tmp_path / "32.ts").read_bytes())
     video = VideoStream(tmp_path / "both.ts")
     times, images = zip(*video, strict=True)
-    assert len(images) == 20 and {image.shape for image in images} == {(64, 64, 3)}
-    assert difference(images[10], images[0]) < 25  # the same first image of the pattern, blurred
+    # ffmpeg shows 19 frames too: its MPEG-2 decoder drops the delayed frame at the change.
+    assert len(images) == 19 and {image.shape for image in images} == {(64, 64, 3)}
+    assert difference(images[9], images[0]) < 25  # the same first image of the pattern, blurred
     assert (np.diff(times) > 0).all() and times[-1] < 1
     assert "the frame size changes" in video.warnings[0]
 

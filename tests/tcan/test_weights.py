@@ -393,9 +393,9 @@ def test_source_behind_a_symlink_keeps_its_name(tmp_path: Path) -> None:
 
 
 VARIANTS = [
-    Variant(appa=False),
-    Variant(controlnet="finetune"),
-    Variant(temporal_controlnet=False),
+    pytest.param(Variant(appa=False), marks=pytest.mark.slow),
+    pytest.param(Variant(controlnet="finetune"), marks=pytest.mark.slow),
+    pytest.param(Variant(temporal_controlnet=False), marks=pytest.mark.slow),
     Variant(False, "finetune", False),
 ]
 
