@@ -1,5 +1,6 @@
 """`--submit` on a real cluster with dashboard: log, exit status, packages and Ctrl-C."""
 
+import contextlib
 import hashlib
 import os
 import pty
@@ -155,7 +156,8 @@ def test_submitting_an_id_again_follows_its_job(
     ]
     command = [sys.executable, "-m", "pipelines.cli", *job]
     submitters = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    (tmp_path / "list.txt").write_text(f"{tmp_path}/nowhere.mp4\n")  # returns when the job reads it
+    with contextlib.suppress(BrokenPipeError):  # Arrow cannot seek in a pipe, closes it and fails
+        (tmp_path / "list.txt").write_text(f"{tmp_path}/nowhere.mp4\n")  # returns when the job reads it
     outputs = [submitter.communicate(timeout=120)[0] for submitter in submitters]
     assert [submitter.returncode for submitter in submitters] == [2, 2], outputs
     assert all("tcan: error: " in output for output in outputs)
