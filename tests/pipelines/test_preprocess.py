@@ -898,7 +898,9 @@ def test_rerun_after_kill_completes_the_dataset(
         time.sleep(0.05)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    survived = {name: file for name, file in files_of(out).items() if ".partial" not in name}
+    survived = {
+        name: file for name, file in files_of(out).items() if ".partial" not in name and name != ".lock"
+    }
     assert not (out / "dataset.json").exists()
     (out / "clips" / ".clips-0.parquet.partial").write_text("incomplete")
 
