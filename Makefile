@@ -19,11 +19,12 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/tcan demo --out demo
 
+# Two processes, each with the modules of its own; the slow tests start clusters that need all cores.
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: $(STAMP)
-	$(BIN)/pytest
+test-all: test
+	$(BIN)/pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -96,26 +96,36 @@ def fake() -> Iterator[FakeTensorMode]:
         yield mode
 
 
-CASES = [("mini", torch.bfloat16), ("mini", torch.float16), ("sd15", torch.bfloat16)]
+CASES = [("mini", torch.float16), ("sd15", torch.bfloat16)]
 
 
-@pytest.mark.parametrize(("preset", "dtype"), CASES)
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "preset", "dtype"),
+    [
+        (1, "mini", torch.bfloat16),
+        (2, "mini", torch.float16),
+        (1, "sd15", torch.bfloat16),
+        (2, "sd15", torch.bfloat16),
+    ],
+)
 def test_training_loss_runs_on_cuda_without_host_synchronization(
-    preset: str, dtype: torch.dtype, stage: int
+    stage: int, preset: str, dtype: torch.dtype
 ) -> None:
     with fake() as mode:
         networks = Networks(preset, dtype, "cuda", mode)
         networks.tcan.set_stage(stage)
         batch = training_batch(networks, stage)
-        masks = [[True, False]] if preset == "sd15" else [[True, True], [True, False], [False, False]]
+        masks = (
+            [[True, True], [True, False], [False, False]]
+            if (stage, preset) == (1, "mini")
+            else [[True, False]]
+        )
         for mask in masks:
             loss = loss_of(networks, batch, "cuda", mask, gamma=5.0)
             assert loss.device.type == "cuda" and loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "checkpointing"), [(1, False), (2, True)])
 def test_backward_and_optimizer_step_need_no_host_synchronization(stage: int, checkpointing: bool) -> None:
     with fake() as mode:
         networks = Networks("mini", torch.bfloat16, "cpu", mode)
