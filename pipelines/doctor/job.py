@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import ray
 import torch
 
 from pipelines.config import Config
@@ -61,14 +62,39 @@ PROOFS = (
 
 def doctor(config: Config, model: Path | None, out: Path) -> int:
     """Run all checks, print each finding, and write the report. Returns the exit status: 1 if a check failed, else 0."""
-    subject = make_subject(config, model)
     findings = []
-    for finding in examine(subject, (*MACHINE, *SERVICES, *LOADING, *PROOFS)):
+    for finding in _findings(config, model):
         findings.append(finding)
         print(line(finding), flush=True)
-    path = write_report(findings, config, subject.sample.name, out)
+    path = write_report(findings, config, make_sample(config.size).name, out)
     print(f"\n{summary(findings)}\n\nreport: {path}", flush=True)
     return int(any(finding.status == "failed" for finding in findings))
+
+
+def _findings(config: Config, model: Path | None) -> Iterator[Finding]:
+    """Findings of the services, from this process; of the others, from a GPU of the cluster if only that has one."""
+    from pipelines.cluster import disconnect, is_local
+
+    yield from examine(make_subject(config, model), SERVICES)
+    if is_local() or not ray.is_initialized():
+        disconnect()  # the memory that Ray occupies is needed by the other checks
+    elif not torch.cuda.is_available() and ray.cluster_resources().get("GPU"):
+        yield from examine_on_cluster(config, model, (*MACHINE, *LOADING, *PROOFS), num_gpus=1)
+        return
+    yield from examine(make_subject(config, model), (*MACHINE, *LOADING, *PROOFS))
+
+
+def examine_on_cluster(
+    config: Config, model: Path | None, checks: Sequence[Check], num_gpus: int
+) -> Iterator[Finding]:
+    """Like `examine`, in a task on a node with this number of free GPUs. Findings arrive one by one."""
+
+    def task() -> Iterator[Finding]:
+        yield from examine(make_subject(config, model), checks)
+
+    remote = ray.remote(num_gpus=num_gpus, num_returns="streaming", max_retries=0)(task)
+    for reference in remote.remote():
+        yield ray.get(reference)
 
 
 def make_subject(config: Config, model: Path | None) -> Subject:

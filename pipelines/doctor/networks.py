@@ -44,14 +44,15 @@ def _describe(part: str, network: Any) -> tuple[str, str]:
         return f"{network.config.num_train_timesteps} timesteps, {network.config.prediction_type}", ""
     fingerprint = network.fingerprint if part == "pose" else pretrained_fingerprint(part, network)
     module: nn.Module = network.network if part == "pose" else network
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters", fingerprint
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters", fingerprint
 
 
 def compatibility(subject: Subject) -> Finding:
     """The loaded networks have one architecture: widths, layers, channels."""
-    configs = {part: dict(subject.networks[part].config) for part in NETWORKS if part in subject.networks}
-    encoder = configs.pop("text_encoder", None)
-    width = subject.networks["text_encoder"].config.hidden_size if encoder is not None else None
-    check_compatible(configs, width)
-    loaded = [*configs, *(["text_encoder"] if width else [])]
+    encoder = subject.networks.get("text_encoder")
+    loaded = [part for part in NETWORKS if part in subject.networks]
+    check_compatible(
+        {part: dict(subject.networks[part].config) for part in loaded if part != "text_encoder"},
+        None if encoder is None else encoder.config.hidden_size,
+    )
     return Finding("compatibility", "OK", f"{', '.join(loaded)} have one architecture")

@@ -17,7 +17,7 @@ REPORT = "report.md"
 
 def line(finding: Finding) -> str:
     """One line of the table: status, check, values."""
-    return f"{finding.status:<10}  {finding.check:<18}  {finding.found}"
+    return f"{finding.status:<10}  {finding.check:<19}  {finding.found}"
 
 
 def summary(findings: Sequence[Finding]) -> str:
