@@ -19,6 +19,8 @@ class Finding:
     advice: str = ""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Files to write next to the report, by name."""
+    seconds: float = 0.0
+    """Duration of the check."""
 
 
 def grade(ok: bool, suspicious: bool) -> Status:

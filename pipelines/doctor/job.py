@@ -5,6 +5,7 @@ tcan doctor --config sd15 --pretrained.unet model.safetensors
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -113,10 +114,12 @@ def examine(subject: Subject, checks: Sequence[Check]) -> Iterator[Finding]:
         if reason := _blocker(subject, check):
             yield Finding(check.name, "failed", f"not run: {reason[0]}", advice=reason[1])
             continue
+        began = time.monotonic()
         try:
-            yield check.run(subject)
+            finding = check.run(subject)
         except Exception as error:
-            yield _failure(check.name, error)
+            finding = _failure(check.name, error)
+        yield dataclasses.replace(finding, seconds=time.monotonic() - began)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

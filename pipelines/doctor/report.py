@@ -16,8 +16,8 @@ REPORT = "report.md"
 
 
 def line(finding: Finding) -> str:
-    """One line of the table: status, check, values."""
-    return f"{finding.status:<10}  {finding.check:<19}  {finding.found}"
+    """One line of the table: status, check, duration, values."""
+    return f"{finding.status:<10}  {finding.check:<19}{finding.seconds:>6.1f} s  {finding.found}"
 
 
 def summary(findings: Sequence[Finding]) -> str:
