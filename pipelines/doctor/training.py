@@ -16,21 +16,20 @@ from tcan.model import TCAN, diffusion_loss
 from tcan.schedule import noise_schedule
 
 STEPS = 20
-FRAMES = {1: 1, 2: 4}
-"""Frames of a clip, by stage."""
-TIMESTEPS = {1: (300, 700), 2: (500,)}
-"""Timesteps of the clips of the batch, by stage."""
+FRAMES = {1: 1, 2: 2}
+"""Number of frames of the clip, by stage."""
+TIMESTEP = 500
 OK = 0.98
 PARTS = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
 
 
 def stage1(subject: Subject) -> Finding:
-    """Steps of stage 1 on two noised copies of the sample."""
+    """Steps of stage 1 on the noised sample."""
     return _train(subject, 1, subject.config.train.stage1)
 
 
 def stage2(subject: Subject) -> Finding:
-    """Steps of stage 2 on a static clip of the sample."""
+    """Steps of stage 2 on a static clip of the noised sample."""
     return _train(subject, 2, subject.config.train.stage2)
 
 
@@ -51,12 +50,11 @@ def _losses(subject: Subject, stage: int, settings: StageConfig) -> list[float]:
     """Losses of the steps, each before its update."""
     config, device = subject.config.train, subject.device
     _start_distributed(device)
-    timestep = torch.tensor(TIMESTEPS[stage], device=device)
-    clips, frames = len(timestep), FRAMES[stage]
+    timestep = torch.tensor([TIMESTEP], device=device)
     latent = subject.latent()
-    latents = latent.expand(clips, frames, *latent.shape[1:])
+    latents = latent.expand(FRAMES[stage], -1, -1, -1)[None]
     noise = seeded_noise(*latents.shape).to(device)
-    pose = subject.pose_image().expand(clips, frames, -1, -1, -1)
+    pose = subject.pose_image().expand(FRAMES[stage], -1, -1, -1)[None]
     schedule = noise_schedule(subject.networks["scheduler"], config.prediction_type, config.zero_terminal_snr)
     torch.manual_seed(subject.config.seed)  # for the initial weights of APPA
     model = TCAN(
@@ -69,7 +67,7 @@ def _losses(subject: Subject, stage: int, settings: StageConfig) -> list[float]:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model = model.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32).train()
-    settings = dataclasses.replace(settings, batch_size=clips, micro_batch=clips)
+    settings = dataclasses.replace(settings, batch_size=1, micro_batch=1)
     engine = create_engine(
         model,
         dataclasses.replace(config, zero_stage=min(config.zero_stage, 2)),
@@ -79,9 +77,7 @@ def _losses(subject: Subject, stage: int, settings: StageConfig) -> list[float]:
     )
     losses = []
     for _ in range(STEPS):
-        loss = diffusion_loss(
-            engine, schedule, latents, noise, timestep, pose, latent.expand(clips, -1, -1, -1)
-        )
+        loss = diffusion_loss(engine, schedule, latents, noise, timestep, pose, latent)
         engine.backward(loss)
         optimizer_step(engine, torch.zeros((), dtype=torch.bool, device=device))
         losses.append(loss.item())
