@@ -133,16 +133,9 @@ def _export(arguments: Any, config: Any) -> None:
 def _doctor(arguments: Any, config: Any) -> int:
     from pipelines.doctor.job import doctor
     from pipelines.staging import local_output
-    from pipelines.tracking import local_model
-    from tcan.weights import MINI_MODEL
 
-    model = None
-    if arguments.model is not None:
-        model = local_model(arguments.model, config.tracking)
-    elif set(vars(config.pretrained).values()) == {"mini"}:
-        model = MINI_MODEL
     with local_output(arguments.out) as out:
-        return doctor(config, model, out)
+        return doctor(config, arguments.model, out)
 
 
 def _weights(arguments: Any, config: Any) -> None:

@@ -1,5 +1,6 @@
 """Check of an animation: a short video is written, read again and scored."""
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pipelines.doctor.finding import Finding, grade
 from pipelines.doctor.sample import FRAMES
 from pipelines.doctor.subject import Subject
 from pipelines.inference import PRECISIONS
+from pipelines.tracking import local_model
 from tcan.metrics import colour_distance, part_colours, pose_metrics
 from tcan.model import TCAN
 from tcan.pipeline import TCANPipeline
@@ -80,7 +82,7 @@ def _pipeline(subject: Subject) -> TCANPipeline:
         info=subject.info,
     )
     if subject.model is not None:
-        tcan = load_model(subject.model, pretrained)
+        tcan = load_model(local_model(subject.model, subject.config.tracking), pretrained)
     else:
         train = subject.config.train
         torch.manual_seed(subject.config.seed)
@@ -93,7 +95,8 @@ def _pipeline(subject: Subject) -> TCANPipeline:
             train.lora_alpha,
         )
     schedule = noise_schedule(networks["scheduler"], **tcan.info.get("schedule", {}))
-    pipe = TCANPipeline(networks["vae"], tcan, schedule, networks["pose"])
+    # A copy of the VAE: the pipeline moves and casts its networks in place.
+    pipe = TCANPipeline(copy.deepcopy(networks["vae"]), tcan, schedule, networks["pose"])
     pipe.model_info = {"stick_width": subject.config.train.stick_width} | pipe.model_info
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(subject.device, dtype)

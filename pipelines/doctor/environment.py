@@ -59,7 +59,8 @@ def gpu(subject: Subject) -> Finding:
     )
     if not torch.cuda.is_available():
         build = torch.version.cuda or "CPU only"
-        status = grade(not wanted, subject.config.animate.device == "cpu")
+        device = subject.config.animate.device
+        status = grade(not wanted and not device.startswith("cuda"), device == "cpu")
         return Finding("gpu", status, f"none (PyTorch for CUDA: {build})", f"{wanted} GiB", advice)
     properties = torch.cuda.get_device_properties(subject.device if subject.device.type == "cuda" else 0)
     size, free = properties.total_memory / GIB, torch.cuda.mem_get_info()[0] / GIB

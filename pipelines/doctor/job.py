@@ -18,8 +18,10 @@ from pipelines.doctor.finding import Finding
 from pipelines.doctor.report import line, summary, write_report
 from pipelines.doctor.sample import PUPPET_SIZE, make_sample
 from pipelines.doctor.subject import Subject
+from pipelines.inference import create_folder
 from pipelines.user_message import user_message
 from tcan.errors import first_line
+from tcan.weights import MINI_MODEL
 
 Run = Callable[[Subject], Finding]
 
@@ -61,8 +63,19 @@ PROOFS = (
 )
 
 
-def doctor(config: Config, model: Path | None, out: Path) -> int:
-    """Run all checks, print each finding, and write the report. Returns the exit status: 1 if a check failed, else 0."""
+def doctor(config: Config, model: str | None, out: Path) -> int:
+    """Run all checks, print each finding, and write the report. Returns the exit status: 1 if a check failed, else 0.
+
+    Args:
+        model: trained model of the animation, in the forms of `--model`; None: that of the package for the mini networks,
+            else the untrained networks.
+
+    Raises:
+        UserError: `out` cannot be created.
+    """
+    create_folder(out)
+    if model is None and set(vars(config.pretrained).values()) == {"mini"}:
+        model = str(MINI_MODEL)
     findings = []
     for finding in _findings(config, model):
         findings.append(finding)
@@ -72,7 +85,7 @@ def doctor(config: Config, model: Path | None, out: Path) -> int:
     return int(any(finding.status == "failed" for finding in findings))
 
 
-def _findings(config: Config, model: Path | None) -> Iterator[Finding]:
+def _findings(config: Config, model: str | None) -> Iterator[Finding]:
     """Findings of the services, from this process; of the others, from a GPU of the cluster if only that has one."""
     from pipelines.cluster import disconnect, is_local
 
@@ -86,7 +99,7 @@ def _findings(config: Config, model: Path | None) -> Iterator[Finding]:
 
 
 def examine_on_cluster(
-    config: Config, model: Path | None, checks: Sequence[Check], num_gpus: int
+    config: Config, model: str | None, checks: Sequence[Check], num_gpus: int
 ) -> Iterator[Finding]:
     """Like `examine`, in a task on a node with this number of free GPUs. Findings arrive one by one."""
 
@@ -98,7 +111,7 @@ def examine_on_cluster(
         yield ray.get(reference)
 
 
-def make_subject(config: Config, model: Path | None) -> Subject:
+def make_subject(config: Config, model: str | None) -> Subject:
     """The subject before its networks are loaded. Without a GPU, its device is the CPU, whatever the configuration."""
     wanted = config.animate.device
     if not torch.cuda.is_available():

@@ -33,8 +33,7 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def write_report(findings: Sequence[Finding], config: Config, sample: str, folder: Path) -> Path:
-    """Write report.md and the files of the findings; returns the path of the report."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write report.md and the files of the findings to an existing folder; returns the path of the report."""
     for finding in findings:
         for name, content in finding.files.items():
             (folder / name).write_bytes(content)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ class Subject:
     config: Config
     device: torch.device
     sample: Sample
-    model: Path | None = None
-    """Trained model for the animation; None: the untrained networks."""
+    model: str | None = None
+    """Trained model for the animation, in the forms of `--model`; None: the untrained networks."""
     networks: dict[str, Any] = field(default_factory=dict)
     """Loaded parts: names of `tcan.weights.pretrained.NETWORKS`, "scheduler" and "pose"."""
     info: dict[str, dict[str, str]] = field(default_factory=dict)

@@ -29,7 +29,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     """The mini networks, loaded once."""
-    subject = make_subject(load_config(), MINI_MODEL)
+    subject = make_subject(load_config(), str(MINI_MODEL))
     assert {finding.status for finding in examine(subject, LOADING)} == {"OK"}
     return subject
 
