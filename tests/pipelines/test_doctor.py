@@ -2,11 +2,11 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -46,7 +46,7 @@ def statuses(subject: Subject, *names: str, **networks: Any) -> dict[str, str]:
 
 def random(network: nn.Module) -> Any:
     """The architecture of a network with random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0, the text encoder would be that of mini, which is not trained
     build: Any = type(network)
     return (build(network.config) if "CLIP" in build.__name__ else build.from_config(network.config)).eval()
 
@@ -124,13 +124,13 @@ def test_controlnet_with_the_weights_of_the_unet_is_named(subject: Subject) -> N
 
 
 def test_swapped_motion_modules_are_named(subject: Subject) -> None:
-    """The modules of the up blocks in the place of those of the down blocks, where the shapes allow it."""
+    """The modules of up and down blocks of the same width are exchanged."""
     adapter = copy.deepcopy(subject.networks["motion_adapter"])
     state = adapter.state_dict()
     swapped = {}
     for name, weight in state.items():
-        other = name.replace("down_blocks.", "up_blocks.")
-        if other != name and other in state and state[other].shape == weight.shape:
+        other = re.sub(r"down_blocks\.(\d)", lambda match: f"up_blocks.{3 - int(match[1])}", name)
+        if other != name and state[other].shape == weight.shape:
             swapped |= {name: state[other].clone(), other: weight.clone()}
     assert len(swapped) > 50
     adapter.load_state_dict(swapped, strict=False)
@@ -149,9 +149,9 @@ def test_pose_network_with_another_order_of_joints_is_named(subject: Subject) ->
 def test_nan_weights_fail_every_proof_that_uses_them(subject: Subject) -> None:
     unet = copy.deepcopy(subject.networks["unet"])
     unet.conv_out.bias.data.fill_(float("nan"))
-    found = statuses(subject, "unet", "controlnet", "motion_adapter", "text_encoder", unet=unet)
-    assert found == dict.fromkeys(["unet", "controlnet", "motion_adapter"], "failed") | {
-        "text_encoder": "suspicious"
+    assert statuses(subject, "unet", "motion_adapter", unet=unet) == {
+        "unet": "failed",
+        "motion_adapter": "failed",
     }
 
 
@@ -159,8 +159,8 @@ def test_missing_files_fail_their_checks_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(job, "SERVICES", ())
-    checks = [check for check in PROOFS if check.name in ("vae", "unet", "pose", "animation")]
-    monkeypatch.setattr(job, "PROOFS", checks)
+    monkeypatch.setattr(job, "MACHINE", ())
+    monkeypatch.setattr(job, "PROOFS", [check for check in PROOFS if not check.name.startswith("training")])
     (tmp_path / "empty.safetensors").touch()
     status = cli.main(
         [
@@ -173,27 +173,34 @@ def test_missing_files_fail_their_checks_and_no_others(
     assert (
         f"unet: no such folder: {tmp_path}/missing" in out and "not run: unet, controlnet not loaded" in out
     )
-    rows = dict(
-        row.split(" | ")[:2][::-1]
-        for row in (tmp_path / "report" / "report.md").read_text().replace("| ", "", 0).splitlines()
-        if row.startswith(("| OK", "| failed", "| suspicious"))
+    cells = re.findall(
+        r"^\| (OK|suspicious|failed) \| ([^|]+) \|",
+        (tmp_path / "report" / "report.md").read_text(),
+        re.MULTILINE,
     )
-    failed = {name for name, status in rows.items() if status == "| failed"}
-    assert failed == {"load unet", "load controlnet", "unet", "animation"}
-    assert {"load vae", "vae", "pose", "python"} <= rows.keys() - failed
+    rows = {name: status for status, name in cells}
+    failed = {name for name, status in rows.items() if status == "failed"}
+    networks = ("unet", "controlnet", "motion_adapter", "text_encoder", "scaling factor", "animation")
+    assert failed == {"load unet", "load controlnet", *networks}
+    assert rows.keys() - failed == {
+        "load vae", "load motion_adapter", "load text_encoder", "load scheduler", "load pose", "compatibility", "vae", "pose",
+    }  # fmt: skip
 
 
 def test_photograph_shows_the_labelled_person() -> None:
     """An independent detector finds the face where the labels of nose, eyes and ears are."""
     import skimage.data
+    import skimage.feature
 
     photo = read_image(PHOTO)
     original = skimage.data.astronaut()
     assert np.abs(photo.astype(int) - original).mean() < 4
-    detector = cv2.CascadeClassifier(skimage.data.lbp_frontal_face_cascade_filename())
-    ((x, y, width, height),) = detector.detectMultiScale(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), 1.1, 5)
+    detector = skimage.feature.Cascade(skimage.data.lbp_frontal_face_cascade_filename())
+    (face,) = detector.detect_multi_scale(photo, 1.2, 1, min_size=(80, 80), max_size=(300, 300))
+    left, top = face["c"], face["r"]
     for name in ("nose", "right_eye", "left_eye"):
-        assert x < PHOTO_JOINTS[name][0] < x + width and y < PHOTO_JOINTS[name][1] < y + height, name
+        x, y = PHOTO_JOINTS[name]
+        assert left < x < left + face["width"] and top < y < top + face["height"], (name, face)
     assert PHOTO_JOINTS["right_ear"][0] < PHOTO_JOINTS["right_eye"][0] < PHOTO_JOINTS["left_eye"][0]
     sample = make_sample(256)
     assert sample.image.shape == (256, 256, 3) and sample.motion.shape == (8, 18, 3)
@@ -214,6 +221,7 @@ def test_large_networks_without_a_gpu_are_reported_without_hours_of_computation(
     assert all(finding.found == "not run: no GPU" for finding in found[1:])
 
 
+@pytest.mark.slow
 def test_checks_run_on_a_node_of_the_cluster(ray_cluster: None) -> None:
     checks = [check for check in MACHINE if check.name in ("python", "disk")]
     found = list(examine_on_cluster(load_config(), None, checks, num_gpus=0))
