@@ -110,6 +110,8 @@ def _submit(command: Command, name: str, options: Sequence[str], values: Any, co
             argv.append(token)
         elif not equals:
             next(tokens)
+    if command.arguments.get("--out", {}).get("default"):  # the job's working directory is temporary
+        argv.append(f"--out={values.out}")
     flags = [key for key, settings in command.arguments.items() if settings.get("action") == "store_true"]
     paths = [key for key, settings in command.arguments.items() if settings.get("type") is str]
     if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):

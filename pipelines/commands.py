@@ -130,6 +130,14 @@ def _export(arguments: Any, config: Any) -> None:
     print(f"{arguments.out}: exported with all pretrained models", flush=True)
 
 
+def _doctor(arguments: Any, config: Any) -> int:
+    from pipelines.doctor.job import doctor
+    from pipelines.staging import local_output
+
+    with local_output(arguments.out) as out:
+        return doctor(config, arguments.model, out)
+
+
 def _weights(arguments: Any, config: Any) -> None:
     from tcan.weights.check import describe
 
@@ -345,6 +353,19 @@ COMMANDS = {
         },
         _weights,
         (),
+    ),
+    "doctor": Command(
+        "Check this machine and all pretrained models: load them strictly, and prove with numbers that they work.",
+        {
+            "--model": _path(
+                "Trained model of the animation: a folder, models:/NAME@ALIAS, or an MLflow run id. Default: the model in "
+                "this package for the mini networks, else no training."
+            ),
+            "--out": _path("Folder of the report and a short animation.", default="doctor"),
+        },
+        _doctor,
+        ("pretrained", "train", "animate", "tracking"),
+        submittable=True,
     ),
     "demo": Command(
         "Run all steps on rendered puppets, from videos to animated videos.",

@@ -29,6 +29,7 @@ EXECUTED_BY = {
     "evaluate": "tests/pipelines/test_demo.py::test_demo_writes_videos_evaluations_and_contact_sheet",
     "export": "tests/tcan/test_weights.py::test_exported_model_needs_no_other_files",
     "weights": "tests/tcan/test_weights.py::test_describe_identifies_folders",
+    "doctor": "tests/pipelines/test_doctor.py::test_doctor_of_mini_finds_nothing_and_writes_a_report",
     "demo": "tests/pipelines/test_demo.py::test_demo_writes_videos_evaluations_and_contact_sheet",
     "memory": "tests/pipelines/test_cli.py::test_memory_prints_a_stage_by_gpus_and_zero_stage",
     "jobs": "tests/pipelines/test_submit.py::test_submitting_an_id_again_follows_its_job",
