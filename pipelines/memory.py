@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, ControlNetModel, MotionAdapter, UNet2DCondi
 from torch import nn
 
 from pipelines.config import Config, PretrainedConfig
+from tcan.crop import Size
 from tcan.errors import UserError
 from tcan.memory import (
     InferenceMemory,
@@ -68,8 +69,8 @@ def fits(size: float, gibibytes: float) -> bool:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def training_estimate(config: Config, stage: int, checkpointing: bool) -> TrainingMemory:
-    """The memory of a stage with one image or clip per micro-batch, with the precision of the configuration."""
+def training_estimate(config: Config, stage: int, size: Size, checkpointing: bool) -> TrainingMemory:
+    """The memory of a stage with one image or clip of this size per micro-batch, with the precision of the configuration."""
     train = config.train
     tcan = fake_tcan(lambda: networks(config.pretrained, train.lora_rank), DTYPES[train.precision])
     if checkpointing:
@@ -79,18 +80,21 @@ def training_estimate(config: Config, stage: int, checkpointing: bool) -> Traini
             f"train.clip_frames = {train.clip_frames}: the motion modules of {config.pretrained.motion_adapter} have "
             f"{tcan.max_frames} positions; set at most {tcan.max_frames}"
         )
-    return training_memory(tcan, stage, 1, train.clip_frames, config.size, config.size)
+    return training_memory(tcan, stage, 1, train.clip_frames, *size)
 
 
 def _print_training(config: Config, stage: int, gpus: int) -> None:
     train = config.train
     settings = train.stage1 if stage == 1 else train.stage2
+    sizes = [(config.size, config.size)] if config.preprocess.buckets is None else config.buckets
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
     estimates = {
-        checkpointing: training_estimate(config, stage, checkpointing) for checkpointing in (False, True)
+        checkpointing: training_estimate(config, stage, (height, width), checkpointing)
+        for checkpointing in (False, True)
     }
     sample = "image" if stage == 1 else f"clip of {train.clip_frames} frames"
     lines = [
-        f"stage {stage}: {sample} of {config.size} x {config.size}, {train.precision}, GiB",
+        f"stage {stage}: {sample} of {width} x {height}, {train.precision}, GiB",
         *_activations(estimates),
         *_sums(estimates, 1 if settings.micro_batch == "auto" else settings.micro_batch, gpus),
         "  fits into one GPU, with the fastest options first",

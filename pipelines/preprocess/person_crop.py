@@ -44,9 +44,7 @@ class Crop:
     def crop_latents(self, latents: bytes, height: int, width: int) -> bytes:
         """Bytes of float16 `[..., height / 8, width / 8]` -> bytes of the crop."""
         grid = np.frombuffer(latents, "<f2").reshape(-1, height // LATENT_STRIDE, width // LATENT_STRIDE)
-        x, y, rows, columns = (
-            value // LATENT_STRIDE for value in (self.x, self.y, self.height, self.width)
-        )
+        x, y, rows, columns = (value // LATENT_STRIDE for value in (self.x, self.y, self.height, self.width))
         return grid[:, y : y + rows, x : x + columns].tobytes()
 
     def source_box(self, box: list[float], width: int) -> list[float]:
