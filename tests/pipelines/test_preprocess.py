@@ -863,6 +863,67 @@ def test_person_crop_contains_person_away_from_the_centre(
     )
 
 
+def test_centre_crop_has_the_nearest_aspect_ratio_of_the_buckets(tmp_path: Path) -> None:
+    buckets = [(64, 64), (48, 80), (80, 48), (64, 256)]
+    for name, height, width, canvas, crop in (
+        ("wide", 96, 176, [48, 80], [8, 0, 168, 96]),
+        ("tall", 160, 80, [80, 48], [0, 40 / 3, 80, 440 / 3]),
+        ("square", 96, 104, [64, 64], [4, 0, 100, 96]),
+        ("very wide", 64, 320, [64, 256], [32, 0, 288, 64]),
+    ):
+        path = write_video(tmp_path / f"{name}.mp4", 8, height=height, width=width)
+        clip, _ = decode_clips(str(path), **DECODE | {"sizes": buckets})
+        assert clip["canvas"] == [clip["height"], clip["width"]] == canvas
+        np.testing.assert_allclose(clip["crop"], crop, atol=1e-3)
+        x0, y0, x1, y1 = clip["crop"]
+        assert (x1 - x0) / (y1 - y0) == pytest.approx(canvas[1] / canvas[0])  # nothing is stretched
+    # Full frames contain the bucket, also one that is wider than the limit of full frames.
+    clip, _ = decode_clips(str(path), **DECODE | {"sizes": buckets, "full_frame": True})
+    assert (clip["height"], clip["width"]) == (64, 256)
+
+
+def test_videos_of_three_aspect_ratios_enter_three_buckets(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The puppets of the wide and of the tall video are not at the center; the crops are not as wide or tall as the videos."""
+    truth = write_off_centre_videos(tmp_path / "videos")
+    clip = sample_clip("dance", seed=6, num_frames=20, size=256)
+    truth["square"] = clip.keypoints
+    write_clip(clip, tmp_path / "videos" / "square")
+    out, store = tmp_path / "out", f"--tracking.folder={tmp_path / 'mlflow'}"
+    config = load_config("--preprocess.buckets=[128x128, 112x144, 144x112]", store)
+    preprocess(str(tmp_path / "videos"), str(out), config)
+    rows = {Path(row["source"]).stem: row for row in read_clips(out)}
+    sizes = {name: (row["height"], row["width"]) for name, row in rows.items()}
+    assert sizes == {"square": (128, 128), "wide": (112, 144), "tall": (144, 112)}
+    for name, row in rows.items():
+        x0, y0, x1, y1 = row["crop"]
+        scale = row["height"] / (y1 - y0)
+        assert scale == pytest.approx(row["width"] / (x1 - x0), rel=1e-3)
+        assert inside(truth[name], row["crop"]).all()
+        arrays = decode_row(row)
+        assert arrays["latent_mean"].shape == (20, 4, row["height"] // 8, row["width"] // 8)
+        found = arrays["keypoints"][..., :2] / scale + (x0, y0)
+        close = np.linalg.norm(found - truth[name][..., :2], axis=-1) < 0.05 * 256
+        assert close[truth[name][..., 2] > 0].mean() > 0.9
+
+    assert read_info(out)["buckets"] == [[112, 144], [128, 128], [144, 112]]
+    for command in (
+        ["verify", str(out)],
+        ["info", str(out)],
+        ["preview", str(out), f"--out={tmp_path}/a.png"],
+    ):
+        assert cli.main(["dataset", *command]) == 0
+    lines = capsys.readouterr().out
+    for size in ("112x144 ", "128x128 ", "144x112 "):
+        assert f"{size}  1 videos, 20 frames" in lines
+    assert Image.open(tmp_path / "a.png").size == (8 * 144, 112 + 128 + 144)
+    with pytest.raises(
+        UserError, match=r"created with buckets \['112x144', .*\], not None, canvas None, not 128"
+    ):
+        preprocess(str(tmp_path / "videos"), str(out), load_config(store))
+
+
 @pytest.fixture
 def driver(tmp_path: Path, pretrained_folder: Path) -> Iterator[subprocess.Popen]:
     """Preprocessing job in a separate process with its own Ray instance; commits each video once it is finished."""
