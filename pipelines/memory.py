@@ -83,11 +83,15 @@ def training_estimate(config: Config, stage: int, size: Size, checkpointing: boo
     return training_memory(tcan, stage, 1, train.clip_frames, *size)
 
 
+def _largest(sizes: list[Size]) -> Size:
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
 def _print_training(config: Config, stage: int, gpus: int) -> None:
     train = config.train
     settings = train.stage1 if stage == 1 else train.stage2
     sizes = [(config.size, config.size)] if config.preprocess.buckets is None else config.buckets
-    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    height, width = _largest(sizes)
     estimates = {
         checkpointing: training_estimate(config, stage, (height, width), checkpointing)
         for checkpointing in (False, True)
@@ -178,12 +182,13 @@ def _print_animation(config: Config) -> None:
 def _print_preprocess(config: Config) -> None:
     network, input_height = _pose_network(config.pretrained.pose)
     vae = fake_network(lambda: _vae(config.pretrained), torch.float32)
+    height, width = _largest(config.buckets)
     estimates = {
-        batch: preprocess_memory(vae, network, input_height, batch, config.canvas, config.canvas)
+        batch: preprocess_memory(vae, network, input_height, batch, height, width)
         for batch in (64, 32, 16, 8, 4, 2, 1)
     }
     batch = config.preprocess.batch_frames
-    print(f"preprocess: frames of {config.canvas} x {config.canvas}, fp32, GiB")
+    print(f"preprocess: frames of {width} x {height}, fp32, GiB")
     print("\n".join(_phases(estimates.get(batch) or estimates[16])))
     options = {f"batch_frames {batch}": estimate.peak() for batch, estimate in estimates.items()}
     print("\n".join(_fitting(options)) + "\n", flush=True)
