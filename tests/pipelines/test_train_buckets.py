@@ -20,7 +20,6 @@ from tests.pipelines.test_train import (
     make_config,
     make_sampler,
     pretrained,  # noqa: F401 (a fixture)
-    weights,
     write_dataset,
 )
 
@@ -167,8 +166,3 @@ def test_losses_do_not_depend_on_the_number_of_workers_or_restarts(
     assert sorted(found["undisturbed"]) == list(range(1, 7))
     assert len({shape_of_step(clips, step) for step in range(6)}) == len(SIZES)
     assert found["resumed"] == pytest.approx(found["undisturbed"], rel=1e-5)
-    models = [weights(tmp_path / name / "out" / "stage1" / "model") for name in found]
-    assert models[0].keys() == models[1].keys()
-    for name, content in models[0].items():
-        before, after = (np.frombuffer(data, np.float32) for data in (content, models[1][name]))
-        np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-5, err_msg=name)
