@@ -20,6 +20,7 @@ from pipelines.match import (
     find_characters,
     load_detector,
     match_motion,
+    output_size,
     report,
     warn_or_refuse,
 )
@@ -82,7 +83,7 @@ def animate(animation: Animation, model: Path, config: Config, dry_run: bool = F
     inputs = read_inputs(animation, config)
     if dry_run:
         info = read_model_info(model)
-        size = config.animate.height or info["height"], config.animate.width or info["width"]
+        size = output_size(inputs.image, (info["height"], info["width"]), config)
         motion = read_motion(load_detector(model, config), animation, inputs, config, size)
         report(motion, animation.out.with_suffix(".preview.png"))
         if animation.strict:
@@ -199,7 +200,7 @@ def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, c
         UserError: see `animate`.
     """
     options = config.animate
-    height, width = options.height or pipe.height, options.width or pipe.width
+    height, width = output_size(inputs.image, (pipe.height, pipe.width), config)
     motion = read_motion(pipe.pose_detector, animation, inputs, config, (height, width))
     warn_or_refuse(motion, str(animation.out), animation.strict)
     create_folder(animation.out.parent)

@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import storage
+from tcan.crop import Size
 from tcan.errors import UserError
 
 SCHEMA_VERSION = 3
@@ -57,7 +58,7 @@ CLIP_SCHEMA = pa.schema(
         ("start", pa.int32()),  # index of the first frame in the (resampled) video
         ("num_frames", pa.int32()),  # F
         ("fps", pa.float32()),  # of the clip, after resampling
-        ("height", pa.int32()),  # canvas size in pixels
+        ("height", pa.int32()),  # canvas size in pixels, the same for all clips of a video
         ("width", pa.int32()),
         ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 of the canvas in source pixels
         ("latent_mean", pa.binary()),  # float16 [F, C, height/8, width/8], not scaled
@@ -97,7 +98,8 @@ def read_info(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         schema_version, counts {sources, videos, clips, frames, rejected, duplicates}, files {name: rows}, identity, height,
-        width, clip_frames, fps, vae_fingerprint, vae_scaling_factor, pose_fingerprint, settings, mlflow_run_id.
+        width (None with buckets), buckets ([[height, width], ...] or None), clip_frames, fps, vae_fingerprint,
+        vae_scaling_factor, pose_fingerprint, settings, mlflow_run_id.
 
     Raises:
         UserError: the folder does not exist, contains no dataset or an unfinished one, or has another schema version.
@@ -123,6 +125,13 @@ def read_info(folder: str | Path) -> dict[str, Any]:
             "regenerate the dataset with tcan preprocess"
         )
     return info
+
+
+def clip_sizes(info: Mapping[str, Any]) -> list[Size]:
+    """Possible sizes of the clips: the buckets, or the canvas."""
+    if buckets := info.get("buckets"):
+        return [(height, width) for height, width in buckets]
+    return [(info["height"], info["width"])]
 
 
 def check_clip_files(folder: str | Path, info: Mapping[str, Any]) -> None:

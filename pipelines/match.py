@@ -5,6 +5,7 @@ tcan pose dance.mp4 --match hero.png --out match.png
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from pipelines.config import Config
 from pipelines.inference import choose_device, create_folder
-from tcan.crop import crop_box, fit_image, fit_keypoints
+from tcan.crop import Box, Size, crop_box, fit_image, fit_keypoints, nearest_size, pad_box, usual_sizes
 from tcan.errors import UserError
 from tcan.person_box import describe_crop, person_box
 from tcan.pose import PoseDetector, draw_poses, find_people, retarget
@@ -55,6 +56,26 @@ def clean_people(
     return [clean_poses(poses, source, config.animate.smoothing_window) for poses in selected]
 
 
+def output_size(image: np.ndarray, trained: Size, config: Config) -> Size:
+    """Height and width of the result: those of the configuration, else of the aspect ratio of the image.
+
+    If only one is set, the other follows, with an aspect ratio from 1:2 to 2:1. If none is set, it is one of `usual_sizes`,
+    so a compiled model meets few sizes.
+
+    Args:
+        image: uint8 `[H, W, 3]`.
+        trained: training size of the model; only its area is used.
+    """
+    height, width = config.animate.height, config.animate.width
+    aspect = min(max(image.shape[1] / image.shape[0], 0.5), 2)
+    if height is None and width is None:
+        side = max(64, round(math.sqrt(trained[0] * trained[1]) / 64) * 64)
+        return nearest_size(*image.shape[:2], usual_sizes(side))
+    if height is None:
+        height = max(8, round(width / aspect / 8) * 8)
+    return height, width or max(8, round(height * aspect / 8) * 8)
+
+
 def match_motion(
     image: np.ndarray,
     drivers: list[CleanPoses],
@@ -71,6 +92,7 @@ def match_motion(
         drivers: driving poses.
         characters: keypoints `[18, 3]` in pixels of the image, one per driver; ignored without retargeting.
         source_size: height and width that the driving poses refer to; used without retargeting.
+        config: `animate.fit` chooses how the image, and without retargeting also the poses, get the aspect ratio of the output.
         size: height and width of the output.
         source: name of the image in messages.
 
@@ -80,22 +102,39 @@ def match_motion(
     method = config.animate.retarget
     if method == "none":
         assert source_size is not None
-        poses = [fit_keypoints(driver.poses, *source_size, *size) for driver in drivers]
+        fit = pad_box if config.animate.fit == "pad" else crop_box
+        poses = [fit_keypoints(d.poses, *source_size, *size, fit(*source_size, *size)) for d in drivers]
         findings = [(i, f) for i, d in enumerate(drivers) for f in match_poses(d, poses[i], *size)]
-        return Motion(fit_image(image, *size), np.stack(poses, axis=1), None, findings)
+        fitted_image = fit_image(image, *size, fit(*image.shape[:2], *size))
+        return Motion(fitted_image, np.stack(poses, axis=1), None, findings)
     if len(characters) != len(drivers):
         raise UserError(
             f"{source}: {len(characters)} people selected, but {len(drivers)} in the driving motion; select the same number "
             "with --person and --driving_person"
         )
     sizes = (image.shape[0], image.shape[1], *size)
-    box = person_box(characters[0], *sizes) if len(characters) == 1 else crop_box(*sizes)
-    if box != crop_box(*sizes):
-        logger.warning("%s: %s", source, describe_crop(characters[0], box))
+    box = _image_box(characters, sizes, config, source)
     fitted = [fit_keypoints(character, *sizes, box=box) for character in characters]
     poses = [retarget(d.poses, c, method) for d, c in zip(drivers, fitted, strict=True)]
     findings = [(i, f) for i, d in enumerate(drivers) for f in match_poses(d, poses[i], *size, fitted[i])]
     return Motion(fit_image(image, *size, box), np.stack(poses, axis=1), np.stack(fitted), findings)
+
+
+def _image_box(
+    characters: list[np.ndarray], sizes: tuple[int, int, int, int], config: Config, source: str
+) -> Box:
+    """The part of the image that the output shows; a warning names a crop that is not at the center.
+
+    sizes: height and width of the image and of the output.
+    """
+    if config.animate.fit == "pad":
+        return pad_box(*sizes)
+    if len(characters) > 1:
+        return crop_box(*sizes)
+    box = person_box(characters[0], *sizes)
+    if box != crop_box(*sizes):
+        logger.warning("%s: %s", source, describe_crop(characters[0], box))
+    return box
 
 
 def find_characters(

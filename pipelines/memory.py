@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, ControlNetModel, MotionAdapter, UNet2DCondi
 from torch import nn
 
 from pipelines.config import Config, PretrainedConfig
+from tcan.crop import Size
 from tcan.errors import UserError
 from tcan.memory import (
     InferenceMemory,
@@ -68,8 +69,8 @@ def fits(size: float, gibibytes: float) -> bool:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def training_estimate(config: Config, stage: int, checkpointing: bool) -> TrainingMemory:
-    """The memory of a stage with one image or clip per micro-batch, with the precision of the configuration."""
+def training_estimate(config: Config, stage: int, size: Size, checkpointing: bool) -> TrainingMemory:
+    """The memory of a stage with one image or clip of this size per micro-batch, with the precision of the configuration."""
     train = config.train
     tcan = fake_tcan(lambda: networks(config.pretrained, train.lora_rank), DTYPES[train.precision])
     if checkpointing:
@@ -79,18 +80,25 @@ def training_estimate(config: Config, stage: int, checkpointing: bool) -> Traini
             f"train.clip_frames = {train.clip_frames}: the motion modules of {config.pretrained.motion_adapter} have "
             f"{tcan.max_frames} positions; set at most {tcan.max_frames}"
         )
-    return training_memory(tcan, stage, 1, train.clip_frames, config.size, config.size)
+    return training_memory(tcan, stage, 1, train.clip_frames, *size)
+
+
+def _largest(sizes: list[Size]) -> Size:
+    return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def _print_training(config: Config, stage: int, gpus: int) -> None:
     train = config.train
     settings = train.stage1 if stage == 1 else train.stage2
+    sizes = [(config.size, config.size)] if config.preprocess.buckets is None else config.buckets
+    height, width = _largest(sizes)
     estimates = {
-        checkpointing: training_estimate(config, stage, checkpointing) for checkpointing in (False, True)
+        checkpointing: training_estimate(config, stage, (height, width), checkpointing)
+        for checkpointing in (False, True)
     }
     sample = "image" if stage == 1 else f"clip of {train.clip_frames} frames"
     lines = [
-        f"stage {stage}: {sample} of {config.size} x {config.size}, {train.precision}, GiB",
+        f"stage {stage}: {sample} of {width} x {height}, {train.precision}, GiB",
         *_activations(estimates),
         *_sums(estimates, 1 if settings.micro_batch == "auto" else settings.micro_batch, gpus),
         "  fits into one GPU, with the fastest options first",
@@ -174,12 +182,13 @@ def _print_animation(config: Config) -> None:
 def _print_preprocess(config: Config) -> None:
     network, input_height = _pose_network(config.pretrained.pose)
     vae = fake_network(lambda: _vae(config.pretrained), torch.float32)
+    height, width = _largest(config.buckets)
     estimates = {
-        batch: preprocess_memory(vae, network, input_height, batch, config.canvas, config.canvas)
+        batch: preprocess_memory(vae, network, input_height, batch, height, width)
         for batch in (64, 32, 16, 8, 4, 2, 1)
     }
     batch = config.preprocess.batch_frames
-    print(f"preprocess: frames of {config.canvas} x {config.canvas}, fp32, GiB")
+    print(f"preprocess: frames of {width} x {height}, fp32, GiB")
     print("\n".join(_phases(estimates.get(batch) or estimates[16])))
     options = {f"batch_frames {batch}": estimate.peak() for batch, estimate in estimates.items()}
     print("\n".join(_fitting(options)) + "\n", flush=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.config import Config
 from pipelines.inference import choose_device, create_folder
-from pipelines.match import clean_people, find_characters, match_motion, report
+from pipelines.match import clean_people, find_characters, match_motion, output_size, report
 from tcan.errors import UserError
 from tcan.pose import draw_poses, find_people, write_poses
 from tcan.pose.tracking import People, check_selection, numbered_people
@@ -73,7 +73,7 @@ def match(source: Path, image: Path, preview: Path, config: Config, person: str,
     characters: list[np.ndarray] = []
     if config.animate.retarget != "none":
         characters = find_characters(detector, reference, person, str(image), config)
-    size = config.animate.height or config.size, config.animate.width or config.size
+    size = output_size(reference, (config.size, config.size), config)
     report(match_motion(reference, drivers, characters, (height, width), config, size, str(image)), preview)
 
 

@@ -172,7 +172,7 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
             sampling: options of the denoising loop; None: the defaults.
             retarget: fit the poses to the proportions and the position of the character (see `tcan.pose.retarget`), or "none".
             character: keypoints of the character `[18, 3]` in pixels of the image; None: detected by the pose network.
-            height, width: size of the output in pixels, multiples of 64; None: the size used in training.
+            height, width: size of the output in pixels, multiples of 8; None: the size used in training.
             num_inference_steps: diffusers' name of `SamplingConfig.steps`.
             generator: source of the noise, on any device; a CPU generator gives the same noise on every device.
             decode_batch: number of frames that the VAE decodes at once, >= 1.
@@ -184,7 +184,7 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
             overrides: fields of `SamplingConfig` that replace those of `sampling`, such as `steps=50`.
 
         Raises:
-            UserError: no person in the image or in the driving frames; a height or width that is not a multiple of 64;
+            UserError: no person in the image or in the driving frames; a height or width that is not a multiple of 8;
                 an argument of another type or shape, or out of its range.
             TypeError: an unknown option.
         """

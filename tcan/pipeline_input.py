@@ -131,12 +131,12 @@ def check_size(height: Any, width: Any) -> None:
     """Check the size of the output in pixels.
 
     Raises:
-        UserError: not a positive multiple of 64.
+        UserError: not a positive multiple of 8.
     """
     for side in (height, width):
-        if not isinstance(side, Integral) or side < 1 or side % 64:
+        if not isinstance(side, Integral) or side < 1 or side % 8:
             raise UserError(
-                f"height {height}, width {width}: must be multiples of 64, above 0; change the size"
+                f"height {height}, width {width}: must be multiples of 8, above 0; change the size"
             )
 
 

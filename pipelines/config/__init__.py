@@ -11,9 +11,10 @@ command line.
 from dataclasses import dataclass, field
 
 from pipelines.config.animate import AnimateConfig, EvaluateConfig
-from pipelines.config.preprocess import PreprocessConfig
+from pipelines.config.preprocess import PreprocessConfig, parse_buckets
 from pipelines.config.rules import check, multiple_of
 from pipelines.config.train import StageConfig, TrainConfig
+from tcan.crop import Size, usual_sizes
 from tcan.errors import UserError
 
 __all__ = [
@@ -83,7 +84,7 @@ class Config:
 
     size: int
     """Height and width of the training images in pixels (multiple of 64), and of the dataset unless `preprocess.canvas`
-    is larger."""
+    is larger. With `preprocess.buckets`, the size whose area `animate` uses by default."""
 
     pretrained: PretrainedConfig
 
@@ -109,5 +110,13 @@ class Config:
 
     @property
     def canvas(self) -> int:
-        """Height and width of the clips of a dataset in pixels."""
+        """Height and width of the clips of a dataset without buckets in pixels."""
         return self.preprocess.canvas or self.size
+
+    @property
+    def buckets(self) -> list[Size]:
+        """Sizes of the clips of a dataset, sorted; of one without buckets, the canvas."""
+        buckets = self.preprocess.buckets
+        if buckets is None:
+            return [(self.canvas, self.canvas)]
+        return sorted(usual_sizes(self.size)) if buckets == "auto" else parse_buckets(buckets)

@@ -56,10 +56,16 @@ class AnimateConfig(SamplingConfig):
     """Synthetic errors of the driving poses, added before retargeting."""
 
     height: int | None = None
-    """Height of the result in pixels (multiple of 64). Default: the training size of the model."""
+    """Height of the result in pixels (multiple of 8). Default: from `width` and the
+    aspect ratio of the image; if both are unset, the size of about the model's training area (see `preprocess.buckets`
+    auto) with the nearest aspect ratio."""
 
     width: int | None = None
-    """Width of the result in pixels (multiple of 64). Default: the training size of the model."""
+    """Width of the result in pixels, like `height`."""
+
+    fit: Literal["crop", "pad"] = "crop"
+    """How the image gets the aspect ratio of the result; it is never stretched. crop: cropped around the person. pad: shown
+    completely, its border pixels repeated outside of it."""
 
     decode_batch: int = 8
     """Batch size of VAE decoding in frames (>= 1)."""
@@ -101,7 +107,7 @@ class AnimateConfig(SamplingConfig):
                 f"animate.smoothing_window = {self.smoothing_window}: must be odd and at least 5; set e.g. 7, or 0 to "
                 "disable smoothing"
             )
-        check(self, "animate.", multiple_of(64), height=512, width=512)
+        check(self, "animate.", multiple_of(8), height=512, width=512)
 
 
 @dataclass

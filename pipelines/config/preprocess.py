@@ -1,9 +1,11 @@
 """Configuration of `tcan preprocess`."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.config.rules import ABOVE_0, at_least, between, check, multiple_of
+from tcan.crop import Size
 from tcan.errors import UserError
 
 
@@ -15,10 +17,15 @@ class PreprocessConfig:
     """Height and width of the clips in pixels (multiple of 8, >= `size`). Default: `size`. From a larger canvas, each
     training sample is a random square crop of `size`."""
 
+    buckets: list[str] | Literal["auto"] | None = None
+    """Sizes of the clips, HEIGHTxWIDTH in pixels (multiples of 8), e.g. [512x512, 704x384]; each video uses the one with
+    the nearest aspect ratio. auto: nine sizes of about the area of `size`, from 1:2 to 2:1 (with sd15, multiples of 64 from
+    384 to 768). Default: all clips are squares of `canvas`."""
+
     crop: Literal["person", "centre"] = "person"
-    """Square crop of a video, the same for all its clips. person: around the main person, so that an off-center person
-    in a wide video is fully visible. centre: the center of the video. With person, the models process full frames: 1.8
-    times the work at 16:9, no difference for square videos."""
+    """Crop of a video to the size of its clips, the same for all of them. person: around the main person, so that an
+    off-center person in a wide video is fully visible. centre: the center of the video. With person, the models process
+    full frames: 1.8 times the work for squares of a 16:9 video, no difference if the aspect ratios are equal."""
 
     clip_frames: int = 64
     """Maximum number of frames of a clip (>= `min_clip_frames`). A clip is one dataset row and is held in memory."""
@@ -78,6 +85,13 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         check(self, "preprocess.", multiple_of(8), canvas=576)
+        if isinstance(self.buckets, list):
+            parse_buckets(self.buckets)
+        if self.buckets is not None and self.canvas is not None:
+            raise UserError(
+                f"preprocess.canvas = {self.canvas}: has no effect with preprocess.buckets, which sets the sizes; unset one "
+                "of them"
+            )
         if not 1 <= self.min_clip_frames <= self.clip_frames:
             raise UserError(
                 f"preprocess.min_clip_frames = {self.min_clip_frames}: must be from 1 to clip_frames = "
@@ -94,3 +108,25 @@ class PreprocessConfig:
             )
         check(self, "preprocess.", between(0, 1), min_person_fraction=0.8, min_person_height=0)
         check(self, "preprocess.", between(0, 1), validation_fraction=0.1)
+
+
+def parse_buckets(buckets: list[str]) -> list[Size]:
+    """Sizes of `preprocess.buckets`, sorted.
+
+    Raises:
+        UserError: no sizes, a size that is not HEIGHTxWIDTH or not a multiple of 8, or one that is listed twice.
+    """
+    sizes = []
+    for bucket in buckets:
+        match = re.fullmatch(r"(\d+)x(\d+)", bucket)
+        height, width = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not height or not width or height % 8 or width % 8:
+            raise UserError(
+                f"preprocess.buckets: {bucket} is not HEIGHTxWIDTH in multiples of 8; set e.g. [512x512, 704x384]"
+            )
+        sizes.append((height, width))
+    if len(set(sizes)) < max(1, len(sizes)):
+        raise UserError(
+            f"preprocess.buckets = [{', '.join(buckets)}]: must contain different sizes; set e.g. [512x512, 704x384]"
+        )
+    return sorted(sizes)

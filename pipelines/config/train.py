@@ -90,7 +90,7 @@ class TrainConfig:
     disables."""
 
     pose_jitter: float = 0.0
-    """Standard deviation of the stage 2 joint noise as a fraction of the image side (0 to 1, e.g. 0.01). 0 disables."""
+    """Standard deviation of the stage 2 joint noise as a fraction of the shorter image side (0 to 1, e.g. 0.01). 0 disables."""
 
     pose_outliers: float = 0.0
     """Fraction of the stage 2 frames with unusable poses (0 to 1): joints shuffled in 50 % of them, all joints missing in

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipelines import storage
-from pipelines.preprocess.person_crop import Square, square_around
+from pipelines.preprocess.person_crop import Crop, crop_around
 from pipelines.preprocess.pose import main_person, person_height, unpack_people
 from pipelines.preprocess.shards import ShardWriter
 from pipelines.preprocess.sources import Source
@@ -71,21 +71,22 @@ class VideoAssembler:
         ]
         height, width = clips[0]["height"], clips[0]["width"]
         keypoints, main_indices = main_person(people, height, width)
-        square = square_around(keypoints, height, width)
-        if reason := self._filter_person(keypoints, square):
+        canvas_height, canvas_width = clips[0]["canvas"]
+        crop = crop_around(keypoints, height, width, (canvas_height, canvas_width))
+        if reason := self._filter_person(keypoints, crop):
             return self._reject(video_id, "pose", reason)
-        self.writer.add_video(self._rows(clips, keypoints, main_indices, square))
+        self.writer.add_video(self._rows(clips, keypoints, main_indices, crop))
         self._finish(video_id)
         return "kept"
 
-    def _filter_person(self, keypoints: np.ndarray, square: Square) -> str | None:
+    def _filter_person(self, keypoints: np.ndarray, crop: Crop) -> str | None:
         """The reason to reject the video, or None if it passes the filters on the main person."""
-        fraction = float(np.mean(square.shows(keypoints)))
+        fraction = float(np.mean(crop.shows(keypoints)))
         if fraction < self.min_person_fraction:
             return (
                 f"no person: visible in {fraction:.0%} of the frames, minimum {self.min_person_fraction:.0%}"
             )
-        height = person_height(keypoints) / square.side
+        height = person_height(keypoints) / crop.height
         if height < self.min_person_height:
             return (
                 f"person too small: {height:.0%} of the canvas height, minimum {self.min_person_height:.0%}"
@@ -93,34 +94,34 @@ class VideoAssembler:
         return None
 
     def _rows(
-        self, clips: list[dict[str, Any]], keypoints: np.ndarray, main_indices: list[int], square: Square
+        self, clips: list[dict[str, Any]], keypoints: np.ndarray, main_indices: list[int], crop: Crop
     ) -> Iterator[dict[str, Any]]:
-        """Rows of the writer's schema, cropped to the square; one clip's latents are in memory at a time."""
+        """Rows of the writer's schema, cropped; one clip's latents are in memory at a time."""
         first, video_id = clips[0], clips[0]["video_id"]
         height, width = first["height"], first["width"]
-        keypoints = square.crop_keypoints(keypoints)
+        keypoints = crop.crop_keypoints(keypoints)
         latents = self._latents[video_id]
-        mean = square.crop_latents(latents.get(first["start"])[0], height, width)
+        mean = crop.crop_latents(latents.get(first["start"])[0], height, width)
         shared = {
             "source_version": self.sources[video_id].version,
             "split": assign_split(video_id, self.validation_fraction),
-            "height": square.side,
-            "width": square.side,
+            "height": crop.height,
+            "width": crop.width,
             "reference_latent_mean": mean[: len(mean) // first["num_frames"]],
             "reference_keypoints": keypoints[0].tobytes(),
         }
         offset = 0
         for clip in clips:
             span = slice(offset, offset := offset + clip["num_frames"])
-            mean, logvar = (square.crop_latents(both, height, width) for both in latents.get(clip["start"]))
+            mean, logvar = (crop.crop_latents(both, height, width) for both in latents.get(clip["start"]))
             points = {
-                name: square.crop_keypoints(np.frombuffer(clip[name], "<f4").reshape(-1, 3)).tobytes()
+                name: crop.crop_keypoints(np.frombuffer(clip[name], "<f4").reshape(-1, 3)).tobytes()
                 for name in ("people", "hands", "faces")
                 if clip.get(name) is not None
             }
             values = {
                 "clip_id": f"{video_id}-{clip['start']:06d}",
-                "crop": square.source_box(clip["crop"], width),
+                "crop": crop.source_box(clip["crop"], width),
                 "latent_mean": mean,
                 "latent_logvar": logvar,
                 "keypoints": keypoints[span].tobytes(),

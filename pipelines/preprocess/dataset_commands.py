@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
@@ -19,6 +20,7 @@ from pipelines.dataset import (
     check_clip_files,
     clip_files,
     clip_schema,
+    clip_sizes,
     decode_row,
     file_name,
     read_info,
@@ -33,7 +35,7 @@ MAX_PRINTED = 20  # problems
 
 
 def print_info(dataset: str) -> None:
-    """Print counts, duration, rejection reasons and settings.
+    """Print counts, duration, sizes of the clips, rejection reasons and settings.
 
     Raises:
         UserError: the dataset is missing or incomplete.
@@ -52,10 +54,25 @@ def print_info(dataset: str) -> None:
         f"{counts['rejected']} of {counts['sources']} sources rejected, {counts['duplicates']} duplicates; "
         f"{len(contents.files)} files"
     )
+    for line in _size_lines(index):
+        print(line)
     for reason, count in contents.histogram().items():
         print(f"  {count:6d}  {reason}")
     settings = info["identity"] | {"mlflow_run_id": info["mlflow_run_id"]}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
+
+
+def _size_lines(index: pa.Table) -> list[str]:
+    """One line per size of the clips, if there are several."""
+    videos = index.group_by(["video_id", "height", "width"]).aggregate([("num_frames", "sum")])
+    sizes = videos.group_by(["height", "width"]).aggregate([("video_id", "count"), ("num_frames_sum", "sum")])
+    rows = sizes.sort_by([("height", "ascending"), ("width", "ascending")]).to_pylist()
+    if len(rows) < 2:
+        return []
+    return [
+        f"  {row['height']:>4}x{row['width']:<4}  {row['video_id_count']} videos, {row['num_frames_sum_sum']} frames"
+        for row in rows
+    ]
 
 
 def print_rejected(dataset: str) -> None:
@@ -163,7 +180,7 @@ def _row_problems(row: dict[str, Any], info: dict[str, Any]) -> Iterator[str]:
         yield "clip_id does not match video_id and start"
     if row["split"] != assign_split(row["video_id"], info["identity"]["validation_fraction"]):
         yield f"wrong split {row['split']}"
-    if (row["height"], row["width"]) != (info["height"], info["width"]):
+    if (row["height"], row["width"]) not in clip_sizes(info):
         yield f"wrong size {row['width']} x {row['height']}"
     try:
         arrays = decode_row(row)

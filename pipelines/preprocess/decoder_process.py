@@ -15,13 +15,13 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from tcan.crop import crop_box
+from tcan.crop import Size, crop_box, nearest_size
 from tcan.video_stream import UnusableVideo, VideoStream
 
 REQUEST_BYTES = 2**16  # maximum size; a path has at most 4096
@@ -46,20 +46,27 @@ def is_cut(before: np.ndarray, after: np.ndarray, threshold: float) -> bool:
     return float(change.mean()) > threshold
 
 
-def output_size(height: int, width: int, canvas: int, full_frame: bool) -> tuple[int, int]:
+def output_size(height: int, width: int, canvas: Size, full_frame: bool) -> Size:
     """Height and width of the frames of a clip.
 
-    full_frame: the complete frame, its shorter side scaled to `canvas`; otherwise the center square, scaled to `canvas`.
+    full_frame: the complete frame, scaled to the smallest size that contains `canvas`; otherwise its center, cropped to the
+        aspect ratio of `canvas` and scaled to it.
     """
     if not full_frame:
-        return canvas, canvas
-    longer = min(canvas * max(height, width) // min(height, width), canvas * MAX_ASPECT_RATIO) // GRID * GRID
-    return (canvas, longer) if width > height else (longer, canvas)
+        return canvas
+
+    def longer(fixed: int, free: int, scaled: int) -> int:
+        """The side of the frame that exceeds `free` pixels, if the other one has `fixed` pixels."""
+        return min(scaled, max(fixed * MAX_ASPECT_RATIO, free)) // GRID * GRID
+
+    if width * canvas[0] > height * canvas[1]:
+        return canvas[0], longer(*canvas, canvas[0] * width // height)
+    return longer(canvas[1], canvas[0], canvas[1] * height // width), canvas[1]
 
 
 def decode(
     path: str,
-    canvas: int,
+    sizes: Sequence[Size],
     timeout: float,
     clip_frames: int,
     min_clip_frames: int,
@@ -74,7 +81,8 @@ def decode(
 
     Args:
         path: local path of the video.
-        canvas: side of the canvas in pixels; `output_size` gives H and W, the same for all clips.
+        sizes: possible sizes of the canvas; the nearest to the aspect ratio of the video is used for all of its clips.
+            `output_size` gives H and W.
         timeout: time limit in seconds for opening the video, and for each clip.
         clip_frames, min_clip_frames: maximum and minimum number of frames per clip.
         full_frame: see `output_size`.
@@ -91,6 +99,7 @@ def decode(
         raise UnusableVideo(f"too short: {video.seconds:.1f} s, less than {min_seconds:g} s")
     if max_seconds is not None and video.seconds > max_seconds:
         raise UnusableVideo(f"too long: {video.seconds:.1f} s, more than {max_seconds:g} s")
+    canvas = nearest_size(video.height, video.width, sizes)
     size = output_size(video.height, video.width, canvas, full_frame)
     crop = crop_box(video.height, video.width, *size)
     rate = fps or (video.num_frames / video.seconds if video.variable_rate else video.fps)
@@ -106,14 +115,14 @@ def decode(
             if len(clip) >= min_clip_frames:
                 clips += 1
                 signal.setitimer(signal.ITIMER_REAL, 0)  # no time limit while the consumer processes the clip
-                yield _header(start, clip, rate, crop), np.stack(clip)
+                yield _header(start, clip, rate, canvas, crop), np.stack(clip)
             start, clip = i, []
             signal.setitimer(signal.ITIMER_REAL, timeout)
         clip.append(frame)
     signal.setitimer(signal.ITIMER_REAL, 0)
     if len(clip) >= min_clip_frames:
         clips += 1
-        yield _header(start, clip, rate, crop), np.stack(clip)
+        yield _header(start, clip, rate, canvas, crop), np.stack(clip)
     if i + 1 < min_clip_frames:
         raise UnusableVideo(f"too short: {i + 1} frames, fewer than {min_clip_frames}")
     if not clips:
@@ -122,11 +131,11 @@ def decode(
 
 
 def _header(
-    start: int, clip: list[np.ndarray], fps: float, crop: tuple[float, float, float, float]
+    start: int, clip: list[np.ndarray], fps: float, canvas: Size, crop: tuple[float, float, float, float]
 ) -> dict[str, Any]:
     height, width = clip[0].shape[:2]
     return {
-        "start": start, "num_frames": len(clip), "fps": fps, "height": height, "width": width, "crop": crop
+        "start": start, "num_frames": len(clip), "fps": fps, "height": height, "width": width, "canvas": canvas, "crop": crop,
     }  # fmt: skip
 
 

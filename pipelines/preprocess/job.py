@@ -180,9 +180,13 @@ def dataset_identity(config: Config, vae_fingerprint: str, pose_fingerprint: str
     Settings that only affect how the clips are computed are excluded.
     """
     settings = config.preprocess
+    if settings.buckets is None:
+        sizes: dict[str, Any] = {"canvas": config.canvas}
+    else:
+        sizes = {"buckets": [f"{height}x{width}" for height, width in config.buckets]}
     return {
         "schema_version": SCHEMA_VERSION,
-        "canvas": config.canvas,
+        **sizes,
         "crop": settings.crop,
         "clip_frames": settings.clip_frames,
         "min_clip_frames": settings.min_clip_frames,
@@ -319,13 +323,15 @@ def _summary(contents: Contents, before: Contents, began: float) -> dict[str, An
 def _info(
     config: Config, identity: dict[str, Any], contents: Contents, vae_scaling_factor: float, run_id: str
 ) -> dict[str, Any]:
+    buckets = None if config.preprocess.buckets is None else config.buckets
     return {
         "schema_version": SCHEMA_VERSION,
         "counts": contents.counts,
         "files": contents.files,
         "identity": identity,
-        "height": config.canvas,
-        "width": config.canvas,
+        "height": config.canvas if buckets is None else None,
+        "width": config.canvas if buckets is None else None,
+        "buckets": buckets,
         "clip_frames": config.preprocess.clip_frames,
         "fps": config.preprocess.fps,
         "vae_fingerprint": identity["vae_fingerprint"],

@@ -1,10 +1,10 @@
-"""The square crop around the main person, the same for all frames of a video.
+"""The crop around the main person, the same for all frames of a video.
 
-One square per video is required because training pairs a reference with a target from another clip, and stage 2 spans several
+One crop per video is required because training pairs a reference with a target from another clip, and stage 2 spans several
 clips; the scene must not jump between them.
 
-The square is cut out of the latents, on their grid, as training does. It is known only when all clips of the video have been
-processed. Encoding only the square would require decoding each video twice or keeping its frames until then.
+The crop is cut out of the latents, on their grid, as training does. It is known only when all clips of the video have been
+processed. Encoding only the crop would require decoding each video twice or keeping its frames until then.
 """
 
 from dataclasses import dataclass
@@ -12,58 +12,64 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.dataset import LATENT_STRIDE
+from tcan.crop import Size
 
-CENTERING_LOSS = 0.01  # fraction of the joints that may be lost to center the square on the person
+CENTERING_LOSS = 0.01  # fraction of the joints that may be lost to center the crop on the person
 
 
 @dataclass(frozen=True)
-class Square:
-    """A square in pixels of the full frames; x and y are multiples of LATENT_STRIDE."""
+class Crop:
+    """A rectangle in pixels of the full frames; all values are multiples of LATENT_STRIDE."""
 
     x: int
     y: int
-    side: int
+    height: int
+    width: int
 
     def shows(self, keypoints: np.ndarray) -> np.ndarray:
-        """Whether more than 50% of the detected joints are inside the square: bool `[F]`.
+        """Whether more than 50% of the detected joints are inside the crop: bool `[F]`.
 
         keypoints: `[F, 18, 3]` in pixels of the full frames.
         """
         detected = keypoints[..., 2] > 0
         position = keypoints[..., :2] - (self.x, self.y)
-        inside = detected & ((position >= 0) & (position < self.side)).all(axis=-1)
+        inside = detected & ((position >= 0) & (position < (self.width, self.height))).all(axis=-1)
         return inside.sum(axis=1) > detected.sum(axis=1) / 2
 
     def crop_keypoints(self, keypoints: np.ndarray) -> np.ndarray:
-        """float32 `[..., 3]` in pixels of the full frames -> in pixels of the square; undetected joints stay 0."""
+        """float32 `[..., 3]` in pixels of the full frames -> in pixels of the crop; undetected joints stay 0."""
         corner = np.array([self.x, self.y, 0], np.float32)
         return np.where(keypoints[..., 2:] > 0, keypoints - corner, 0).astype("<f4")
 
     def crop_latents(self, latents: bytes, height: int, width: int) -> bytes:
-        """Bytes of float16 `[..., height / 8, width / 8]` -> bytes of `[..., side / 8, side / 8]`."""
+        """Bytes of float16 `[..., height / 8, width / 8]` -> bytes of the crop."""
         grid = np.frombuffer(latents, "<f2").reshape(-1, height // LATENT_STRIDE, width // LATENT_STRIDE)
-        x, y, side = (value // LATENT_STRIDE for value in (self.x, self.y, self.side))
-        return grid[:, y : y + side, x : x + side].tobytes()
+        x, y, rows, columns = (value // LATENT_STRIDE for value in (self.x, self.y, self.height, self.width))
+        return grid[:, y : y + rows, x : x + columns].tobytes()
 
     def source_box(self, box: list[float], width: int) -> list[float]:
-        """Box (x0, y0, x1, y1) of the square in source pixels.
+        """Box (x0, y0, x1, y1) of the crop in source pixels.
 
         box: box of the full frames in source pixels. width: width of the full frames in pixels.
         """
         scale = (box[2] - box[0]) / width
         x, y = box[0] + self.x * scale, box[1] + self.y * scale
-        return [x, y, x + self.side * scale, y + self.side * scale]
+        return [x, y, x + self.width * scale, y + self.height * scale]
 
 
-def square_around(keypoints: np.ndarray, height: int, width: int) -> Square:
-    """The square with the most joints of a person over all frames; its side is the shorter side of a frame.
+def crop_around(keypoints: np.ndarray, height: int, width: int, canvas: Size) -> Crop:
+    """The crop with the most joints of a person over all frames.
 
-    Among squares with the same number of joints (up to CENTERING_LOSS), the one centered on the person is chosen. Without
-    any detected joint, the square is at the center.
+    Among crops with the same number of joints (up to CENTERING_LOSS), the one centered on the person is chosen. Without
+    any detected joint, the crop is at the center.
 
-    keypoints: `[F, 18, 3]` in pixels.
+    Args:
+        keypoints: `[F, 18, 3]` in pixels.
+        height, width: size of the frames.
+        canvas: size of the crop; one side is that of the frames.
     """
-    side, longer, axis = min(height, width), max(height, width), int(height > width)
+    axis = int(height > canvas[0])
+    side, longer = (canvas[0], height) if axis else (canvas[1], width)
     corners = np.arange(0, longer - side + 1, LATENT_STRIDE)
     positions = np.sort(keypoints[keypoints[..., 2] > 0][:, axis])
     center = longer / 2
@@ -74,4 +80,4 @@ def square_around(keypoints: np.ndarray, height: int, width: int) -> Square:
         inside = positions[(positions >= candidate) & (positions < candidate + side)]
         center = np.quantile(inside, (0.05, 0.95)).mean()
     corner = int(corners[np.abs(corners + side / 2 - center).argmin()])
-    return Square(0, corner, side) if axis else Square(corner, 0, side)
+    return Crop(0, corner, *canvas) if axis else Crop(corner, 0, *canvas)

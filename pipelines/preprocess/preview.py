@@ -17,13 +17,14 @@ from tcan.pose import draw_poses
 def contact_sheet(
     folder: str, vae: AutoencoderKL, stick_width: int, num_clips: int = 6, num_frames: int = 8, seed: int = 0
 ) -> np.ndarray:
-    """uint8 RGB `[clips * H, frames * W, 3]`: one row per randomly chosen clip, with evenly spaced frames.
+    """uint8 RGB: one row per randomly chosen clip, with evenly spaced frames; narrower rows are padded.
 
     The main person's pose is drawn in color and other people's in gray. Hands and faces, if the dataset has them, are drawn
     as white dots.
     """
     lines = [_draw_clip(row, vae, stick_width, num_frames) for row in _random_clips(folder, num_clips, seed)]
-    return np.concatenate(lines)
+    width = max(line.shape[1] for line in lines)
+    return np.concatenate([np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0))) for line in lines])
 
 
 def _random_clips(folder: str, count: int, seed: int) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def _decoder(config: Config) -> functools.partial:
     settings = config.preprocess
     return functools.partial(
         decode,
-        canvas=config.canvas,
+        sizes=config.buckets,
         full_frame=settings.crop == "person",
         timeout=settings.decode_timeout,
         clip_frames=settings.clip_frames,

@@ -18,6 +18,7 @@ DECODED_SCHEMA = pa.schema(
         ("fps", pa.float32()),
         ("height", pa.int32()),  # frame size in pixels
         ("width", pa.int32()),
+        ("canvas", pa.list_(pa.int32())),  # height and width to which the frames are cropped
         ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 of the frames in source pixels
         ("frames", pa.large_binary()),  # uint8 RGB [num_frames, height, width, 3]
         ("step", pa.string()),
@@ -37,6 +38,7 @@ ENCODED_SCHEMA = pa.schema(
         ("fps", pa.float32()),
         ("height", pa.int32()),
         ("width", pa.int32()),
+        ("canvas", pa.list_(pa.int32())),
         ("crop", pa.list_(pa.float32())),
         ("people_per_frame", pa.list_(pa.int32())),
         ("people", pa.large_binary()),  # float32 [sum(people_per_frame), 18, 3]

@@ -101,6 +101,11 @@ class ClipStore:
         """Number of videos."""
         return len(self._ids)
 
+    def sizes(self, videos: np.ndarray) -> np.ndarray:
+        """Height and width in pixels of the clips of videos, int32 `[N, 2]`; videos: indices `[N]`."""
+        rows = self._first_rows[:-1][videos]
+        return np.stack([self._columns["height"][rows], self._columns["width"][rows]], axis=1)
+
     def videos_with(self, frames: int, consecutive: bool) -> np.ndarray:
         """Indices of the videos with at least this number of frames, or of consecutive frames."""
         if not len(self):

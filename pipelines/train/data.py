@@ -15,11 +15,13 @@ from torch import Tensor
 
 from pipelines.dataset import LATENT_STRIDE
 from pipelines.train.clips import ClipStore, Video
+from pipelines.train.order import VideoOrder
 from tcan.errors import UserError
 from tcan.pixels import to_controlnet_input
 from tcan.pose import PoseErrors, draw_poses
 
-_EPOCH, _SAMPLE, _ERRORS = 0, 1, 2  # purpose of a generator: the entry after seed and stage in its key
+# Purpose of a generator: the entry after seed and stage in its key. `VideoOrder` uses 0 and 3.
+_SAMPLE, _ERRORS = 1, 2
 MIN_DISTANCE, MAX_DISTANCE_SHORT_OF_LENGTH = 30, 31  # frames between reference and target: U[30, L - 31]
 TIMESTEPS = 1000
 NO_ERRORS = PoseErrors()
@@ -66,14 +68,13 @@ class Batch:
 
 
 class Sampler:
-    """Creates sample i of step k: an image in stage 1, a clip in stage 2.
-
-    An epoch goes through all videos once, in its own random order: n = k * batch_size + i counts the samples from the
-    start, and n // number of videos is the epoch.
+    """Creates sample i of step k: an image in stage 1, a clip in stage 2. `VideoOrder` chooses its video.
 
     Args:
         batch_size: the global one.
-        size: side of the training image in pixels; a larger canvas is cropped on the latent grid.
+        size: side of the training image in pixels; a larger canvas is cropped on the latent grid. None: the size of the
+            video's clips, of which there may be several (buckets).
+        mixed: a global batch may contain videos of several sizes; only for batches of single samples.
         reference: "random" frame or "first" frame; None: the paper's, random in stage 1 and first in stage 2.
         pose_errors: applied to the poses of stage 2; they depend on seed, step and index only.
         noise_offset: scale of a normal number per channel, added to the noise of all positions and frames of a sample.
@@ -89,7 +90,7 @@ class Sampler:
         *,
         seed: int,
         batch_size: int,
-        size: int,
+        size: int | None,
         vae_scaling_factor: float,
         stick_width: int,
         frames: int,
@@ -97,6 +98,7 @@ class Sampler:
         reference: Literal["first", "random"] | None = None,
         noise_offset: float = 0.0,
         pose_errors: PoseErrors = NO_ERRORS,
+        mixed: bool = False,
     ):
         self.store, self.stage, self.seed, self.batch_size, self.size = store, stage, seed, batch_size, size
         self.scaling, self.stick_width = vae_scaling_factor, stick_width
@@ -112,17 +114,16 @@ class Sampler:
                 f"stage {stage}: no video of the split has {shortest} {'consecutive ' * (stage == 2)}frames; "
                 "preprocess longer videos"
             )
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        buckets = np.zeros(len(self.videos), np.int64)
+        if size is None and not mixed:
+            buckets = np.unique(store.sizes(self.videos), axis=0, return_inverse=True)[1]
+        self._order = VideoOrder(buckets, batch_size, self._rng)
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, self.stage, *key])))
 
     def video(self, step: int, index: int) -> Video:
-        epoch, position = divmod(step * self.batch_size + index, len(self.videos))
-        order = self._order  # read once: another thread may request a step of another epoch
-        if order[0] != epoch:
-            order = self._order = (epoch, self._rng(_EPOCH, epoch).permutation(len(self.videos)))
-        return self.store.video(self.videos[order[1][position]])
+        return self.store.video(self.videos[self._order.video(step, index)])
 
     def sample(self, step: int, index: int) -> dict[str, np.ndarray]:
         """One sample: the fields of `Batch` without the batch axis."""
@@ -143,17 +144,21 @@ class Sampler:
         else:
             reference = self.store.frames(video, [reference_at], ["latent_mean"])["latent_mean"][0]
 
-        side = self.size // LATENT_STRIDE
         canvas_height, canvas_width = reference.shape[-2:]
-        y, x = int(rng.integers(canvas_height - side + 1)), int(rng.integers(canvas_width - side + 1))
-        crop = (..., slice(y, y + side), slice(x, x + side))
+        rows = columns = (self.size or 0) // LATENT_STRIDE
+        if self.size is None:
+            rows, columns = canvas_height, canvas_width
+        y, x = int(rng.integers(canvas_height - rows + 1)), int(rng.integers(canvas_width - columns + 1))
+        crop = (..., slice(y, y + rows), slice(x, x + columns))
+        height, width = rows * LATENT_STRIDE, columns * LATENT_STRIDE
         mean, logvar = (target[key][crop].astype(np.float32) for key in ("latent_mean", "latent_logvar"))
         keypoints = target["keypoints"].copy()
         keypoints[..., :2] -= (
             np.float32(LATENT_STRIDE) * np.array([x, y], np.float32) * (keypoints[..., 2:] > 0)
         )
         # A separate generator, so that pose errors do not change the other random numbers.
-        keypoints = self.pose_errors.apply(keypoints, self.size, self._rng(_ERRORS, step, index))
+        errors = self._rng(_ERRORS, step, index)
+        keypoints = self.pose_errors.apply(keypoints, min(height, width), errors)
 
         timestep = rng.integers(TIMESTEPS)
         has_reference = rng.random() >= self.drop_reference
@@ -169,7 +174,7 @@ class Sampler:
             "latents": posterior * np.float32(self.scaling),
             "noise": noise,
             "timestep": np.int64(timestep),
-            "pose": draw_poses(keypoints, self.size, self.size, self.stick_width),
+            "pose": draw_poses(keypoints, height, width, self.stick_width),
             "reference": reference[crop].astype(np.float32) * np.float32(self.scaling),
             "reference_mask": np.bool_(has_reference),
         }
@@ -183,6 +188,17 @@ class Sampler:
         stride = workers * micro_batch
         firsts = range(rank * micro_batch, self.batch_size, stride)
         return [self.batch(step, range(first, first + micro_batch)) for first in firsts]
+
+
+def join_batches(batches: Sequence[Batch]) -> list[Batch]:
+    """Concatenate the batches of equal sizes, in the order of the first one of each size."""
+    by_size: dict[tuple[int, ...], list[Batch]] = {}
+    for batch in batches:
+        by_size.setdefault(batch.latents.shape[1:], []).append(batch)
+    return [
+        Batch(**{field.name: torch.cat([getattr(b, field.name) for b in group]) for field in fields(Batch)})
+        for group in by_size.values()
+    ]
 
 
 class Prefetcher:

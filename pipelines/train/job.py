@@ -27,7 +27,7 @@ from ray.train.torch import TorchTrainer
 from pipelines import storage, tracking
 from pipelines.cluster import connect, is_local
 from pipelines.config import Config
-from pipelines.dataset import check_clip_files, read_info
+from pipelines.dataset import check_clip_files, clip_sizes, read_info
 from pipelines.lock import locked
 from pipelines.train import checkpoint
 from pipelines.train.clips import ClipStore
@@ -131,7 +131,7 @@ def _check_variant(start: Path, info: dict[str, Any], config: Config) -> None:
 
 
 def _check_dataset(dataset: str, info: dict[str, Any], config: Config) -> None:
-    if min(info["height"], info["width"]) < config.size:
+    if not info.get("buckets") and min(info["height"], info["width"]) < config.size:
         raise UserError(
             f"{dataset}: its canvas of {info['width']} x {info['height']} pixels is smaller than the training size "
             f"{config.size}; preprocess with --size {config.size}, or lower --size"
@@ -166,7 +166,7 @@ def _check_clips(dataset: str, info: dict[str, Any], config: Config, stage: int)
     )
     deepspeed_settings(config.train, one, config.train.workers, read_settings(config.train.deepspeed))
     Sampler(
-        ClipStore(dataset), stage, seed=config.seed, batch_size=stage_options.batch_size, size=config.size,
+        ClipStore(dataset), stage, seed=config.seed, batch_size=stage_options.batch_size, size=None if info.get("buckets") else config.size,
         vae_scaling_factor=info["vae_scaling_factor"], stick_width=config.train.stick_width, frames=config.train.clip_frames,
         drop_reference=config.train.drop_reference,
     )  # fmt: skip
@@ -211,6 +211,7 @@ def _train_stage(
             config=config,
             stage=stage,
             dataset=str(dataset),
+            buckets=clip_sizes(info) if info.get("buckets") else None,
             vae_scaling_factor=info["vae_scaling_factor"],
             from_model=str(start) if start else None,
             run_id=record.id,

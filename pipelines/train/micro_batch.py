@@ -12,6 +12,7 @@ import torch.distributed as dist
 from pipelines.config import Config
 from pipelines.memory import GIB, fits, training_estimate
 from pipelines.train.task import Task
+from tcan.crop import Size
 
 CPU_SHARE = 0.5
 """Fraction of the free main memory for the workers of a machine without GPUs; data and object store need memory too."""
@@ -28,7 +29,9 @@ def choose_micro_batch(task: Task, rank: int, workers: int, limit: int | None) -
         _device_memory(task.config) / GIB, device="cuda" if _has_gpu(task.config) else "cpu"
     )
     dist.all_reduce(gibibytes, dist.ReduceOp.MIN)
-    chosen, size = largest_micro_batch(task.config, task.stage, workers, float(gibibytes), limit)
+    chosen, size = largest_micro_batch(
+        task.config, task.stage, task.largest_size, workers, float(gibibytes), limit
+    )
     if rank == 0:
         print(
             f"stage {task.stage}: micro_batch {chosen}, estimated {size / GIB:.1f} of {float(gibibytes):.1f} GiB per worker",
@@ -38,13 +41,16 @@ def choose_micro_batch(task: Task, rank: int, workers: int, limit: int | None) -
 
 
 def largest_micro_batch(
-    config: Config, stage: int, workers: int, gibibytes: float, limit: int | None = None
+    config: Config, stage: int, size: Size, workers: int, gibibytes: float, limit: int | None = None
 ) -> tuple[int, int]:
-    """The largest divisor of a worker's share of the batch that fits, at least 1, and the estimated bytes."""
+    """The largest divisor of a worker's share of the batch that fits, at least 1, and the estimated bytes.
+
+    size: of the training images.
+    """
     train = config.train
     settings = train.stage1 if stage == 1 else train.stage2
     share = settings.batch_size // workers
-    estimate = training_estimate(config, stage, train.gradient_checkpointing)
+    estimate = training_estimate(config, stage, size, train.gradient_checkpointing)
     sizes = {
         batch: estimate.per_device(train.zero_stage, workers, batch)["sum"]
         for batch in range(min(share, limit or share), 0, -1)

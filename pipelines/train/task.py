@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.config import Config, StageConfig, TrainConfig
+from tcan.crop import Size
 from tcan.variant import Variant
 
 
@@ -14,6 +15,8 @@ class Task:
     stage: int
     """1 or 2."""
     dataset: str
+    buckets: list[Size] | None
+    """Sizes of the dataset's clips and of the training images; None: squares of `config.size`."""
     vae_scaling_factor: float
     from_model: str | None
     """Model folder to start from; None: the pretrained models."""
@@ -33,6 +36,12 @@ class Task:
     @property
     def stage_config(self) -> StageConfig:
         return stage_config(self.config, self.stage)
+
+    @property
+    def largest_size(self) -> Size:
+        """Of the training images."""
+        sizes = self.buckets or [(self.config.size, self.config.size)]
+        return max(sizes, key=lambda size: size[0] * size[1])
 
     @property
     def micro_batch(self) -> int:

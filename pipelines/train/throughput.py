@@ -13,36 +13,38 @@ from torch.utils.flop_counter import flop_registry
 from pipelines.train.data import Batch
 from tcan.model import TCAN, diffusion_loss
 
+Shape = tuple[int, ...]
+
 
 class FlopsMeter:
     """FLOP/s and MFU (model FLOPs utilization) of optimizer steps over all workers.
 
     Counts matrix products, convolutions and attention, forward and backward; of a frozen layer only the passes it takes
-    part in. Recomputation by gradient checkpointing counts too. Only the first micro-batch of this process is counted,
-    so later steps are not slowed down.
+    part in. Recomputation by gradient checkpointing counts too. Only the first micro-batch of each shape is counted, so
+    later steps are not slowed down.
 
     micro_batches: per optimizer step, over all workers. peak_flops: of one worker's device (`peak_matmul_flops`).
     """
 
     def __init__(self, micro_batches: int, workers: int, peak_flops: float | None):
         self._micro_batches, self._workers, self._peak_flops = micro_batches, workers, peak_flops
-        self._flops_per_step = 0
+        self._flops_per_step: dict[Shape, int] = {}
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Context of the forward and backward pass of each micro-batch."""
-        if self._flops_per_step:
+    def counted(self, shape: Shape) -> Iterator[None]:
+        """Context of the forward and backward pass of each micro-batch; shape: of its latents."""
+        if shape in self._flops_per_step:
             yield
             return
         with _FlopCounter() as counter:
             yield
-        self._flops_per_step = self._micro_batches * counter.flops
+        self._flops_per_step[shape] = self._micro_batches * counter.flops
 
     def count_fake(self, model: TCAN, batch: Batch) -> None:
-        """Count the first micro-batch on fake tensors, which takes seconds and neither device memory nor device time."""
-        if self._flops_per_step:
-            return
+        """Count a micro-batch of a new shape on fake tensors, which takes seconds and neither device memory nor device time."""
         shape, device = batch.latents.shape, model.device
+        if shape in self._flops_per_step:
+            return
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode, _FlopCounter() as counter, torch.compiler.set_stance("force_eager"):
             latents = torch.empty(shape, device=device)
@@ -51,11 +53,11 @@ class FlopsMeter:
             loss = diffusion_loss(model, DDIMScheduler(), latents, latents, timestep, pose, latents[:, 0])
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             torch.autograd.grad(loss, trained, allow_unused=True)
-        self._flops_per_step = self._micro_batches * counter.flops
+        self._flops_per_step[shape] = self._micro_batches * counter.flops
 
-    def metrics(self, seconds: float) -> dict[str, float]:
-        """`tflops_per_second` over all workers, and `mfu` (0 to 1), of a step of this duration."""
-        flops_per_second = self._flops_per_step / seconds
+    def metrics(self, seconds: float, shape: Shape) -> dict[str, float]:
+        """`tflops_per_second` over all workers, and `mfu` (0 to 1), of a step of this duration; shape: of its micro-batches."""
+        flops_per_second = self._flops_per_step[shape] / seconds
         values = {"tflops_per_second": flops_per_second / 1e12}
         if self._peak_flops:
             values["mfu"] = flops_per_second / (self._workers * self._peak_flops)

@@ -54,6 +54,8 @@ class PendingStep:
     number: int
     """From 1."""
     result: StepResult
+    shape: tuple[int, ...]
+    """Of the latents of a micro-batch."""
     seconds: float
     """Time of the host."""
     data_wait: float
@@ -106,7 +108,7 @@ class Trainer:
         self.validation: Validation | None = None
         self.validation_metrics: dict[str, float] = {}
         self.sample_images: SampleImages | None = None
-        make_sampler = partial(create_sampler, self.task)
+        make_sampler = partial(create_sampler, self.task, mixed=True)
         if self.stage.sample_every:
             self.sample_images = SampleImages(make_sampler, self.task.stage, self.pretrained, self.device)
         samples = self.config.validation_samples
@@ -127,7 +129,8 @@ class Trainer:
                 batches = prefetcher.get(step)
                 data_wait = time.perf_counter() - began
                 result = self.train_step(step, batches)
-                self.pending.append(PendingStep(step + 1, result, time.perf_counter() - began, data_wait))
+                shape, seconds = batches[0].latents.shape, time.perf_counter() - began
+                self.pending.append(PendingStep(step + 1, result, shape, seconds, data_wait))
 
                 is_last = step + 1 == self.stage.steps
                 must_save = is_last or result.stop or (result.preempted and not has_left_machine)
@@ -163,7 +166,7 @@ class Trainer:
         if self.compiled:  # the operations of compiled networks cannot be counted while they run
             self.flops_meter.count_fake(self.engine.module, batches[0])
         for batch in batches:
-            with self.flops_meter.counted():
+            with self.flops_meter.counted(batch.latents.shape):
                 loss = self.batch_loss(batch, self.config.snr_gamma)
                 self.engine.backward(loss)
             local_loss += loss.detach() / len(batches)
@@ -206,7 +209,7 @@ class Trainer:
                 "step_seconds": seconds,
                 "data_wait_seconds": step.data_wait,
             }
-            logged.append((step.number, metrics | self.flops_meter.metrics(seconds)))
+            logged.append((step.number, metrics | self.flops_meter.metrics(seconds, step.shape)))
         self.logger.steps(logged)
         return False
 
@@ -272,7 +275,9 @@ class Trainer:
         return profile
 
 
-def create_sampler(task: Task, split: Any, batch_size: int, errors: PoseErrors = NO_ERRORS) -> Sampler:
+def create_sampler(
+    task: Task, split: Any, batch_size: int, errors: PoseErrors = NO_ERRORS, mixed: bool = False
+) -> Sampler:
     """The sampler of a split ("train" or "validation") with the options of the task.
 
     Raises:
@@ -284,7 +289,7 @@ def create_sampler(task: Task, split: Any, batch_size: int, errors: PoseErrors =
         task.stage,
         seed=task.config.seed,
         batch_size=batch_size,
-        size=task.config.size,
+        size=None if task.buckets else task.config.size,
         vae_scaling_factor=task.vae_scaling_factor,
         stick_width=config.stick_width,
         frames=config.clip_frames,
@@ -292,6 +297,7 @@ def create_sampler(task: Task, split: Any, batch_size: int, errors: PoseErrors =
         reference=config.stage1_reference if task.stage == 1 else config.stage2_reference,
         noise_offset=config.noise_offset,
         pose_errors=errors,
+        mixed=mixed,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipelines.train.data import TIMESTEPS, Batch, Sampler
+from pipelines.train.data import TIMESTEPS, Batch, Sampler, join_batches
 from tcan.errors import UserError
 from tcan.pixels import from_vae_output
 from tcan.weights import PretrainedModels
@@ -76,12 +76,12 @@ class SampleImages:
     ):
         count = IMAGE_SAMPLES[stage]
         sampler = validation_sampler(make_sampler, count) or make_sampler("train", count)
-        self._batch, self._device = sampler.batch(0, range(count)), device
+        self._batches, self._device = join_batches([sampler.batch(0, [i]) for i in range(count)]), device
         self._vae = pretrained.vae.to(device)
         self._scheduler: Any = type(pretrained.scheduler).from_config(pretrained.scheduler.config)
         self._scheduler.set_timesteps(IMAGE_STEPS, device=device)
-        self._truth = self._decode(self._batch.latents)
-        self._reference = self._decode(self._batch.reference[:, None])
+        self._truth = [self._decode(batch.latents) for batch in self._batches]
+        self._reference = [self._decode(batch.reference[:, None]) for batch in self._batches]
 
     @torch.no_grad()
     def draw(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
@@ -91,20 +91,30 @@ class SampleImages:
             An image, uint8 `[H, W, 3]`, one row per sample: reference, then pose, prediction and ground truth of a few
             frames; and the first sample's clip, uint8 `[F, H, W, 3]`: pose, prediction and ground truth side by side.
         """
-        t = self._batch.inputs(self._device)
+        predictions = [self._predict(model, batch) for batch in self._batches]
+        rows = []
+        for batch, reference, prediction, truth in zip(
+            self._batches, self._reference, predictions, self._truth, strict=True
+        ):
+            parts = (batch.pose.numpy(), prediction, truth)
+            frames = sorted({round(i) for i in np.linspace(0, truth.shape[1] - 1, IMAGE_COLUMNS)})
+            rows += [
+                np.concatenate([reference[i, 0], *(part[i, f] for f in frames for part in parts)], axis=1)
+                for i in range(len(truth))
+            ]
+        width = max(row.shape[1] for row in rows)
+        image = np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
+        first = (self._batches[0].pose.numpy(), predictions[0], self._truth[0])
+        return image, np.concatenate([part[0] for part in first], axis=2)
+
+    def _predict(self, model: nn.Module, batch: Batch) -> np.ndarray:
+        """Denoise the samples of a batch: uint8 RGB `[B, F, H, W, 3]`."""
+        t = batch.inputs(self._device)
         latents = t["noise"]
         for step in self._scheduler.timesteps:
             eps = model(latents, step.expand(len(latents)), t["pose"], t["reference"])
             latents = self._scheduler.step(eps.float(), step, latents).prev_sample
-        prediction = self._decode(latents)
-        frames = sorted({round(i) for i in np.linspace(0, latents.shape[1] - 1, IMAGE_COLUMNS)})
-        pose = self._batch.pose.numpy()
-        rows = [
-            [self._reference[i, 0], *(part[i, f] for f in frames for part in (pose, prediction, self._truth))]
-            for i in range(len(latents))
-        ]
-        image = np.concatenate([np.concatenate(row, axis=1) for row in rows])
-        return image, np.concatenate([pose[0], prediction[0], self._truth[0]], axis=2)
+        return self._decode(latents)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> np.ndarray:

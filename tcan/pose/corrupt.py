@@ -29,12 +29,12 @@ class PoseErrors:
     dropout: float = 0.0
     """Probability that a joint is removed, in [0, 1]."""
     jitter: float = 0.0
-    """Standard deviation of Gaussian noise on x and y, as a fraction of the image side."""
+    """Standard deviation of Gaussian noise on x and y, as a fraction of the shorter image side."""
     outliers: float = 0.0
     """Probability that a frame is unusable, in [0, 1]: all joints are permuted or removed, with equal probability."""
 
     def apply(self, keypoints: Keypoints, side: int, rng: np.random.Generator) -> Keypoints:
-        """Return a copy of keypoints `[F, 18, 3]` of an image of `side` pixels, with errors added."""
+        """Return a copy of keypoints `[F, 18, 3]` of an image whose shorter side has `side` pixels, with errors added."""
         corrupted = keypoints.copy()
         frames, joints = keypoints.shape[:2]
         _move(corrupted, np.arange(frames), self.jitter * side, rng)

@@ -18,6 +18,7 @@ from pipelines.animate import Animation, animate, read_inputs, read_motion, side
 from pipelines.config import Config
 from pipelines.config.parser import load_config
 from pipelines.inference import choose_device, load_pipeline
+from pipelines.match import output_size
 from pipelines.pose import number_labels, overlay, pose
 from pipelines.puppets.world import sample_clip, write_clip
 from tcan.crop import fit_image
@@ -163,7 +164,7 @@ def test_poses_from_file_without_retargeting_are_only_cropped(
     """With a rectangular output; the drawn poses are in the middle column of the side-by-side video."""
     hero, poses = puppets / "hero.png", puppets / "dance.json"
     animation = Animation(hero, tmp_path / "wide", poses=poses, fps=12, side_by_side=True)
-    wide = config("--animate.retarget", "none", "--animate.width", "128")
+    wide = config("--animate.retarget", "none", "--animate.height", "64", "--animate.width", "128")
     assert read_inputs(animation, wide).fps == 12
     animate(animation, model_folder, wide)
     frames = images(tmp_path / "wide")
@@ -181,7 +182,7 @@ def test_person_at_the_side_of_the_image_is_in_the_crop(
     wide = np.concatenate([np.repeat(hero[:, :1], 256, axis=1), hero], axis=1)  # 128 x 384
     write_image(wide, tmp_path / "wide.png")
     animation = Animation(tmp_path / "wide.png", tmp_path / "out", puppets / "dance.mp4", side_by_side=True)
-    animate(animation, model_folder, config())
+    animate(animation, model_folder, config("--animate.height", "64", "--animate.width", "64"))
     x0, y0, x1, y1 = map(
         int, re.findall(r"cropped to (\d+),(\d+),(\d+),(\d+) around the person", caplog.text)[0]
     )
@@ -190,6 +191,90 @@ def test_person_at_the_side_of_the_image_is_in_the_crop(
     shifted = fit_image(np.ascontiguousarray(wide[:, x0:x1]), 64, 64)
     assert np.abs(reference - shifted).mean() < 8  # the crop starts at a fraction of a pixel
     assert np.abs(reference - fit_image(wide, 64, 64)).mean() > 16  # the centered crop shows only background
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "options", "expected"),
+    [
+        (1080, 1920, [], (384, 704)),
+        (4032, 3024, [], (576, 448)),
+        (1000, 1010, [], (512, 512)),
+        (500, 5000, [], (384, 768)),
+        (1920, 1080, ["--animate.width", "288"], (512, 288)),
+        (1080, 1920, ["--animate.height", "512"], (512, 912)),
+        (500, 5000, ["--animate.height", "64"], (64, 128)),
+        (1080, 1920, ["--animate.height", "512", "--animate.width", "256"], (512, 256)),
+    ],
+)
+def test_output_has_the_aspect_ratio_of_the_image(
+    height: int, width: int, options: list[str], expected: tuple[int, int]
+) -> None:
+    image = np.broadcast_to(np.uint8(0), (height, width, 3))
+    assert output_size(image, (512, 512), config(*options)) == expected
+
+
+def similarity(source: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray]:
+    """Scale and shift from keypoints to keypoints, `[..., 3]`, fitted to x alone; they must also map y."""
+    x, y = source[..., 0].ravel(), target[..., 0].ravel()
+    scale, shift_x = np.polyfit(x, y, 1)
+    shift_y = target[..., 1].mean() - scale * source[..., 1].mean()
+    return float(scale), np.array([shift_x, shift_y])
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("retarget", ["robust", "none"])
+def test_image_driver_and_output_of_different_aspect_ratios_do_not_stretch_bodies(
+    puppets: Path, tmp_path: Path, fit: str, retarget: str
+) -> None:
+    """The poses in landscape and portrait outputs are those of the square one, scaled and shifted."""
+    hero, file = read_image(puppets / "hero.png"), read_poses(puppets / "dance.json")
+    poses = np.concatenate(file.people)
+    poses[..., 2] = 1  # all joints are visible, so that all are compared
+    write_poses(poses, tmp_path / "dance.json", 128, 128, 12)
+    write_poses(poses + np.float32([50, 0, 0]), tmp_path / "wide.json", 128, 228, 12)
+
+    def motion(image: np.ndarray, left: int, driving: str, size: tuple[int, int]) -> np.ndarray:
+        write_image(image, tmp_path / "image.png")
+        write_poses(poses[:1] + np.float32([left, 0, 0]), tmp_path / "hero.json", *image.shape[:2], 12)
+        files = {"poses": tmp_path / driving, "out": tmp_path / "out", "image": tmp_path / "image.png"}
+        if retarget == "robust":
+            files["character"] = tmp_path / "hero.json"
+        options = config("--animate.fit", fit, "--animate.retarget", retarget)
+        inputs = read_inputs(Animation(**files), options)
+        found = read_motion(None, Animation(**files), inputs, options, size)
+        assert found.image.shape == (*size, 3)
+        return found.poses[:, 0]
+
+    square = motion(hero, 0, "dance.json", (64, 64))
+    wide_hero = np.pad(hero, ((0, 0), (50, 50), (0, 0)), mode="edge")
+    for size in ((48, 88), (88, 48)):
+        for image, left in ((hero, 0), (wide_hero, 50)):
+            for driving in ("dance.json", "wide.json"):
+                found = motion(image, left, driving, size)
+                scale, shift = similarity(square, found)
+                np.testing.assert_allclose(found[..., :2], scale * square[..., :2] + shift, atol=1e-3)
+                if (
+                    fit == "pad"
+                ):  # the entire image, and without retargeting the entire driving frame, is visible
+                    shown = {"dance.json": (128, 128), "wide.json": (128, 228)}[driving]
+                    shown = shown if retarget == "none" else image.shape[:2]
+                    assert scale / 0.5 == pytest.approx(min(size[0] / shown[0], size[1] / shown[1]), rel=1e-4)
+
+
+def test_landscape_image_gives_a_landscape_video(model_folder: Path, puppets: Path, tmp_path: Path) -> None:
+    """With --animate.fit pad, the reference shows the entire image, and its border pixels where it is too narrow."""
+    hero = read_image(puppets / "hero.png")
+    write_image(np.pad(hero, ((0, 0), (40, 60), (0, 0)), mode="edge"), tmp_path / "wide.png")
+    files = {"driving": puppets / "dance.mp4", "side_by_side": True}
+    animate(Animation(tmp_path / "wide.png", tmp_path / "wide", **files), model_folder, config())
+    assert images(tmp_path / "wide").shape == (6, 48, 3 * 88, 3)
+    tall = config("--animate.fit", "pad", "--animate.height", "96", "--animate.width", "40")
+    animate(Animation(puppets / "hero.png", tmp_path / "tall", **files), model_folder, tall)
+    frames = images(tmp_path / "tall")
+    assert frames.shape == (6, 96, 3 * 40, 3)
+    reference = frames[0, :, :40].astype(int)
+    assert np.abs(reference[28:68] - fit_image(hero, 40, 40)).mean() < 2
+    assert np.ptp(reference[:26], axis=0).max() <= 1 and np.ptp(reference[70:], axis=0).max() <= 1
 
 
 def pair(folder: Path) -> None:
@@ -343,7 +428,7 @@ def test_invalid_animate_input_is_one_line_user_error(
             "--character has no effect without retargeting",
         ),
         ({"animate.smoothing_window": 4}, "animate.smoothing_window = 4: must be odd"),
-        ({"animate.width": 100}, "animate.width = 100: must be above 0 and a multiple of 64"),
+        ({"animate.width": 100}, "animate.width = 100: must be above 0 and a multiple of 8"),
         ({"animate.overlap": 16}, "animate.overlap = 16"),
         ({"person": 1.5}, "--person 1.5: invalid person; use largest"),
         ({"driving_person": 0}, "--driving_person 0: invalid person"),

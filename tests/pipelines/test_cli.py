@@ -197,6 +197,18 @@ def test_invalid_configuration_file_is_a_user_error(
             "preprocess.canvas = 100: must be above 0 and a multiple of 8; set e.g. 576",
         ),
         (
+            "preprocess v o --preprocess.buckets [512x512,704x380]",
+            "preprocess.buckets: 704x380 is not HEIGHTxWIDTH in multiples of 8; set e.g. [512x512, 704x384]",
+        ),
+        (
+            "preprocess v o --preprocess.buckets []",
+            "preprocess.buckets = []: must contain different sizes; set e.g. [512x512, 704x384]",
+        ),
+        (
+            "preprocess v o --preprocess.buckets auto --preprocess.canvas 160",
+            "preprocess.canvas = 160: has no effect with preprocess.buckets, which sets the sizes; unset one of them",
+        ),
+        (
             "preprocess v o --preprocess.canvas 120",
             "preprocess.canvas = 120: must be at least size = 128, the side of the training crops; change one of them",
         ),

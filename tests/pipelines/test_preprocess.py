@@ -37,7 +37,7 @@ from pipelines.preprocess.decode import DECODER, DecodeError, decode, decode_cli
 from pipelines.preprocess.job import plan, preprocess
 from pipelines.preprocess.latents import EncodedFrames
 from pipelines.preprocess.models import PoseAndLatents
-from pipelines.preprocess.person_crop import Square, square_around
+from pipelines.preprocess.person_crop import Crop, crop_around
 from pipelines.preprocess.pose import pack_people, unpack_people
 from pipelines.preprocess.schemas import DECODED_SCHEMA, ENCODED_SCHEMA
 from pipelines.preprocess.shards import Contents, ShardWriter, read_contents, writing
@@ -185,7 +185,7 @@ def test_plan_skips_finished_sources_by_path_and_content() -> None:
 
 # --- decode ----------------------------------------------------------------------------------------------------------
 
-DECODE = {"canvas": SIZE, "fps": None, "clip_frames": 16, "min_clip_frames": 8, "timeout": 120.0}
+DECODE = {"sizes": [(SIZE, SIZE)], "fps": None, "clip_frames": 16, "min_clip_frames": 8, "timeout": 120.0}
 
 
 def test_clips_contain_consecutive_frames_of_the_video(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_decoder_timeout_raises_decode_error(tmp_path: Path) -> None:
 
 def test_slow_consumer_does_not_trigger_decoder_timeout(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 200, height=256, width=256)
-    clips = decode_clips(str(path), **DECODE | {"canvas": 256, "timeout": 5.0})
+    clips = decode_clips(str(path), **DECODE | {"sizes": [(256, 256)], "timeout": 5.0})
     next(clips)
     time.sleep(6)
     assert len(list(clips)) == 12 + 1  # the remaining 12 of 13 clips, and the end row
@@ -357,7 +357,7 @@ def test_killed_decoder_is_restarted_with_identical_clips(
     tmp_path: Path, after_first_clip: bool, which: int
 ) -> None:
     path = str(write_video(tmp_path / "a.mp4", 100, height=256, width=256))
-    settings = DECODE | {"canvas": 256}
+    settings = DECODE | {"sizes": [(256, 256)]}
     sources = pa.table({"video_id": ["x"], "source": [path]})
     truth = [clip.to_pylist() for clip in decode(sources, **settings)]
     clips = decode(sources, **settings)
@@ -405,7 +405,7 @@ def encoded_row(video: str, start: int, people: list[np.ndarray]) -> dict:
     latent = np.full((len(people), 4, 8, 8), start, "<f2").tobytes()
     return {
         "video_id": video, "source": f"/{video}", "num_clips": None, "start": start, "num_frames": len(people),
-        "fps": 25.0, "height": 64, "width": 64, "crop": [0, 0, 64, 64], "people_per_frame": counts, "people": packed,
+        "fps": 25.0, "height": 64, "width": 64, "canvas": [64, 64], "crop": [0, 0, 64, 64], "people_per_frame": counts, "people": packed,
         "latent_mean": latent, "latent_logvar": latent, "step": None, "reason": None,
     }  # fmt: skip
 
@@ -536,9 +536,9 @@ def test_square_covers_most_joints_of_the_person() -> None:
         bodies = np.stack([person(x, 40) for x in positions])
         if tall:
             bodies[..., :2] = bodies[..., 1::-1]
-        square = square_around(bodies, *((128, 64) if tall else (64, 128)))
-        assert (square.side, square.x if tall else square.y) == (64, 0)
-        return square.y if tall else square.x
+        crop = crop_around(bodies, *((128, 64) if tall else (64, 128)), (64, 64))
+        assert (crop.height, crop.width, crop.x if tall else crop.y) == (64, 64, 0)
+        return crop.y if tall else crop.x
 
     for tall in (False, True):
         assert corner([20.0] * 10, tall) == 0  # at an edge
@@ -546,10 +546,10 @@ def test_square_covers_most_joints_of_the_person() -> None:
         assert corner([20.0] * 4 + [110.0] * 6, tall) == 64  # the person moves: the position with more frames
         assert corner([40.0] * 199 + [120.0], tall) == 8  # one frame with a false detection
     no_person = np.zeros((4, 18, 3), np.float32)
-    assert square_around(no_person, 64, 128) == Square(32, 0, 64)
+    assert crop_around(no_person, 64, 128, (64, 64)) == Crop(32, 0, 64, 64)
 
     # Only people inside the square count as visible.
-    assert Square(0, 0, 64).shows(np.stack([person(20, 40), person(70, 40), no_person[0]])).tolist() == [
+    assert Crop(0, 0, 64, 64).shows(np.stack([person(20, 40), person(70, 40), no_person[0]])).tolist() == [
         True,
         False,
         False,
@@ -861,6 +861,67 @@ def test_person_crop_contains_person_away_from_the_centre(
         "its canvas of 160 x 160 pixels is smaller than the training size 192" in error
         and error.count("\n") == 1
     )
+
+
+def test_centre_crop_has_the_nearest_aspect_ratio_of_the_buckets(tmp_path: Path) -> None:
+    buckets = [(64, 64), (48, 80), (80, 48), (64, 256)]
+    for name, height, width, canvas, crop in (
+        ("wide", 96, 176, [48, 80], [8, 0, 168, 96]),
+        ("tall", 160, 80, [80, 48], [0, 40 / 3, 80, 440 / 3]),
+        ("square", 96, 104, [64, 64], [4, 0, 100, 96]),
+        ("very wide", 64, 320, [64, 256], [32, 0, 288, 64]),
+    ):
+        path = write_video(tmp_path / f"{name}.mp4", 8, height=height, width=width)
+        clip, _ = decode_clips(str(path), **DECODE | {"sizes": buckets})
+        assert clip["canvas"] == [clip["height"], clip["width"]] == canvas
+        np.testing.assert_allclose(clip["crop"], crop, atol=1e-3)
+        x0, y0, x1, y1 = clip["crop"]
+        assert (x1 - x0) / (y1 - y0) == pytest.approx(canvas[1] / canvas[0])  # nothing is stretched
+    # Full frames contain the bucket, also one that is wider than the limit of full frames.
+    clip, _ = decode_clips(str(path), **DECODE | {"sizes": buckets, "full_frame": True})
+    assert (clip["height"], clip["width"]) == (64, 256)
+
+
+def test_videos_of_three_aspect_ratios_enter_three_buckets(
+    ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The puppets of the wide and of the tall video are not at the center; the crops are not as wide or tall as the videos."""
+    truth = write_off_centre_videos(tmp_path / "videos")
+    clip = sample_clip("dance", seed=6, num_frames=20, size=256)
+    truth["square"] = clip.keypoints
+    write_clip(clip, tmp_path / "videos" / "square")
+    out, store = tmp_path / "out", f"--tracking.folder={tmp_path / 'mlflow'}"
+    config = load_config("--preprocess.buckets=[128x128, 112x144, 144x112]", store)
+    preprocess(str(tmp_path / "videos"), str(out), config)
+    rows = {Path(row["source"]).stem: row for row in read_clips(out)}
+    sizes = {name: (row["height"], row["width"]) for name, row in rows.items()}
+    assert sizes == {"square": (128, 128), "wide": (112, 144), "tall": (144, 112)}
+    for name, row in rows.items():
+        x0, y0, x1, y1 = row["crop"]
+        scale = row["height"] / (y1 - y0)
+        assert scale == pytest.approx(row["width"] / (x1 - x0), rel=1e-3)
+        assert inside(truth[name], row["crop"]).all()
+        arrays = decode_row(row)
+        assert arrays["latent_mean"].shape == (20, 4, row["height"] // 8, row["width"] // 8)
+        found = arrays["keypoints"][..., :2] / scale + (x0, y0)
+        close = np.linalg.norm(found - truth[name][..., :2], axis=-1) < 0.05 * 256
+        assert close[truth[name][..., 2] > 0].mean() > 0.9
+
+    assert read_info(out)["buckets"] == [[112, 144], [128, 128], [144, 112]]
+    for command in (
+        ["verify", str(out)],
+        ["info", str(out)],
+        ["preview", str(out), f"--out={tmp_path}/a.png"],
+    ):
+        assert cli.main(["dataset", *command]) == 0
+    lines = capsys.readouterr().out
+    for size in ("112x144 ", "128x128 ", "144x112 "):
+        assert f"{size}  1 videos, 20 frames" in lines
+    assert Image.open(tmp_path / "a.png").size == (8 * 144, 112 + 128 + 144)
+    with pytest.raises(
+        UserError, match=r"created with buckets \['112x144', .*\], not None, canvas None, not 128"
+    ):
+        preprocess(str(tmp_path / "videos"), str(out), load_config(store))
 
 
 @pytest.fixture

@@ -63,7 +63,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_dataset(
-    folder: Path, videos: dict[str, list[tuple[int, int]]], height: int, width: int, vae: str = ""
+    folder: Path,
+    videos: dict[str, list[tuple[int, int]]],
+    height: int,
+    width: int,
+    vae: str = "",
+    buckets: dict[str, tuple[int, int]] | None = None,
 ) -> Path:
     """Write a dataset whose latents encode frame, video and spatial position.
 
@@ -72,10 +77,12 @@ def write_dataset(
 
     Args:
         videos: for each name, its clips as (first frame, number of frames).
+        buckets: height and width of each video, instead of `height` and `width`.
     """
-    rows, columns = np.mgrid[: height // 8, : width // 8]
     clips = []
     for number, (name, spans) in enumerate(videos.items()):
+        height, width = buckets[name] if buckets else (height, width)
+        rows, columns = np.mgrid[: height // 8, : width // 8]
         for start, length in spans:
             shape = (length, *rows.shape)
             frames = np.broadcast_to(np.arange(start, start + length)[:, None, None], shape)
@@ -106,6 +113,8 @@ def write_dataset(
         "schema_version": SCHEMA_VERSION, "counts": {}, "files": files, "height": height, "width": width, "clip_frames": 16, "fps": 8,
         "vae_fingerprint": vae, "vae_scaling_factor": 0.5, "pose_fingerprint": "", "settings": {}, "mlflow_run_id": None,
     }  # fmt: skip
+    if buckets:
+        info |= {"height": None, "width": None, "buckets": sorted(set(buckets.values()))}
     write_info(str(folder), info)
     return folder
 
@@ -120,7 +129,9 @@ def changed_clips(folder: Path) -> Iterator[dict[str, Any]]:
     write_index(str(folder))
 
 
-def make_sampler(dataset: Path, stage: int, seed: int = 0, batch_size: int = 4, size: int = SIZE) -> Sampler:
+def make_sampler(
+    dataset: Path, stage: int, seed: int = 0, batch_size: int = 4, size: int | None = SIZE
+) -> Sampler:
     return Sampler(
         ClipStore(dataset), stage, seed=seed, batch_size=batch_size, size=size, vae_scaling_factor=0.5, stick_width=2,
         frames=16, drop_reference=0.1,
@@ -448,9 +459,9 @@ def test_flops_of_frozen_and_trained_layers_match_closed_form():
 
     meter = FlopsMeter(micro_batches=6, workers=2, peak_flops=1e9)
     for _ in range(2):
-        with meter.counted():
+        with meter.counted((1,)):
             network(x).sum().backward()
-    found = meter.metrics(seconds=0.5)
+    found = meter.metrics(0.5, (1,))
     assert found["tflops_per_second"] == pytest.approx(expected / 0.5 / 1e12, rel=1e-12)
     assert found["mfu"] == pytest.approx(expected / 0.5 / 2e9, rel=1e-12)
 

@@ -198,7 +198,7 @@ def test_rectangular_output_as_pil_images(pipe: TCANPipeline) -> None:
         output_type="pil",
     )
     assert [frame.size for frame in wide.frames] == [(128, 64)] * 2
-    with pytest.raises(UserError, match="multiples of 64"):
+    with pytest.raises(UserError, match="multiples of 8"):
         pipe(random_image(), dance(1), height=100)
 
 
@@ -464,8 +464,8 @@ def test_interrupt_ends_the_denoising_after_the_step(pipe: TCANPipeline) -> None
         ({"guidance_scale": float("inf")}, "guidance_scale = inf: must be finite"),
         ({"guidance_scale": "7"}, "guidance_scale = 7"),
         ({"window": 33}, "window = 33: the model's motion modules have 32 positions; set at most 32"),
-        ({"height": 0}, "height 0, width 64: must be multiples of 64"),
-        ({"width": -64}, "height 64, width -64: must be multiples of 64"),
+        ({"height": 0}, "height 0, width 64: must be multiples of 8"),
+        ({"width": -64}, "height 64, width -64: must be multiples of 8"),
         ({"height": 64.5}, "height 64.5"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "unknown 'prompt'; use latents, noise_pred"),
     ],
