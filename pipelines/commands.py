@@ -74,10 +74,8 @@ def _animate(arguments: Any, config: Any) -> None:
         if given:
             raise UserError(f"--pairs: conflicts with --{', --'.join(given)}; remove --{', --'.join(given)}")
         from pipelines.animate_pairs import animate_pairs
-        from pipelines.inference import find_model
 
-        model = find_model(arguments.model, config)
-        animate_pairs(Path(arguments.pairs), model, config, **options)
+        animate_pairs(arguments.pairs, arguments.model, config, **options)
         return
     if missing := [f"--{name}" for name in ("image", "out") if name not in given]:
         raise UserError(f"missing {', '.join(missing)}; see tcan animate --help")

@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipelines.staging import local_output
 from pipelines.storage import is_remote
 from pipelines.train.engine import (
     copy_to_module,
@@ -248,8 +249,8 @@ class FrozenFingerprint:
             )
 
 
-def publish(checkpoint: ray.train.Checkpoint, folder: Path) -> None:
-    """Copy the model of a stage's last checkpoint to a model folder, atomically."""
+def publish(checkpoint: ray.train.Checkpoint, folder: str) -> None:
+    """Copy the model of a stage's last checkpoint to a model folder, local (atomically) or in a bucket (tcan.json last)."""
     model = ray.train.Checkpoint(f"{checkpoint.path}/{MODEL}", checkpoint.filesystem)
-    with model.as_directory() as source, atomic_write(folder) as partial:
+    with model.as_directory() as source, local_output(folder) as local, atomic_write(local) as partial:
         shutil.copytree(source, partial)

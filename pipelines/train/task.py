@@ -16,7 +16,7 @@ class Task:
     dataset: str
     vae_scaling_factor: float
     from_model: str | None
-    """Model folder to start from; None: the pretrained models."""
+    """Model folder to start from, a path or URI that is valid on every machine; None: the pretrained models."""
     run_id: str
     """Of the MLflow run."""
     deepspeed: dict[str, Any]
