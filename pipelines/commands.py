@@ -6,6 +6,7 @@ The modules of a command are imported when it runs, so that `tcan --help` is fas
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,12 +111,16 @@ def _pose(arguments: Any, config: Any) -> None:
 
 
 def _evaluate(arguments: Any, config: Any) -> None:
+    from pipelines import storage
     from pipelines.evaluate import evaluate
+    from pipelines.lock import locked
     from pipelines.staging import local_output
     from pipelines.tracking import local_model
 
     model = local_model(arguments.model, config.tracking)
-    with local_output(arguments.out) as out:
+    is_remote = storage.is_remote(arguments.out)
+    lock = locked(arguments.out, "evaluate") if is_remote else nullcontext()  # `evaluate` locks local folders
+    with lock, local_output(arguments.out) as out:
         evaluate(arguments.videos, model, out, config)
 
 

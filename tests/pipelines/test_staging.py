@@ -9,6 +9,7 @@ from pipelines import storage
 from pipelines.config import TrackingConfig
 from pipelines.staging import local_input, local_output, original_names
 from pipelines.tracking import local_model
+from pipelines.train.run_file import read_run
 from tcan.errors import UserError
 from tcan.video import write_image
 from tests.pipelines.test_cli import error_of
@@ -66,5 +67,10 @@ def test_pose_and_train_read_and_write_a_bucket(bucket: str, tmp_path: Path, cap
             storage.write(f"{bucket}/dataset/{file.relative_to(dataset)}", file.read_bytes())
     line = error_of(capsys, "train", f"{bucket}/dataset", "--out", str(tmp_path / "run"))
     assert line.startswith(f"{bucket}/dataset: encoded with another VAE")
-    line = error_of(capsys, "train", f"{bucket}/dataset", "--out", f"{bucket}/run")
-    assert line.startswith(f"--out {bucket}/run: a bucket; pass a local folder")
+    line = error_of(
+        capsys, "train", f"{bucket}/dataset", "--out", f"{bucket}/run", "--stage", "2", "--size", "64"
+    )
+    assert line.startswith(f"{bucket}/dataset: encoded with another VAE")
+    storage.write(f"{bucket}/run/stage1/run.json", b"{")
+    with pytest.raises(UserError, match=f"{bucket}/run/stage1/run.json: cannot be read, or is not a file of"):
+        read_run(f"{bucket}/run/stage1")
