@@ -185,7 +185,9 @@ def _required_path(text: str) -> dict[str, Any]:
 
 
 DATASET = _path("Clip dataset: the OUT folder of `tcan preprocess`.")
-OWN_MODEL = "a folder, models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
+OWN_MODEL = (
+    "a folder (local or s3://...), models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
+)
 MINI_OR_OWN = _path(f"Trained model: mini (the one in this package), {OWN_MODEL}", default="mini")
 MODEL = _required_path(f"Trained model: {OWN_MODEL}")
 
@@ -245,7 +247,7 @@ COMMANDS = {
         {
             "dataset": DATASET,
             "--out": _required_path(
-                "Folder of the checkpoints and the trained model. If it has checkpoints, training resumes."
+                "Folder of the checkpoints and the trained model, local or s3://... If it has checkpoints, training resumes."
             ),
             "--stage": {
                 "type": Literal["1", "2", "all"],
@@ -253,7 +255,7 @@ COMMANDS = {
                 "help": "Stage to train; all: stage 1, then stage 2.",
             },
             "--from": _path(
-                "Stage 1 model from which stage 2 starts: a folder, models:/NAME@ALIAS, or an MLflow run id. Default: "
+                "Stage 1 model from which stage 2 starts: a folder (local or s3://...), models:/NAME@ALIAS, or an MLflow run id. Default: "
                 "the stage 1 model in OUT."
             ),
         },
@@ -274,7 +276,7 @@ COMMANDS = {
                 "Keypoints of the reference image, in the formats of --poses. Default: detected in the image."
             ),
             "--pairs": _path(
-                "Table (.csv or .parquet) with the columns image, driving and out, instead of a single image. Missing "
+                "Table (.csv or .parquet, local or s3://...) with the columns image, driving and out, instead of a single image. Missing "
                 "results are generated on the Ray cluster."
             ),
             "--model": MINI_OR_OWN,

@@ -34,6 +34,7 @@ RESUME_MAY_CHANGE = {
     "log_every",
     "profile_steps",
     "clip_cache_mb",
+    "cache_disk_gb",
 }
 STAGE_RESUME_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "sample_every", "validate_every"}
 

@@ -203,7 +203,7 @@ def main() -> int:
     if reason := missing_requirement():
         print(f"try-cluster: {reason}", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory(prefix="tcan-cluster-") as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="machines-") as folder, ExitStack() as stack:
         cluster = Cluster(Path(folder), stack)
         good = run(cluster)
         cluster.say("all checks passed" if good else "a check failed")

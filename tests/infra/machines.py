@@ -22,7 +22,6 @@ START_SECONDS = 10
 
 # Runs as the first process of a machine. $1: folder of its files, $2: its name, $3: folder with the code.
 _BOOT = """
-exec >"$1/boot.log" 2>&1
 set -e
 mount --make-rprivate /
 mount -t tmpfs none /media
@@ -33,6 +32,7 @@ for folder in tmp var/tmp run; do
     mkdir -p "/media/own/$folder"
     mount --bind "/media/own/$folder" "/$folder"
 done
+exec >/tmp/boot.log 2>&1
 chmod 1777 /tmp /var/tmp
 mkdir /tmp/home
 mount -t tmpfs -o size=1g none /dev/shm
@@ -156,7 +156,7 @@ class Machine:
                 break
             time.sleep(0.01)
         else:
-            raise RuntimeError(f"{name}: did not boot: {(folder / 'boot.log').read_text()}")
+            raise RuntimeError(f"{name}: did not boot: {(folder / 'tmp' / 'boot.log').read_text()}")
         self.run("ip", "address", "add", f"{self.address}/24", "dev", "eth0")
         self.run("ip", "link", "set", "eth0", "up")
 
