@@ -9,6 +9,7 @@ from pipelines import storage
 from pipelines.config import TrackingConfig
 from pipelines.staging import local_input, local_output, original_names
 from pipelines.tracking import local_model
+from pipelines.train.checkpoint import remove_incomplete
 from pipelines.train.run_file import read_run
 from tcan.errors import UserError
 from tcan.video import write_image
@@ -51,6 +52,18 @@ def test_outputs_are_uploaded_when_complete_and_the_manifest_last(bucket: str, m
         local_output("s3://no-such-bucket/x"),
     ):
         pass
+
+
+def test_checkpoints_that_were_never_registered_are_deleted_from_a_bucket(bucket: str) -> None:
+    remove_incomplete(f"{bucket}/killed/stage1")  # no such folder
+    for name in (
+        "run.json",
+        "step_000003_0123/state.json",
+        "step_000003_0123/trained-00000-of-00002.safetensors",
+    ):
+        storage.write(f"{bucket}/killed/stage1/{name}", b"{}")
+    remove_incomplete(f"{bucket}/killed/stage1")
+    assert storage.list_files(f"{bucket}/killed", recursive=True) == [f"{bucket}/killed/stage1/run.json"]
 
 
 def test_pose_and_train_read_and_write_a_bucket(bucket: str, tmp_path: Path, capsys) -> None:
