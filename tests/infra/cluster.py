@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.infra.machines import NETWORK, ROOT, Machine, Switch, missing_requirement
 from tests.infra.steps import BUCKET, FRAMES, HELD_OUT, VIDEOS
@@ -26,7 +27,13 @@ from tests.infra.steps import BUCKET, FRAMES, HELD_OUT, VIDEOS
 SERVER = f"{NETWORK}.10"
 HEAD = f"{NETWORK}.1"
 MLFLOW = f"http://{SERVER}:5000"
+STEP = ("python", "-m", "tests.infra.steps")
+SUBMIT = ("--submit", f"http://{HEAD}:8265")
+ALONE = "/tmp/alone"  # folder of the undisturbed training, on `desk`
 STEPS = {1: 12, 2: 4}
+FAULT_STEP = 4
+CLIP_FRAMES = 16
+TIMEOUT = 900
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(ROOT),
@@ -48,7 +55,7 @@ ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
-PREPROCESS = ["--size=64", "--preprocess.clip_frames=16", "--preprocess.validation_fraction=0"]
+PREPROCESS = ["--size=64", f"--preprocess.clip_frames={CLIP_FRAMES}", "--preprocess.validation_fraction=0"]
 TRAIN = [
     "--size=64", "--train.workers=2", "--train.zero_stage=2", "--train.clip_frames=8", "--train.log_every=1",
     *(f"--train.stage{n}.steps={steps}" for n, steps in STEPS.items()),
@@ -60,7 +67,11 @@ ANIMATE = ["--animate.steps=2", "--animate.guidance_scale=1", "--evaluate.frames
 
 
 class Cluster:
-    """The machines, each on its first use, and a log of times."""
+    """The machines, and a log of times. `worker_1` and `worker_2` are the worker machines that run at the start."""
+
+    desk: Machine
+    head: Machine
+    worker_2: Machine
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack, self._began = folder, stack, time.monotonic()
@@ -76,43 +87,56 @@ class Cluster:
         yield
         self.say(f"{text} ({time.monotonic() - began:.1f} s)")
 
-    def machine(self, name: str, number: int) -> Machine:
+    def _machine(self, name: str, number: int) -> Machine:
         machine = Machine(self._switch, self._folder / name, name, number, ENVIRONMENT)
         self._stack.callback(machine.kill)
         return machine
 
-    def worker(self, number: int) -> Machine:
-        machine = self.machine(f"worker-{number}", 1 + number)
-        _ray(machine, f"--address={HEAD}:6379", "--num-cpus=1")
+    def start(self) -> None:
+        """Start the machines and their services, and upload the inputs."""
+        self.head, self.desk, server = (
+            self._machine(name, number) for name, number in (("head", 1), ("desk", 20), ("server", 10))
+        )
+        _start_ray(self.head, "--head", "--num-cpus=0", "--dashboard-host=0.0.0.0")
+        server.start("python", "-m", "moto.server", "--host", "0.0.0.0", "--port", "9000", log="s3.log")
+        server.start(
+            "mlflow", "server", "--host", "0.0.0.0", "--workers", "1", "--backend-store-uri",
+            "sqlite:////tmp/mlflow.db", "--artifacts-destination", "/tmp/artifacts", log="mlflow.log",
+        )  # fmt: skip
+        self._wait_for(f"{ENVIRONMENT['AWS_ENDPOINT_URL']}/")
+        self.desk.run(*STEP, "prepare")
+        self._wait_for(f"{MLFLOW}/health")
+        self._wait_for(f"http://{HEAD}:8265/api/version")
+        self.add_worker(1)
+        self.worker_2 = self.add_worker(2)
+
+    def add_worker(self, number: int) -> Machine:
+        machine = self._machine(f"worker-{number}", 1 + number)
+        _start_ray(machine, f"--address={HEAD}:6379", "--num-cpus=1")
         return machine
 
+    def _wait_for(self, url: str) -> None:
+        code = f"import urllib.request as r; r.urlopen({url!r}, timeout=5)"
+        wait_for(lambda: self.desk.start("python", "-c", code, log="probe.log").wait() == 0, url)
 
-def _ray(machine: Machine, *options: str) -> None:
+    def step(self, *arguments: str) -> Any:
+        """Run a step of `tests.infra.steps` on `desk`; returns the JSON in the last line of its output."""
+        return json.loads(self.desk.run(*STEP, *arguments).splitlines()[-1])
+
+
+def _start_ray(machine: Machine, *options: str) -> None:
     machine.start(
         "ray", "start", *options, f"--node-ip-address={machine.address}", "--object-store-memory=100000000",
         "--disable-usage-stats", "--block", log="ray.log",
     )  # fmt: skip
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError(f"{what}: not within {seconds:g} s")
         time.sleep(0.3)
-
-
-def _responds(machine: Machine, url: str) -> bool:
-    code = f"import urllib.request as r; r.urlopen({url!r}, timeout=5)"
-    return machine.start("python", "-c", code, log="probe.log").wait() == 0
-
-
-def start_server(server: Machine) -> None:
-    server.start("python", "-m", "moto.server", "--host", "0.0.0.0", "--port", "9000", log="s3.log")
-    server.start(
-        "mlflow", "server", "--host", "0.0.0.0", "--workers", "1", "--backend-store-uri",
-        "sqlite:////tmp/mlflow.db", "--artifacts-destination", "/tmp/artifacts", log="mlflow.log",
-    )  # fmt: skip
 
 
 def step_of(log: Path) -> int:
@@ -121,71 +145,63 @@ def step_of(log: Path) -> int:
     return int(lines[-1].split()[3].partition("/")[0]) if lines else 0
 
 
-def train_with_fault(cluster: Cluster, desk: Machine, victim: Machine) -> None:
+def preprocess(cluster: Cluster) -> None:
+    cluster.desk.run("tcan", "preprocess", f"{BUCKET}/videos", f"{BUCKET}/dataset", *PREPROCESS, *SUBMIT)
+
+
+def train_with_fault(cluster: Cluster) -> None:
     """Train both stages; a machine is switched off in stage 1 and replaced."""
-    command = ["tcan", "train", f"{BUCKET}/dataset", "--out", f"{BUCKET}/run", *TRAIN]
-    job = desk.start(*command, "--submit", f"http://{HEAD}:8265", log="train.log")
+    desk = cluster.desk
+    job = desk.start(
+        "tcan", "train", f"{BUCKET}/dataset", "--out", f"{BUCKET}/run", *TRAIN, *SUBMIT, log="train.log"
+    )
     log = desk.file("/tmp/train.log")
-    wait_for(lambda: step_of(log) >= 4 or job.poll() is not None, "training: step 4")
+    wait_for(lambda: step_of(log) >= FAULT_STEP or job.poll() is not None, f"step {FAULT_STEP}")
     if job.poll() is None:
-        victim.kill()
-        cluster.say(f"train: {victim.name} switched off after step {step_of(log)}")
-        cluster.worker(3)
-    if job.wait(300):
+        cluster.worker_2.kill()
+        cluster.say(f"train: {cluster.worker_2.name} switched off after step {step_of(log)}")
+        cluster.add_worker(3)
+    if job.wait(TIMEOUT):
         raise RuntimeError(f"tcan train: exit status {job.returncode}\n{log.read_text()[-4000:]}")
 
 
-def check(name: str, is_good: bool, detail: str) -> bool:
-    print(f"{'ok    ' if is_good else 'FAILED'}  {name}: {detail}", flush=True)
-    return is_good
+def train_alone(cluster: Cluster) -> None:
+    cluster.desk.run("tcan", "train", f"{BUCKET}/dataset", "--out", ALONE, *TRAIN)
 
 
-def run(cluster: Cluster) -> bool:
-    step = ("python", "-m", "tests.infra.steps")
-    with cluster.timed("machines, S3, MLflow and Ray started, videos uploaded"):
-        server, desk = cluster.machine("server", 10), cluster.machine("desk", 20)
-        head = cluster.machine("head", 1)
-        _ray(head, "--head", "--num-cpus=0", "--dashboard-host=0.0.0.0")
-        start_server(server)
-        wait_for(lambda: _responds(desk, f"{ENVIRONMENT['AWS_ENDPOINT_URL']}/"), "S3")
-        desk.run(*step, "prepare")
-        wait_for(lambda: _responds(desk, f"{MLFLOW}/health"), "MLflow")
-        wait_for(lambda: _responds(desk, f"http://{HEAD}:8265/api/version"), "Ray")
-        cluster.worker(1)
-        victim = cluster.worker(2)
-    submitted = ("--submit", f"http://{HEAD}:8265")
-    with cluster.timed("preprocess s3 -> s3"):
-        desk.run("tcan", "preprocess", f"{BUCKET}/videos", f"{BUCKET}/dataset", *PREPROCESS, *submitted)
-    with cluster.timed("train: both stages, checkpoints and model in the bucket"):
-        train_with_fault(cluster, desk, victim)
-    with cluster.timed("animate --pairs"):
-        command = [
-            "tcan",
-            "animate",
-            "--pairs",
-            f"{BUCKET}/pairs/pairs.csv",
-            "--model",
-            f"{BUCKET}/run/model",
-        ]
-        head.run(*command, *ANIMATE, RAY_ADDRESS=f"{HEAD}:6379")
-    with cluster.timed("evaluate the registered model on a machine outside of the cluster"):
-        table = desk.run(
-            "tcan", "evaluate", f"{BUCKET}/heldout", "--model", "models:/tcan@run", "--out", f"{BUCKET}/evaluation",
-            *ANIMATE,
-        )  # fmt: skip
-    with cluster.timed("the same training on one machine, undisturbed"):
-        desk.run("tcan", "train", f"{BUCKET}/dataset", "--out", "/tmp/alone", *TRAIN)
+def animate(cluster: Cluster) -> None:
+    command = ["tcan", "animate", "--pairs", f"{BUCKET}/pairs/pairs.csv", "--model", f"{BUCKET}/run/model"]
+    cluster.head.run(*command, *ANIMATE, RAY_ADDRESS=f"{HEAD}:6379")
 
-    stored = json.loads(desk.run(*step, "rows", f"{BUCKET}/dataset"))
-    count, repeated = VIDEOS * FRAMES // 16, max(stored["clips"].values())
-    good = check(
-        "every clip once", len(stored["clips"]) == count and repeated == 1, f"{len(stored['clips'])} clips"
-    )
+
+def evaluate(cluster: Cluster) -> None:
+    command = ["tcan", "evaluate", f"{BUCKET}/heldout", "--model", "models:/tcan@run"]
+    cluster.desk.run(*command, "--out", f"{BUCKET}/evaluation", *ANIMATE)
+
+
+PHASES: dict[str, Callable[[Cluster], None]] = {
+    "machines, S3, MLflow and Ray started, videos uploaded": Cluster.start,
+    "preprocess, s3 to s3": preprocess,
+    "train both stages, checkpoints and models in the bucket": train_with_fault,
+    "the same training on one machine, undisturbed": train_alone,
+    "animate --pairs, table and results in the bucket": animate,
+    "evaluate the registered model outside of the cluster": evaluate,
+}
+
+
+def check_results(cluster: Cluster) -> bool:
+    """Print the checks; returns whether all are good."""
+
+    def check(name: str, is_good: bool, detail: str) -> bool:
+        print(f"{'ok    ' if is_good else 'FAILED'}  {name}: {detail}", flush=True)
+        return is_good
+
+    stored = cluster.step("rows", f"{BUCKET}/dataset")
+    clips, expected = stored["clips"], VIDEOS * FRAMES // CLIP_FRAMES
+    once = len(clips) == expected and set(clips.values()) == {1}
+    good = check("every clip once", once, f"{len(clips)} clips, {stored['frames']} frames")
     for stage, steps in STEPS.items():
-        found, alone = (
-            json.loads(desk.run(*step, "losses", f"{out}/stage{stage}"))
-            for out in (f"{BUCKET}/run", "/tmp/alone")
-        )
+        found, alone = (cluster.step("losses", f"{out}/stage{stage}") for out in (f"{BUCKET}/run", ALONE))
         once = sorted(map(int, found)) == list(range(1, steps + 1)) and {len(v) for v in found.values()} == {
             1
         }
@@ -193,10 +209,12 @@ def run(cluster: Cluster) -> bool:
         good &= check(
             f"stage {stage}, losses equal bit for bit", found == alone, f"last loss {found[str(steps)][0]!r}"
         )
-    animated = json.loads(desk.run(*step, "results", f"{BUCKET}/pairs/out"))
-    good &= check("animate --pairs", list(animated.values()) == [8] * HELD_OUT**2, f"{animated}")
-    line = table.splitlines()[-1]
-    return good & check("evaluate", f"{HELD_OUT} videos" in line, line)
+    animated = cluster.step("results", f"{BUCKET}/pairs/out")
+    good &= check("every pair animated", list(animated.values()) == [8] * HELD_OUT**2, f"frames: {animated}")
+    evaluation = cluster.step("read", f"{BUCKET}/evaluation/evaluation.json")
+    return good & check(
+        "videos evaluated", evaluation["videos"] == HELD_OUT, f"PSNR {evaluation['metrics']['psnr']:.2f} dB"
+    )
 
 
 def main() -> int:
@@ -205,7 +223,10 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="machines-") as folder, ExitStack() as stack:
         cluster = Cluster(Path(folder), stack)
-        good = run(cluster)
+        for name, phase in PHASES.items():
+            with cluster.timed(name):
+                phase(cluster)
+        good = check_results(cluster)
         cluster.say("all checks passed" if good else "a check failed")
     return 0 if good else 1
 

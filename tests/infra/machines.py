@@ -174,7 +174,7 @@ class Machine:
             output.close()  # type: ignore[union-attr]
         return process
 
-    def run(self, *command: str, timeout: float = 180, **environment: str) -> str:
+    def run(self, *command: str, timeout: float = 900, **environment: str) -> str:
         """Run a command and return its output (stdout and stderr).
 
         Raises:

@@ -77,5 +77,11 @@ def results(folder: str) -> None:
     print(json.dumps({name.rpartition("/")[2]: len(read_video(local_input(name))[0]) for name in names}))
 
 
+def read(name: str) -> None:
+    print(json.dumps(json.loads(storage.read_bytes(name))))
+
+
 if __name__ == "__main__":
-    {"prepare": prepare, "losses": losses, "rows": rows, "results": results}[sys.argv[1]](*sys.argv[2:])
+    {"prepare": prepare, "losses": losses, "rows": rows, "read": read, "results": results}[sys.argv[1]](
+        *sys.argv[2:]
+    )
