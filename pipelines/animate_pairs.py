@@ -232,9 +232,8 @@ def _on_workers(
     A worker that dies is replaced, and its pair is retried. The pair fails after `MAX_WORKER_DEATHS` deaths.
     """
     connect()
-    config = dataclasses.replace(
-        config, tracking=resolve(config.tracking)
-    )  # workers may find the model in MLflow
+    # Workers may look for the model in MLflow.
+    config = dataclasses.replace(config, tracking=resolve(config.tracking))
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     Worker = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(Animator)
@@ -310,10 +309,8 @@ class Animator:
                 status = "done"
             except UserError as error:
                 self.notes.append(" ".join(str(error).split()))
-            except (
-                Exception
-            ) as error:  # a bug; the other pairs continue, and the worker's log has the traceback
-                traceback.print_exc()
+            except Exception as error:
+                traceback.print_exc()  # a bug; the other pairs continue, and the worker's log has the traceback
                 self.notes.append(f"{pair.out}: {type(error).__name__}: {' '.join(str(error).split())}")
             note = original_names("; ".join(self.notes))
         seconds = round(time.monotonic() - began, 3)
@@ -327,9 +324,8 @@ class Animator:
             inputs = read_inputs(animation, self.config)
             frames = render_animation(self.pipe, animation, inputs, self.config)
         if storage.is_remote(pair.out) and not Path(pair.out).suffix:
-            storage.write(
-                f"{pair.out}/{FRAMES_FILE}", json.dumps({"frames": frames, "fps": inputs.fps}).encode()
-            )
+            info = {"frames": frames, "fps": inputs.fps}
+            storage.write(f"{pair.out}/{FRAMES_FILE}", json.dumps(info).encode())
         return frames
 
 

@@ -72,13 +72,15 @@ def local_input(name: str | Path) -> Path:
 def temporary_inputs() -> Iterator[Callable[[str], Path]]:
     """A function like `local_input`, whose copies are deleted at the end of the block."""
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=_folder().name) as root:
-        yield (
-            lambda name: (
+
+        def copy(name: str) -> Path:
+            return (
                 _download(storage.absolute(name), root)
                 if storage.is_remote(name)
                 else storage.local_path(name)
             )
-        )
+
+        yield copy
 
 
 @contextmanager
@@ -110,12 +112,10 @@ def upload(folder: Path, uri: str) -> None:
         UserError: the bucket does not exist or cannot be written.
     """
     files = [path for path in folder.rglob("*") if path.is_file()]
-    if (
-        len(files) > 1
-    ):  # a complete result may exist there: it must not look complete while its files are replaced
-        for path in files:
-            if path.suffix == UPLOAD_LAST:
-                storage.delete(f"{uri}/{path.relative_to(folder).as_posix()}")
+    # An older result must not look complete while its files are replaced. A single file is replaced atomically.
+    for path in files if len(files) > 1 else ():
+        if path.suffix == UPLOAD_LAST:
+            storage.delete(f"{uri}/{path.relative_to(folder).as_posix()}")
     # The files of the folder itself after those of its subfolders.
     for path in sorted(files, key=lambda path: (path.suffix == UPLOAD_LAST, -len(path.parts), path)):
         name = f"{uri}/{path.relative_to(folder).as_posix()}"
@@ -128,8 +128,5 @@ def original_names(text: str) -> str:
     """Replace the paths of local copies in a message by their URIs."""
     if not _folder.cache_info().currsize:
         return text
-    root, schemes = (
-        re.escape(_folder().name),
-        "|".join(scheme.removesuffix("://") for scheme in storage.SCHEMES),
-    )
-    return re.sub(rf"{root}/(?:{TEMPORARY}\w+/)?({schemes})/", r"\1://", text)
+    schemes = "|".join(scheme.removesuffix("://") for scheme in storage.SCHEMES)
+    return re.sub(rf"{re.escape(_folder().name)}/(?:{TEMPORARY}\w+/)?({schemes})/", r"\1://", text)

@@ -117,9 +117,10 @@ class Run:
         self.bytes(json.dumps(values, indent=2).encode(), path)
 
     def model(self, local: str | Path, name: str, alias: str, sampling: SamplingConfig) -> None:
-        """Log a model folder (local or in a bucket) as the artifact `model` (for `mlflow.pyfunc`) and register it as a new version of `name`.
+        """Log a model folder as the artifact `model` (for `mlflow.pyfunc`) and register it as a new version of `name`.
 
         Args:
+            local: path, or URI of a folder in a bucket.
             alias: alias of the new version; moved from an older version that has it.
             sampling: defaults of the params of `predict`: every `SamplingConfig` field whose default is not None.
                 `predict` also accepts `seed` (default 0) and `retarget` (default robust).
