@@ -3,40 +3,47 @@
 tcan animate --pairs pairs.csv --model run/model
 
 Each worker loads the model once. Outputs that exist are skipped, so rerunning the command completes the table. A pair
-that fails is reported on one line and in `pairs.report.csv`; the other pairs continue.
+that fails is reported on one line and in `pairs.report.csv`; the other pairs continue. The table, the model and all files
+may be in a bucket.
 """
 
 import csv
 import dataclasses
+import io
+import json
 import logging
+import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 import torch
 from ray.exceptions import RayActorError
 from tqdm import tqdm
 
-from pipelines import tracking
+from pipelines import storage, tracking
 from pipelines.animate import Animation, read_inputs, render_animation
 from pipelines.cluster import connect
 from pipelines.config import Config
-from pipelines.inference import load_pipeline
+from pipelines.inference import find_model, load_pipeline
 from pipelines.lock import locked
-from tcan.atomic_write import atomic_write
+from pipelines.mlflow_store import resolve
+from pipelines.staging import local_output, original_names, temporary_inputs
 from tcan.errors import UserError, first_line
 from tcan.pipeline import TCANPipeline
-from tcan.weights import read_model_info
+from tcan.weights import MINI_MODEL, read_model_info
 
 COLUMNS = ("image", "driving", "out")
 MAX_WORKER_DEATHS = 2  # per pair: the first can be the fault of the machine
 MAX_LOGGED_VIDEOS = 16  # results that are copied to the MLflow run
+FRAMES_FILE = "frames.json"  # last file of a folder of images in a bucket
 
 
 @dataclass
@@ -52,12 +59,13 @@ class Outcome:
     note: str = ""  # reason of the failure, or warnings
 
 
-def animate_pairs(file: Path, model: Path, config: Config, **options: Any) -> list[Outcome]:
+def animate_pairs(file: str | Path, model: str | Path, config: Config, **options: Any) -> list[Outcome]:
     """Animate the pairs of a table whose output is missing, and write a report next to the table.
 
     Args:
-        file: .csv (with a header) or .parquet with the columns image, driving and out. Relative paths start at the
-            table's folder, and must be valid on every machine of the cluster.
+        file: .csv (with a header) or .parquet with the columns image, driving and out: paths and URIs. Relative paths
+            start at the table's folder. Paths must be valid on every machine of the cluster.
+        model: "mini", a folder, a URI, or a model in MLflow (`tracking.local_model`).
         options: fields of `Animation` for all pairs, such as `audio`.
 
     Returns:
@@ -67,31 +75,41 @@ def animate_pairs(file: Path, model: Path, config: Config, **options: Any) -> li
         UserError: a table that cannot be read; a model folder that is incomplete or does not match its pretrained
             models; failed pairs, raised after all pairs are processed.
     """
+    file = storage.absolute(file)
     outcomes = read_pairs(file)
-    with locked(file.absolute().parent, "animate --pairs", f".{file.name}.lock"):
-        return _animate_missing(outcomes, file, model, config, options)
+    folder, _, name = file.rpartition("/")
+    model_info = read_model_info(find_model(str(model), config))
+    if model != "mini" and storage.local_path(model).exists():
+        model = storage.absolute(model)
+    with locked(folder, "animate --pairs", f".{name}.lock"):
+        return _animate_missing(outcomes, file, str(model), model_info, config, options)
 
 
 def _animate_missing(
-    outcomes: list[Outcome], file: Path, model: Path, config: Config, options: dict[str, Any]
+    outcomes: list[Outcome],
+    file: str,
+    model: str,
+    model_info: dict[str, Any],
+    config: Config,
+    options: dict[str, Any],
 ) -> list[Outcome]:
-    parents = {"model": read_model_info(model).get("mlflow_run_id")}
+    folder, _, name = file.rpartition("/")
     for outcome in outcomes:
         if empty := [column for column in COLUMNS if not getattr(outcome, column)]:
             outcome.note = f"empty {', '.join(empty)} in this row"
-        elif _exists(Path(outcome.out)):
+        elif _exists(outcome.out):
             outcome.status = "skipped"
     pending = [outcome for outcome in outcomes if outcome.status == "failed" and not outcome.note]
     print(f"{file}: {len(outcomes)} pairs, {_count(outcomes, 'skipped')} already done", flush=True)
-    report = file.with_name(f"{file.stem}.report.csv")
+    report = f"{folder}/{Path(name).stem}.report.csv"
     if pending:
         with tracking.run(
             "animate",
-            f"animate {file.name}",
+            f"animate {name}",
             config.tracking,
             dataclasses.asdict(config),
-            file.absolute().parent,
-            parents,
+            folder,
+            {"model": model_info.get("mlflow_run_id")},
         ) as run:
             try:
                 _animate_all(pending, model, config, options, run)
@@ -111,27 +129,29 @@ def _animate_missing(
     return outcomes
 
 
-def read_pairs(file: Path) -> list[Outcome]:
-    """Read the rows of the table with absolute paths; an empty cell stays empty.
+def read_pairs(file: str | Path) -> list[Outcome]:
+    """Read the rows of the table with absolute paths and URIs; an empty cell stays empty.
 
     Raises:
         UserError: a missing file, an unsupported format, missing columns, no rows, two rows with the same output.
     """
-    if file.suffix.lower() not in (".csv", ".parquet"):
+    suffix = Path(file).suffix.lower()
+    if suffix not in (".csv", ".parquet"):
         raise UserError(f"{file}: unsupported suffix; pass a table of pairs as .csv or .parquet")
     rows: list[dict[str, Any]]
     try:
-        if file.suffix.lower() == ".csv":
-            with open(file, newline="", encoding="utf-8-sig") as lines:
-                reader = csv.DictReader(lines)
-                rows, names = list(reader), list(reader.fieldnames or ())
+        data = storage.read_bytes(file)
+        if suffix == ".csv":
+            reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+            rows, names = list(reader), list(reader.fieldnames or ())
         else:
             import pyarrow.parquet
 
-            table = pyarrow.parquet.read_table(file)
+            table = pyarrow.parquet.read_table(pa.BufferReader(data))
             rows, names = table.to_pylist(), table.column_names
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}); check the path") from None
+        reason = os.strerror(error.errno) if error.errno else storage.one_line(error)
+        raise UserError(f"{file}: cannot be read ({reason}); check the path") from None
     except (ValueError, csv.Error) as error:  # errors of pyarrow and of text decoding are ValueErrors
         raise UserError(
             f"{file}: cannot be read as a table ({first_line(error)}); check the format"
@@ -143,11 +163,11 @@ def read_pairs(file: Path) -> list[Outcome]:
         )
     if not rows:
         raise UserError(f"{file}: no pairs; add one row per animation")
-    folder = file.absolute().parent
+    folder = storage.absolute(file).rpartition("/")[0]
     pairs = []
     for row in rows:
         image, driving, out = (
-            cell and str(folder / Path(cell).expanduser())
+            cell and _absolute(cell, folder)
             for cell in (str(row[column] or "").strip() for column in COLUMNS)
         )
         pairs.append(Outcome(image, driving, out))
@@ -161,23 +181,29 @@ def read_pairs(file: Path) -> list[Outcome]:
     return pairs
 
 
-def write_report(outcomes: Sequence[Outcome], path: Path) -> None:
+def _absolute(name: str, folder: str) -> str:
+    """Absolute form of a path or URI in a table of this folder."""
+    if storage.is_remote(name) or name.startswith("file://"):
+        return storage.absolute(name)
+    path = Path(name).expanduser()
+    return str(path) if path.is_absolute() else f"{folder}/{path}"
+
+
+def write_report(outcomes: Sequence[Outcome], name: str) -> None:
     """Write a CSV with one row per pair, in the order of the table.
 
     Raises:
         UserError: the file cannot be written.
     """
-    try:
-        with atomic_write(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Outcome)])
-            writer.writeheader()
-            writer.writerows(dataclasses.asdict(outcome) for outcome in outcomes)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the report ({error.strerror}); check the folder") from None
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Outcome)])
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(outcome) for outcome in outcomes)
+    storage.write(name, text.getvalue().encode())
 
 
 def _animate_all(
-    pending: list[Outcome], model: Path, config: Config, options: dict[str, Any], run: tracking.Run
+    pending: list[Outcome], model: str, config: Config, options: dict[str, Any], run: tracking.Run
 ) -> None:
     """Complete the outcomes in order of completion, and log them to the run."""
     began, frames = time.monotonic(), 0
@@ -193,18 +219,21 @@ def _animate_all(
             tqdm.write(f"failed: {outcome.note}")
         elif outcome.note:
             tqdm.write(outcome.note)
-        if outcome.status == "done" and done <= MAX_LOGGED_VIDEOS and Path(outcome.out).is_file():
+        is_video = bool(Path(outcome.out).suffix)  # not a folder of images
+        if outcome.status == "done" and done <= MAX_LOGGED_VIDEOS and is_video:
             run.file(outcome.out, "videos")
 
 
 def _on_workers(
-    pending: list[Outcome], model: Path, config: Config, options: dict[str, Any]
+    pending: list[Outcome], model: str, config: Config, options: dict[str, Any]
 ) -> Iterator[Outcome]:
     """Assign each pair to the next idle worker; yield the outcomes in order of completion.
 
     A worker that dies is replaced, and its pair is retried. The pair fails after `MAX_WORKER_DEATHS` deaths.
     """
     connect()
+    # Workers may look for the model in MLflow.
+    config = dataclasses.replace(config, tracking=resolve(config.tracking))
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     Worker = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(Animator)
@@ -243,9 +272,12 @@ def _on_workers(
 
 
 class Animator:
-    """Ray actor that loads the model once and animates one pair at a time."""
+    """Ray actor that loads the model once and animates one pair at a time.
 
-    def __init__(self, model: Path, config: Config, options: dict[str, Any]) -> None:
+    model: see `animate_pairs`; a path must be valid on every machine. Others are found by each worker.
+    """
+
+    def __init__(self, model: str, config: Config, options: dict[str, Any]) -> None:
         self.model, self.config, self.options = model, config, options
         self.notes: list[str] = []
         handler = logging.Handler(logging.WARNING)
@@ -262,29 +294,47 @@ class Animator:
     def pipe(self) -> TCANPipeline:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # Ray reserved one CPU; torch would use all of the machine
-        return load_pipeline(self.model, self.config)
+        is_mini = self.model == "mini"
+        model = MINI_MODEL if is_mini else tracking.local_model(self.model, self.config.tracking)
+        return load_pipeline(model, self.config)
 
     def animate(self, pair: Outcome) -> dict[str, Any]:
         """Animate a pair; returns the fields of its outcome."""
         began = time.monotonic()
         self.notes.clear()
-        animation = Animation(Path(pair.image), Path(pair.out), Path(pair.driving), **self.options)
         status, frames = "failed", 0
-        try:
+        with temporary_inputs() as local_input:
+            try:
+                frames = self._render(pair, local_input)
+                status = "done"
+            except UserError as error:
+                self.notes.append(" ".join(str(error).split()))
+            except Exception as error:
+                traceback.print_exc()  # a bug; the other pairs continue, and the worker's log has the traceback
+                self.notes.append(f"{pair.out}: {type(error).__name__}: {' '.join(str(error).split())}")
+            note = original_names("; ".join(self.notes))
+        seconds = round(time.monotonic() - began, 3)
+        return {"status": status, "frames": frames, "seconds": seconds, "note": note}
+
+    def _render(self, pair: Outcome, local_input: Callable[[str], Path]) -> int:
+        """Animate a pair; returns the number of frames."""
+        image, driving = local_input(pair.image), local_input(pair.driving)
+        with local_output(pair.out) as out:
+            animation = Animation(image, out, driving, **self.options)
             inputs = read_inputs(animation, self.config)
             frames = render_animation(self.pipe, animation, inputs, self.config)
-            status = "done"
-        except UserError as error:
-            self.notes.append(" ".join(str(error).split()))
-        except Exception as error:  # a bug; the other pairs continue, and the worker's log has the traceback
-            traceback.print_exc()
-            self.notes.append(f"{pair.out}: {type(error).__name__}: {' '.join(str(error).split())}")
-        seconds = round(time.monotonic() - began, 3)
-        return {"status": status, "frames": frames, "seconds": seconds, "note": "; ".join(self.notes)}
+        if storage.is_remote(pair.out) and not Path(pair.out).suffix:
+            info = {"frames": frames, "fps": inputs.fps}
+            storage.write(f"{pair.out}/{FRAMES_FILE}", json.dumps(info).encode())
+        return frames
 
 
-def _exists(out: Path) -> bool:
-    return any(out.iterdir()) if out.is_dir() else out.exists()
+def _exists(out: str) -> bool:
+    """Whether an output is complete: uploads of a folder of images may have been interrupted."""
+    if storage.is_remote(out):
+        return storage.exists(out if Path(out).suffix else f"{out}/{FRAMES_FILE}")
+    path = Path(out)
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _count(outcomes: Sequence[Outcome], status: str) -> int:

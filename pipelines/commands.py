@@ -6,6 +6,7 @@ The modules of a command are imported when it runs, so that `tcan --help` is fas
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,10 +75,8 @@ def _animate(arguments: Any, config: Any) -> None:
         if given:
             raise UserError(f"--pairs: conflicts with --{', --'.join(given)}; remove --{', --'.join(given)}")
         from pipelines.animate_pairs import animate_pairs
-        from pipelines.inference import find_model
 
-        model = find_model(arguments.model, config)
-        animate_pairs(Path(arguments.pairs), model, config, **options)
+        animate_pairs(arguments.pairs, arguments.model, config, **options)
         return
     if missing := [f"--{name}" for name in ("image", "out") if name not in given]:
         raise UserError(f"missing {', '.join(missing)}; see tcan animate --help")
@@ -112,12 +111,16 @@ def _pose(arguments: Any, config: Any) -> None:
 
 
 def _evaluate(arguments: Any, config: Any) -> None:
+    from pipelines import storage
     from pipelines.evaluate import evaluate
+    from pipelines.lock import locked
     from pipelines.staging import local_output
     from pipelines.tracking import local_model
 
     model = local_model(arguments.model, config.tracking)
-    with local_output(arguments.out) as out:
+    is_remote = storage.is_remote(arguments.out)
+    lock = locked(arguments.out, "evaluate") if is_remote else nullcontext()  # `evaluate` locks local folders
+    with lock, local_output(arguments.out) as out:
         evaluate(arguments.videos, model, out, config)
 
 
@@ -190,7 +193,9 @@ def _required_path(text: str) -> dict[str, Any]:
 
 
 DATASET = _path("Clip dataset: the OUT folder of `tcan preprocess`.")
-OWN_MODEL = "a folder, models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
+OWN_MODEL = (
+    "a folder (local or s3://...), models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
+)
 MINI_OR_OWN = _path(f"Trained model: mini (the one in this package), {OWN_MODEL}", default="mini")
 MODEL = _required_path(f"Trained model: {OWN_MODEL}")
 
@@ -250,7 +255,7 @@ COMMANDS = {
         {
             "dataset": DATASET,
             "--out": _required_path(
-                "Folder of the checkpoints and the trained model. If it has checkpoints, training resumes."
+                "Folder of the checkpoints and the trained model, local or s3://... If it has checkpoints, training resumes."
             ),
             "--stage": {
                 "type": Literal["1", "2", "all"],
@@ -258,7 +263,7 @@ COMMANDS = {
                 "help": "Stage to train; all: stage 1, then stage 2.",
             },
             "--from": _path(
-                "Stage 1 model from which stage 2 starts: a folder, models:/NAME@ALIAS, or an MLflow run id. Default: "
+                "Stage 1 model from which stage 2 starts: a folder (local or s3://...), models:/NAME@ALIAS, or an MLflow run id. Default: "
                 "the stage 1 model in OUT."
             ),
         },
@@ -279,7 +284,7 @@ COMMANDS = {
                 "Keypoints of the reference image, in the formats of --poses. Default: detected in the image."
             ),
             "--pairs": _path(
-                "Table (.csv or .parquet) with the columns image, driving and out, instead of a single image. Missing "
+                "Table (.csv or .parquet, local or s3://...) with the columns image, driving and out, instead of a single image. Missing "
                 "results are generated on the Ray cluster."
             ),
             "--model": MINI_OR_OWN,

@@ -14,9 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import storage
 from pipelines.config import TrackingConfig
 from pipelines.mlflow_store import connect, experiment_id, reason
 from pipelines.spool import Record, Rejected
+from pipelines.staging import local_input
 from tcan import __version__
 from tcan.sampling import SamplingConfig
 
@@ -113,19 +115,17 @@ class Delivery:
             )
 
     def _file(self, local: str, folder: str) -> None:
-        if not Path(local).exists():
-            raise Rejected(f"{local} was deleted")
-        log = self._client.log_artifacts if Path(local).is_dir() else self._client.log_artifact
-        log(self.run_id, local, folder or None)
+        path = _existing(local)
+        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        log(self.run_id, str(path), folder or None)
 
     def _model(self, local: str, name: str, alias: str, sampling: dict[str, Any]) -> None:
         from mlflow.exceptions import MlflowException
 
-        if not Path(local).exists():
-            raise Rejected(f"{local} was deleted")
+        path = _existing(local)
         found = self._client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
         if not found:
-            self._save_model(local, sampling)
+            self._save_model(path, sampling)
             try:
                 self._client.create_registered_model(name)
             except MlflowException as error:
@@ -135,7 +135,7 @@ class Delivery:
             found = [self._client.create_model_version(name, source, self.run_id)]
         self._client.set_registered_model_alias(name, re.sub(r"\W", "-", alias), found[0].version)
 
-    def _save_model(self, local: str, sampling: dict[str, Any]) -> None:
+    def _save_model(self, local: Path, sampling: dict[str, Any]) -> None:
         import mlflow.pyfunc
 
         with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +143,7 @@ class Delivery:
             mlflow.pyfunc.save_model(
                 str(saved),
                 loader_module="pipelines.mlflow_model",
-                data_path=local,
+                data_path=str(local),
                 signature=_signature(sampling),
                 # Complete; otherwise MLflow looks for pip in this environment and warns that it is missing.
                 conda_env={
@@ -182,6 +182,17 @@ class Delivery:
 
     def _end(self, status: str, time: int) -> None:
         self._client.set_terminated(self.run_id, status, time)
+
+
+def _existing(name: str) -> Path:
+    """Local path of a file or folder of the job's results; downloads it from a bucket.
+
+    Raises:
+        Rejected: it was deleted.
+    """
+    if not storage.exists(name):
+        raise Rejected(f"{name} was deleted")
+    return local_input(name)
 
 
 def find_run(client: "MlflowClient", experiment: str, local_id: str) -> str | None:

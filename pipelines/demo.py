@@ -51,7 +51,7 @@ def demo(out: Path, config: Config) -> None:
             videos / distribution, distribution, HELD_OUT_SEED, HELD_OUT_CLIPS, HELD_OUT_FRAMES, config.size
         )
     preprocess(str(videos / "train"), str(out / "dataset"), config)
-    model = train(out / "dataset", out / "run", config)
+    model = Path(train(out / "dataset", out / "run", config))
 
     animated = []
     for character, dance in (("dance", 1), ("bizarre", 2)):

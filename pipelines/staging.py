@@ -4,8 +4,9 @@ Libraries for videos, images and weights read and write local files. The copies 
 `file://` URIs are converted to local paths.
 """
 
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from tcan.errors import UserError
 
 UPLOAD_LAST = ".json"
 """Suffix of the files of a result that are uploaded after all others. Readers regard a result as complete when they exist."""
+TEMPORARY = "temporary-"  # prefix of the folders of one result or of the inputs of one task
 
 
 @lru_cache
@@ -31,9 +33,9 @@ def _local_path(uri: str, root: str) -> Path:
 
 
 @cache
-def _download(uri: str) -> Path:
+def _download(uri: str, root: str) -> Path:
     filesystem, path = storage.locate(uri)
-    local = _local_path(uri, _folder().name)
+    local = _local_path(uri, root)
     with _read_errors(uri):
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
@@ -62,8 +64,23 @@ def local_input(name: str | Path) -> Path:
         UserError: nothing exists at the URI, or the bucket cannot be read.
     """
     if storage.is_remote(name):
-        return _download(storage.absolute(name))
+        return _download(storage.absolute(name), _folder().name)
     return storage.local_path(name)
+
+
+@contextmanager
+def temporary_inputs() -> Iterator[Callable[[str], Path]]:
+    """A function like `local_input`, whose copies are deleted at the end of the block."""
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=_folder().name) as root:
+
+        def copy(name: str) -> Path:
+            return (
+                _download(storage.absolute(name), root)
+                if storage.is_remote(name)
+                else storage.local_path(name)
+            )
+
+        yield copy
 
 
 @contextmanager
@@ -81,7 +98,7 @@ def local_output(name: str | Path) -> Iterator[Path]:
         return
     name = storage.absolute(name)
     storage.check_bucket(name)
-    with tempfile.TemporaryDirectory(prefix="output-", dir=_folder().name) as root:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=_folder().name) as root:
         local = _local_path(name, root)
         local.parent.mkdir(parents=True)
         yield local
@@ -89,25 +106,27 @@ def local_output(name: str | Path) -> Iterator[Path]:
 
 
 def upload(folder: Path, uri: str) -> None:
-    """Upload the contents of a local folder, files with the suffix UPLOAD_LAST last.
+    """Upload the contents of a local folder, files with the suffix UPLOAD_LAST last. They are deleted first if they exist.
 
     Raises:
         UserError: the bucket does not exist or cannot be written.
     """
     files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: (path.suffix == UPLOAD_LAST, path)):
+    # An older result must not look complete while its files are replaced. A single file is replaced atomically.
+    for path in files if len(files) > 1 else ():
+        if path.suffix == UPLOAD_LAST:
+            storage.delete(f"{uri}/{path.relative_to(folder).as_posix()}")
+    # The files of the folder itself after those of its subfolders.
+    for path in sorted(files, key=lambda path: (path.suffix == UPLOAD_LAST, -len(path.parts), path)):
         name = f"{uri}/{path.relative_to(folder).as_posix()}"
         with storage.user_errors(name), path.open("r+b") as file:
             storage.upload(file, name)
+    _download.cache_clear()  # it may have copies of the replaced files
 
 
 def original_names(text: str) -> str:
     """Replace the paths of local copies in a message by their URIs."""
     if not _folder.cache_info().currsize:
         return text
-    root = Path(_folder().name)
-    for scheme in storage.SCHEMES:
-        folder = scheme.removesuffix("://")
-        for parent in (root, *root.glob("output-*")):
-            text = text.replace(f"{parent}/{folder}/", scheme)
-    return text
+    schemes = "|".join(scheme.removesuffix("://") for scheme in storage.SCHEMES)
+    return re.sub(rf"{re.escape(_folder().name)}/(?:{TEMPORARY}\w+/)?({schemes})/", r"\1://", text)

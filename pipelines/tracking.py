@@ -15,7 +15,6 @@ import dataclasses
 import getpass
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -107,9 +106,11 @@ class Run:
     def file(self, local: str | Path, folder: str = "") -> None:
         """Log a file, or the contents of a folder, to the artifact folder `folder`. The MLflow page plays mp4 files.
 
+        It may be in a bucket, from which it is downloaded for the delivery.
+
         It must not be deleted before it is delivered; use `bytes` for temporary files.
         """
-        self._record("file", local=os.path.abspath(local), folder=folder)
+        self._record("file", local=storage.absolute(local), folder=folder)
 
     def json(self, values: Mapping[str, Any], path: str) -> None:
         """Log values as the JSON artifact `path`."""
@@ -119,12 +120,13 @@ class Run:
         """Log a model folder as the artifact `model` (for `mlflow.pyfunc`) and register it as a new version of `name`.
 
         Args:
+            local: path, or URI of a folder in a bucket.
             alias: alias of the new version; moved from an older version that has it.
             sampling: defaults of the params of `predict`: every `SamplingConfig` field whose default is not None.
                 `predict` also accepts `seed` (default 0) and `retarget` (default robust).
         """
         defaults = {field.name: getattr(sampling, field.name) for field in dataclasses.fields(SamplingConfig)}
-        self._record("model", local=os.path.abspath(local), name=name, alias=alias, sampling=defaults)
+        self._record("model", local=storage.absolute(local), name=name, alias=alias, sampling=defaults)
 
     def link(self, key: str, parent: str) -> None:
         """Record the run of an input as the tag `tcan.<key>_run`, and link the descriptions of both runs."""

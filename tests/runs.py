@@ -14,10 +14,13 @@ from mlflow.entities import Metric
 class Stage1:
     """One stage-1 training run.
 
-    Locations: checkpoints in FOLDER/out, MLflow store in FOLDER/mlflow, process output in FOLDER/output.txt.
+    Locations: MLflow store in FOLDER/mlflow, process output in FOLDER/output.txt.
+
+    dataset: path or URI.
+    out: path or URI; default FOLDER/out.
     """
 
-    def __init__(self, dataset: Path, folder: Path, keys: list[str]):
+    def __init__(self, dataset: Path | str, folder: Path, keys: list[str], out: str | None = None):
         self.folder, self.stage = folder, folder / "out" / "stage1"
         self._command = [
             sys.executable,
@@ -26,7 +29,7 @@ class Stage1:
             "train",
             str(dataset),
             "--out",
-            str(folder / "out"),
+            out or str(folder / "out"),
         ]
         self._command += ["--stage", "1", f"--tracking.folder={folder}/mlflow", *keys]
 

@@ -187,6 +187,9 @@ class TrainConfig:
     clip_cache_mb: int = 1024
     """Memory of a worker for clips read from the dataset in MiB (>= 0)."""
 
+    cache_disk_gb: float = 0.0
+    """Local disk of a worker for clips read from a bucket in GiB (>= 0), in the temporary folder. 0 disables."""
+
     def __post_init__(self) -> None:
         for name, stage in (("train.stage1.", self.stage1), ("train.stage2.", self.stage2)):
             check(stage, name, at_least(1), steps=1000, batch_size=8, checkpoint_every=500)
@@ -202,7 +205,7 @@ class TrainConfig:
             raise UserError(
                 f"train.loss_spike_factor = {self.loss_spike_factor}: must be above 1, or 0 to disable spike detection; set e.g. 20"
             )
-        check(self, "train.", at_least(0), profile_steps=3, clip_cache_mb=1024)
+        check(self, "train.", at_least(0), profile_steps=3, clip_cache_mb=1024, cache_disk_gb=50)
         check(self, "train.", at_least(2), clip_frames=16)
         check(self, "train.", at_least(-1), max_failures=3)
         check(self, "train.", DECAY, ema_decay=0.999)

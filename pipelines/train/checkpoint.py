@@ -37,7 +37,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipelines.storage import is_remote
+from pipelines import storage
+from pipelines.staging import local_output
 from pipelines.train.engine import (
     copy_to_module,
     local_shard,
@@ -155,17 +156,15 @@ def remove_incomplete(run: str) -> None:
     logging.getLogger("ray.train").setLevel(
         logging.WARNING
     )  # otherwise it logs at length that it found the run
-    if not is_remote(run):
+    run = storage.absolute(run)
+    if not storage.is_remote(run):
         _repair_checkpoint_list(Path(run))
-    try:
+    complete = set()
+    if storage.exists(f"{run}/{CHECKPOINT_LIST}"):
         known = ray.train.Result.from_path(run)
-    except RuntimeError:  # no run yet
-        return
-    if known.checkpoint is None:
-        return
-    filesystem, folder = known.checkpoint.filesystem, os.path.dirname(known.checkpoint.path)
-    complete = {os.path.basename(checkpoint.path) for checkpoint, _ in known.best_checkpoints}
-    for found in filesystem.get_file_info(pafs.FileSelector(folder)):
+        complete = {os.path.basename(checkpoint.path) for checkpoint, _ in known.best_checkpoints}
+    filesystem, folder = storage.locate(run)
+    for found in filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
         if found.base_name.startswith(PREFIX) and found.base_name not in complete:
             filesystem.delete_dir(found.path)
 
@@ -248,8 +247,8 @@ class FrozenFingerprint:
             )
 
 
-def publish(checkpoint: ray.train.Checkpoint, folder: Path) -> None:
-    """Copy the model of a stage's last checkpoint to a model folder, atomically."""
+def publish(checkpoint: ray.train.Checkpoint, folder: str) -> None:
+    """Copy the model of a stage's last checkpoint to a model folder, local (atomically) or in a bucket (tcan.json last)."""
     model = ray.train.Checkpoint(f"{checkpoint.path}/{MODEL}", checkpoint.filesystem)
-    with model.as_directory() as source, atomic_write(folder) as partial:
+    with model.as_directory() as source, local_output(folder) as local, atomic_write(local) as partial:
         shutil.copytree(source, partial)

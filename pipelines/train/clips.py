@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from pipelines import storage
 from pipelines.dataset_index import FRAME_COLUMNS, POSITIONED, REFERENCE_COLUMN, frame_shape, read_index
+from pipelines.train.disk_cache import DiskCache
 
 OPEN_FILES = 256  # fewer than the usual limit of a process, 1024
 ENTRY_BYTES = 400  # memory of an entry of the cache in addition to its values
@@ -65,12 +66,18 @@ class ClipStore:
     """The clips of one split of a dataset, read by frame with random access and an LRU cache. Thread-safe.
 
     cache_bytes: size of the cache.
+    disk_bytes: size of a second cache on the local disk, if the dataset is in a bucket; 0 disables it.
     """
 
     def __init__(
-        self, dataset: str | Path, split: Literal["train", "validation"] = "train", cache_bytes: int = 1 << 30
+        self,
+        dataset: str | Path,
+        split: Literal["train", "validation"] = "train",
+        cache_bytes: int = 1 << 30,
+        disk_bytes: int = 0,
     ):
         self._folder = str(dataset)
+        self._disk = DiskCache(disk_bytes) if disk_bytes and storage.is_remote(dataset) else None
         index = read_index(dataset)
         index = index.filter(pc.field("split") == split)
         numbers = ("start", "num_frames", "height", "width", "channels", *POSITIONED)
@@ -137,7 +144,7 @@ class ClipStore:
 
     def _values(self, wanted: list[Frame]) -> list[np.ndarray]:
         """The values of these frames, from the cache or from the files; one read per range of adjacent frames."""
-        values = {frame: self._cache.get(frame) for frame in wanted}
+        values = {frame: self._cached(frame) for frame in wanted}
         missing = sorted(frame for frame, value in values.items() if value is None)
         # In a range of adjacent frames, the difference between frame and position in the list is constant.
         numbered = enumerate(missing)
@@ -146,13 +153,27 @@ class ClipStore:
             for frame, value in zip(frames, self._read(frames[0], len(frames)), strict=True):
                 values[frame] = value
                 self._cache.put(frame, value)
+                if self._disk:
+                    self._disk.put(frame, value.tobytes())
         return [values[frame] for frame in wanted]  # type: ignore[misc]
+
+    def _cached(self, frame: Frame) -> np.ndarray | None:
+        value = self._cache.get(frame)
+        if value is None and self._disk and (data := self._disk.get(frame)):
+            shape, dtype = self._layout(*frame[:2])
+            value = np.frombuffer(data, dtype).reshape(shape)
+            self._cache.put(frame, value)
+        return value
+
+    def _layout(self, column: str, row: int) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and type of the value of a frame."""
+        size = (int(self._columns[name][row]) for name in ("height", "width", "channels"))
+        return frame_shape(column, *size), np.dtype(POSITIONED[column])
 
     def _read(self, first: Frame, count: int) -> Iterator[np.ndarray]:
         """Read `count` adjacent frames of a clip."""
         column, row, frame = first
-        size = (int(self._columns[name][row]) for name in ("height", "width", "channels"))
-        shape, dtype = frame_shape(column, *size), np.dtype(POSITIONED[column])
+        shape, dtype = self._layout(column, row)
         frame_bytes = math.prod(shape) * dtype.itemsize
         position = int(self._columns[column][row]) + frame * frame_bytes
         name = f"{self._folder}/{self._file_names[self._files[row]]}"

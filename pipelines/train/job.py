@@ -5,6 +5,8 @@
     OUT/stage2/
     OUT/model/              the model folder of stage 2, which `tcan animate` loads
 
+OUT is a local folder, which all machines of a cluster must share, or the URI of a folder in a bucket.
+
 Rerunning the command resumes from the last checkpoint; finished stages are skipped.
 """
 
@@ -29,6 +31,7 @@ from pipelines.cluster import connect, is_local
 from pipelines.config import Config
 from pipelines.dataset import check_clip_files, clip_sizes, read_info
 from pipelines.lock import locked
+from pipelines.staging import original_names, upload
 from pipelines.train import checkpoint
 from pipelines.train.clips import ClipStore
 from pipelines.train.data import Sampler
@@ -43,6 +46,7 @@ from tcan.errors import UserError
 from tcan.weights import MODEL_FILE, load_pretrained, read_model_info, read_variant
 
 START_GRACE_SECONDS = 5  # after a signal, for workers that are about to make their first step
+START = "start"  # copy of the model that stage 2 starts from
 REGISTERED_NAMES = {1: "tcan-stage1", 2: "tcan"}  # in the MLflow model registry
 
 
@@ -52,8 +56,8 @@ def train(
     config: Config,
     stage: Literal["1", "2", "all"] = "all",
     from_model: str | Path | None = None,
-) -> Path:
-    """Train the stages that are not finished yet; returns the model folder of the last requested stage.
+) -> str:
+    """Train the stages that are not finished yet; returns the path or URI of the last requested stage's model folder.
 
     Args:
         from_model: the stage-1 model that stage 2 starts from, instead of OUT/stage1/model: a folder, or a model in
@@ -63,7 +67,7 @@ def train(
         UserError: the dataset, the pretrained models, the model and the configuration do not match, or OUT contains a
             run with other settings.
     """
-    dataset, out = storage.absolute(dataset), _local_out(out)
+    dataset, out = storage.absolute(dataset), storage.absolute(out)
     if from_model and stage == "1":
         raise UserError("--from: only stage 2 starts from a model; remove --from or --stage 1")
     info = read_info(dataset)
@@ -71,8 +75,8 @@ def train(
     _check_dataset(dataset, info, config)
     for number in [1] * (stage != "2" and not from_model) + [2] * (stage != "1"):
         _check_clips(dataset, info, config, number)  # all stages, before the first one starts
-    models = {1: out / "stage1" / checkpoint.MODEL, 2: out / checkpoint.MODEL}
-    if stage == "2" and not from_model and not models[1].is_dir():
+    models = {1: f"{out}/stage1/{checkpoint.MODEL}", 2: f"{out}/{checkpoint.MODEL}"}
+    if stage == "2" and not from_model and not storage.exists(models[1]):
         raise UserError(
             f"{models[1]}: no such model; stage 2 starts from it: train stage 1 first, or pass a model with --from"
         )
@@ -82,22 +86,14 @@ def train(
             _train_stage(1, dataset, info, out, models[1], None, config)
         if stage == "1":
             return models[1]
-        start = tracking.local_model(str(from_model), config.tracking).absolute() if from_model else models[1]
+        start = tracking.local_model(str(from_model or models[1]), config.tracking).absolute()
         _check_start(start, config)
         _train_stage(2, dataset, info, out, models[2], start, config)
         return models[2]
 
 
-def _local_out(out: str | Path) -> Path:
-    if storage.is_remote(out):
-        raise UserError(
-            f"--out {out}: a bucket; pass a local folder for the model, and set --train.storage {out} for the checkpoints"
-        )
-    return Path(storage.absolute(out))
-
-
 @contextmanager
-def _locked(out: Path, config: Config) -> Iterator[None]:
+def _locked(out: str, config: Config) -> Iterator[None]:
     """Lock the run folder, and the location of the checkpoints if it is another one."""
     checkpoints = config.train.storage
     with (
@@ -176,18 +172,18 @@ def _train_stage(
     stage: int,
     dataset: str,
     info: dict[str, Any],
-    out: Path,
-    model: Path,
+    out: str,
+    model: str,
     start: Path | None,
     config: Config,
 ) -> None:
     stage_options = stage_config(config, stage)
-    folder = out / f"stage{stage}"
+    folder = f"{out}/stage{stage}"
     settings = run_settings(stage, dataset, start, config)
     run = read_run(folder)
     if run:
         check_same_settings(folder, run["settings"], settings)
-        if run["finished_steps"] >= stage_options.steps and (model / MODEL_FILE).is_file():
+        if run["finished_steps"] >= stage_options.steps and storage.exists(f"{model}/{MODEL_FILE}"):
             print(
                 f"stage {stage}: already finished ({run['finished_steps']} steps), skipped: {model}",
                 flush=True,
@@ -198,7 +194,7 @@ def _train_stage(
 
     start_run = read_model_info(start).get("mlflow_run_id") if start else None
     parents = {"dataset": info["mlflow_run_id"], "stage1": start_run}
-    name = f"stage {stage}: {out.name}"
+    name = f"stage {stage}: {os.path.basename(out)}"
     run_id = run["mlflow_run_id"] if run else None
     with tracking.run(
         f"stage{stage}", name, config.tracking, dataclasses.asdict(config), folder, parents, run_id
@@ -213,7 +209,7 @@ def _train_stage(
             dataset=str(dataset),
             buckets=clip_sizes(info) if info.get("buckets") else None,
             vae_scaling_factor=info["vae_scaling_factor"],
-            from_model=str(start) if start else None,
+            from_model=_for_workers(start, folder) if start else None,
             run_id=record.id,
             deepspeed=read_settings(config.train.deepspeed),
             monitor=on_driver_node(RunMonitor),
@@ -232,12 +228,25 @@ def _train_stage(
         finally:
             recorder.close()
         checkpoint.publish(result.checkpoint, model)
-        record.model(model, REGISTERED_NAMES[stage], out.name, config.animate)
+        record.model(model, REGISTERED_NAMES[stage], os.path.basename(out), config.animate)
         write_run(folder, {**run, "finished_steps": stage_options.steps})
     print(f"stage {stage}: finished, model in {model}", flush=True)
 
 
-def _fit(task: Task, out: Path, recorder: Recorder) -> ray.train.Result:
+def _for_workers(start: Path, folder: str) -> str:
+    """The path or URI of the model that stage 2 starts from, for workers on other machines.
+
+    A model in a bucket is read from there. Any other model is uploaded if the run's folder is in a bucket; otherwise all
+    machines share the run's folder, and the model's.
+    """
+    name = original_names(str(start))
+    if storage.is_remote(name) or not storage.is_remote(folder):
+        return name
+    upload(start, f"{folder}/{START}")
+    return f"{folder}/{START}"
+
+
+def _fit(task: Task, out: str, recorder: Recorder) -> ray.train.Result:
     """Train the stage.
 
     On SIGTERM or Ctrl-C the workers finish the step and save a checkpoint; a second signal ends the job at once.
@@ -249,7 +258,7 @@ def _fit(task: Task, out: Path, recorder: Recorder) -> ray.train.Result:
     config = task.config.train
     # Imports need most of a minute on a busy machine or a cold disk; after Ray's default of one minute it starts over.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    location, name = config.storage or str(out), f"stage{task.stage}"
+    location, name = config.storage or out, f"stage{task.stage}"
     checkpoint.remove_incomplete(f"{location}/{name}")
     trainer = _ray_trainer(task, location, name)
     bar = progress(f"stage {task.stage}", task.stage_config.steps)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipelines.staging import local_input
 from pipelines.train.data import Batch
 from pipelines.train.engine import ema_weights
 from pipelines.train.task import Task, variant
@@ -19,7 +20,7 @@ def build_model(task: Task, pretrained: PretrainedModels) -> TCAN:
     config = task.config.train
     torch.manual_seed(task.config.seed)  # for the initial weights of APPA
     if task.from_model:
-        model = load_model(task.from_model, pretrained, config.temporal_controlnet)
+        model = load_model(local_input(task.from_model), pretrained, config.temporal_controlnet)
     else:
         model = TCAN(
             pretrained.unet,

@@ -11,7 +11,6 @@ from typing import Any
 from pipelines import storage
 from pipelines.config import Config, StageConfig, TrainConfig
 from pipelines.dataset import INFO_FILE
-from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
 
 RUN_FILE = "run.json"
@@ -35,6 +34,7 @@ RESUME_MAY_CHANGE = {
     "log_every",
     "profile_steps",
     "clip_cache_mb",
+    "cache_disk_gb",
 }
 STAGE_RESUME_MAY_CHANGE = {"steps", "micro_batch", "checkpoint_every", "sample_every", "validate_every"}
 
@@ -69,7 +69,7 @@ def _digest(files: Iterable[bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_same_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def check_same_settings(folder: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Compare the settings of a run with those of its start.
 
     A field that was added after the start has no value there: the run was started with the behaviour of its default.
@@ -88,14 +88,19 @@ def check_same_settings(folder: Path, old: dict[str, Any], new: dict[str, Any]) 
             )
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    path = folder / RUN_FILE
-    if not path.is_file():
-        return None
+def read_run(folder: str) -> dict[str, Any] | None:
+    """Read `run.json` of a local folder or a folder in a bucket; None if there is none.
+
+    Raises:
+        UserError: it cannot be read, or is not a file of `tcan train`.
+    """
+    path = f"{folder}/{RUN_FILE}"
     try:
-        run = json.loads(path.read_text())
+        run = json.loads(storage.read_bytes(path))
         is_valid = isinstance(run["settings"], dict) and isinstance(run["finished_steps"], int)
         is_valid = is_valid and isinstance(run["mlflow_run_id"], str)
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, KeyError, TypeError):
         is_valid = False
     if not is_valid:
@@ -105,7 +110,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return run
 
 
-def write_run(folder: Path, run: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / RUN_FILE) as partial:
-        partial.write_text(json.dumps(run, indent=2) + "\n")
+def write_run(folder: str, run: dict[str, Any]) -> None:
+    if not storage.is_remote(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    storage.write(f"{folder}/{RUN_FILE}", json.dumps(run, indent=2).encode() + b"\n")

@@ -19,7 +19,7 @@ class Task:
     """Sizes of the dataset's clips and of the training images; None: squares of `config.size`."""
     vae_scaling_factor: float
     from_model: str | None
-    """Model folder to start from; None: the pretrained models."""
+    """Model folder to start from, a path or URI that is valid on every machine; None: the pretrained models."""
     run_id: str
     """Of the MLflow run."""
     deepspeed: dict[str, Any]

@@ -284,8 +284,10 @@ def create_sampler(
         UserError: no video of the split is long enough for the stage.
     """
     config = task.config.train
+    # Validation reads its samples once.
+    disk_bytes = int(config.cache_disk_gb * 2**30) if split == "train" else 0
     return Sampler(
-        ClipStore(task.dataset, split, config.clip_cache_mb << 20),
+        ClipStore(task.dataset, split, config.clip_cache_mb << 20, disk_bytes),
         task.stage,
         seed=task.config.seed,
         batch_size=batch_size,

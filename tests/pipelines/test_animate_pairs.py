@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import animate_pairs as module
-from pipelines import tracking
+from pipelines import staging, storage, tracking
 from pipelines.animate_pairs import Animator, animate_pairs, read_pairs
 from pipelines.config.parser import load_config
 from pipelines.puppets.world import sample_clip, write_clip
@@ -101,7 +101,7 @@ def test_worker_death_fails_only_its_pair(
     names = ["a", "deadly", "b", "c"]
     pending = [module.Outcome(name, "dance.mp4", f"{name}.mp4") for name in names]
     config = load_config("--animate.workers", "1")
-    finished = list(module._on_workers(pending, tmp_path, config, {}))
+    finished = list(module._on_workers(pending, str(tmp_path), config, {}))
     assert sorted(outcome.image for outcome in finished) == sorted(names)
     assert [outcome.status for outcome in pending] == ["done", "failed", "done", "done"]
     assert pending[1].note == "deadly.mp4: the worker died 2 times, possibly out of memory"
@@ -121,6 +121,43 @@ def test_csv_and_parquet_tables_give_the_same_pairs(tmp_path: Path) -> None:
         assert (first.image, first.driving) == (str(tmp_path / "a.png"), str(tmp_path / "d.mp4"))
         assert first.out == str(tmp_path / "a.mp4")
         assert (second.image, second.driving, second.out) == ("", "/d.mp4", str(tmp_path / "b"))
+
+
+def test_pairs_in_a_bucket_are_read_rendered_and_skipped_when_complete(
+    bucket: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """Without Ray: its workers would need the address of the test's server."""
+    write_image(sample_clip("dance", 1, 1).frames[0], tmp_path / "hero.png")
+    write_clip(sample_clip("dance", 2, 3), tmp_path / "dance")
+    staging.upload(tmp_path, f"{bucket}/pairs")
+    staging.upload(model_folder, f"{bucket}/model")
+    rows = (
+        f"hero.png,{bucket}/pairs/dance.mp4,out/a.mp4",
+        "hero.png,dance.mp4,out/b",
+        f"hero.png,{tmp_path}/none.mp4,c.mp4",
+    )
+    storage.write(f"{bucket}/pairs/table.csv", "\n".join(("image,driving,out", *rows)).encode())
+    pairs = read_pairs(f"{bucket}/pairs/table.csv")
+    assert [pair.out.removeprefix(f"{bucket}/pairs/") for pair in pairs] == ["out/a.mp4", "out/b", "c.mp4"]
+    assert pairs[2].driving == f"{tmp_path}/none.mp4"
+    config = load_config("--animate.steps", "1", "--animate.guidance_scale", "1")
+    animator = Animator(f"{bucket}/model", config, {})
+    for pair in pairs[:2]:
+        assert not module._exists(pair.out)
+        fields = animator.animate(pair)
+        assert fields["status"] == "done" and fields["frames"] == 3, fields
+        assert module._exists(pair.out)
+    assert read_video(staging.local_input(pairs[0].out))[0].shape == (3, 64, 64, 3)
+    names = [name.rpartition("/")[2] for name in storage.list_files(pairs[1].out)]
+    assert names == ["000000.png", "000001.png", "000002.png", "frames.json"]
+    storage.delete(f"{pairs[1].out}/frames.json")  # as if the upload had been interrupted
+    assert not module._exists(pairs[1].out)
+    pairs[2].driving = f"{bucket}/pairs/none.mp4"
+    assert (
+        animator.animate(pairs[2])["note"]
+        == f"{bucket}/pairs/none.mp4: no such file or folder; check the URI"
+    )
+    assert not [*Path(staging._folder().name).glob(f"{staging.TEMPORARY}*")]
 
 
 def test_invalid_tables_are_user_errors(

@@ -1,5 +1,6 @@
 """The index of a dataset and random access to its frames: equal to the rows of the Parquet files, few bytes and requests."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import cli
+from pipelines import cli, storage
 from pipelines.dataset import CLIP_SCHEMA, clip_files, decode_row
 from pipelines.dataset_index import INDEX_FILE, INDEX_SCHEMA, POSITIONED, read_index, write_index
 from pipelines.preprocess.shards import ShardWriter, writing
+from pipelines.staging import upload
 from pipelines.train.clips import ClipStore
 from pipelines.train.data import Sampler
+from pipelines.train.disk_cache import DiskCache
 from tcan.errors import UserError
 from tests.counting_filesystem import counted_reads
 from tests.pipelines.test_dataset import write_dataset
@@ -196,3 +199,33 @@ def test_positions_point_to_the_values_of_many_row_groups(tmp_path: Path) -> Non
         clip = parquet.read_row_group(row["row_group"]).slice(row["row"], 1).to_pylist()[0]
         for column in POSITIONED:
             assert content[row[column] :].startswith(clip[column])
+
+
+def test_frames_of_a_bucket_are_read_again_from_the_disk(bucket: str, tmp_path: Path) -> None:
+    """The files are deleted from the bucket after the first read."""
+    upload(write_clips(tmp_path / "dataset", 64), f"{bucket}/cached")
+    store = ClipStore(f"{bucket}/cached", cache_bytes=0, disk_bytes=1 << 20)
+    reference = ClipStore(tmp_path / "dataset")
+    positions = [0, 1, 2, 63, 64]
+    store.frames(store.videos[0], positions), store.reference_latent(store.videos[0])
+    store._open.clear()
+    for name in clip_files(f"{bucket}/cached"):
+        storage.delete(name)
+    again, expected = (s.frames(s.videos[0], positions) for s in (store, reference))
+    assert all((again[column] == expected[column]).all() for column in expected)
+    assert (store.reference_latent(store.videos[0]) == reference.reference_latent(reference.videos[0])).all()
+    with pytest.raises(UserError):
+        store.frames(store.videos[0], [3])
+
+
+def test_the_disk_cache_returns_only_what_was_stored_and_stays_small() -> None:
+    cache, rng, stored = DiskCache(1000), np.random.default_rng(0), {}
+    for key in range(500):
+        stored[key] = rng.bytes(int(rng.integers(1, 400)))
+        cache.put(key, stored[key])
+        kept = {old: value for old in stored if (value := cache.get(old)) is not None}
+        assert all(stored[old] == value for old, value in kept.items())
+        assert kept and list(kept) == list(range(min(kept), key + 1))  # the newest ones
+        assert sum(map(len, kept.values())) <= 1000 >= os.fstat(cache._file.fileno()).st_size
+    cache.put("too large", bytes(1001))
+    assert cache.get("too large") is None

@@ -9,6 +9,8 @@ from pipelines import storage
 from pipelines.config import TrackingConfig
 from pipelines.staging import local_input, local_output, original_names
 from pipelines.tracking import local_model
+from pipelines.train.checkpoint import remove_incomplete
+from pipelines.train.run_file import read_run
 from tcan.errors import UserError
 from tcan.video import write_image
 from tests.pipelines.test_cli import error_of
@@ -52,6 +54,18 @@ def test_outputs_are_uploaded_when_complete_and_the_manifest_last(bucket: str, m
         pass
 
 
+def test_checkpoints_that_were_never_registered_are_deleted_from_a_bucket(bucket: str) -> None:
+    remove_incomplete(f"{bucket}/killed/stage1")  # no such folder
+    for name in (
+        "run.json",
+        "step_000003_0123/state.json",
+        "step_000003_0123/trained-00000-of-00002.safetensors",
+    ):
+        storage.write(f"{bucket}/killed/stage1/{name}", b"{}")
+    remove_incomplete(f"{bucket}/killed/stage1")
+    assert storage.list_files(f"{bucket}/killed", recursive=True) == [f"{bucket}/killed/stage1/run.json"]
+
+
 def test_pose_and_train_read_and_write_a_bucket(bucket: str, tmp_path: Path, capsys) -> None:
     """A frame without a person, and a dataset of another VAE: the errors name the URIs."""
     write_image(np.zeros((64, 64, 3), np.uint8), tmp_path / "black.png")
@@ -66,5 +80,10 @@ def test_pose_and_train_read_and_write_a_bucket(bucket: str, tmp_path: Path, cap
             storage.write(f"{bucket}/dataset/{file.relative_to(dataset)}", file.read_bytes())
     line = error_of(capsys, "train", f"{bucket}/dataset", "--out", str(tmp_path / "run"))
     assert line.startswith(f"{bucket}/dataset: encoded with another VAE")
-    line = error_of(capsys, "train", f"{bucket}/dataset", "--out", f"{bucket}/run")
-    assert line.startswith(f"--out {bucket}/run: a bucket; pass a local folder")
+    line = error_of(
+        capsys, "train", f"{bucket}/dataset", "--out", f"{bucket}/run", "--stage", "2", "--size", "64"
+    )
+    assert line.startswith(f"{bucket}/dataset: encoded with another VAE")
+    storage.write(f"{bucket}/run/stage1/run.json", b"{")
+    with pytest.raises(UserError, match=f"{bucket}/run/stage1/run.json: cannot be read, or is not a file of"):
+        read_run(f"{bucket}/run/stage1")

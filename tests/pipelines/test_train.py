@@ -36,6 +36,7 @@ from pipelines.config.parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, SCHEMA_VERSION, clip_files
 from pipelines.dataset_index import INDEX_FILE, WRITER_OPTIONS, write_index
 from pipelines.preprocess.shards import ShardWriter, write_info
+from pipelines.staging import local_input, upload
 from pipelines.storage import read_bytes
 from pipelines.train.checkpoint import FrozenFingerprint, remove_incomplete
 from pipelines.train.clips import ClipStore
@@ -713,7 +714,7 @@ def uninterrupted(tmp_path_factory, pretrained, clips, ray_cluster) -> tuple[Con
 
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = make_config(pretrained, folder, "--train.profile_steps=2")
-    assert train(clips, folder / "out", config) == folder / "out" / "model"
+    assert train(clips, folder / "out", config) == f"{folder}/out/model"
     return config, folder / "out"
 
 
@@ -949,10 +950,11 @@ def checkpoints(storage: str) -> list[int]:
 
 @pytest.mark.slow
 def test_rerun_after_sigterm_sigint_and_sigkill_resumes(uninterrupted, tmp_path, pretrained, clips, bucket):
-    """Checkpoints are in a bucket."""
+    """Dataset, checkpoints and model are in a bucket."""
     from mlflow import MlflowClient
 
-    training = Stage1(clips, tmp_path, arguments(pretrained, tmp_path, f"--train.storage={bucket}/run"))
+    upload(clips, f"{bucket}/clips")
+    training = Stage1(f"{bucket}/clips", tmp_path, arguments(pretrained, tmp_path), f"{bucket}/run")
 
     def wait_for(driver: psutil.Popen, condition: Callable[[], Any]) -> None:
         while not condition():
@@ -981,10 +983,12 @@ def test_rerun_after_sigterm_sigint_and_sigkill_resumes(uninterrupted, tmp_path,
     driver.wait()
     training.finish(training.start(2))
 
-    config = load_config(*arguments(pretrained, tmp_path))
-    assert losses(config, tmp_path / "out", 1) == losses(*uninterrupted, 1)
-    assert weights(tmp_path / "out" / "stage1" / "model") == weights(uninterrupted[1] / "stage1" / "model")
+    config, out = load_config(*arguments(pretrained, tmp_path)), local_input(f"{bucket}/run")
+    assert losses(config, out, 1) == losses(*uninterrupted, 1)
+    assert weights(out / "stage1" / "model") == weights(uninterrupted[1] / "stage1" / "model")
+    assert len([*(out / "stage1").glob("step_*/state.json")]) == config.train.num_checkpoints
     client = MlflowClient(tracking.resolve_uri(config.tracking))
+    assert client.get_model_version_by_alias("tcan-stage1", "run").run_id
     assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
 
 
