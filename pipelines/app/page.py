@@ -21,15 +21,17 @@ CSS = """
 h1 {font-size: 1.6em; font-weight: 700; margin: 0}
 h2 {font-size: 1.2em; font-weight: 700; margin: 0}
 .problem {color: var(--error-text-color); font-weight: 600}
-.verdict td {border: none !important; padding: 2px 16px 2px 0 !important; vertical-align: top}
+.verdict, .verdict tr, .verdict td {border: none !important}
+.verdict td {padding: 2px 16px 2px 0 !important; vertical-align: top}
 #video button[aria-label^="Trim"] {display: none}  /* downloads a program from another host */
+#image-message:not(:has(p)), #video-message:not(:has(p)), #message:not(:has(p)) {display: none}
 """
 
 
 def build_page(handlers: Handlers, description: str) -> gr.Blocks:
     """The page. Call `launch` of the result with `css=CSS`."""
     with gr.Blocks(title="TCAN Studio", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
-        gr.HTML(f"<h1>TCAN Studio</h1><p>{html.escape(description)}</p>")
+        gr.HTML(f"<h1>TCAN Studio</h1><p>{html.escape(description)}</p>", padding=False)
         with gr.Row():
             with gr.Column():
                 with gr.Row():
@@ -51,16 +53,16 @@ def build_page(handlers: Handlers, description: str) -> gr.Blocks:
                     video_poses = _output(gr.Video, "Detected poses", "video-poses", 250, visible=False)
                 video_message, driving_person = _choice("video")
                 _examples(video, "dance.mp4")
-        gr.HTML("<h2>Check of the poses</h2>")
+        gr.HTML("<h2>Check of the poses</h2>", padding=False)
         with gr.Row():
-            verdict = gr.HTML(WAITING, elem_id="verdict")
-            sheet = _output(gr.Image, "Retargeted poses", "sheet", 420, visible=False)
-        gr.HTML("<h2>Animation</h2>")
+            verdict = gr.HTML(WAITING, elem_id="verdict", padding=False)
+            sheet = _output(gr.Image, "Retargeted poses", "sheet", 380, visible=False)
+        gr.HTML("<h2>Animation</h2>", padding=False)
         settings = _settings(handlers.studio.config.animate, handlers.studio.config.seed)
         with gr.Row():
             animate = gr.Button("Animate", variant="primary", interactive=False, scale=3, elem_id="animate")
             cancel = gr.Button("Cancel", elem_id="cancel")
-        message = gr.HTML(elem_id="message")
+        message = gr.HTML(elem_id="message", padding=False)
         with gr.Row():
             comparison = _output(gr.Video, "Image, pose, result", "comparison", 300, scale=3)
             result = _output(gr.Video, "Result", "result", 300)
@@ -96,7 +98,7 @@ def _output(component: type, label: str, name: str, height: int, **options: Any)
 
 def _choice(name: str) -> tuple[Any, Any]:
     """Message and choice of people, below an input."""
-    message = gr.HTML(elem_id=f"{name}-message")
+    message = gr.HTML(elem_id=f"{name}-message", padding=False)
     people = gr.Dropdown(
         ["1"],
         value=["1"],
@@ -129,10 +131,8 @@ def _settings(options: AnimateConfig, seed: int) -> list:
                 options.guidance_scale,
                 step=0.1,
                 label="Guidance scale",
-                info="1: no guidance, in half the time",
+                info="1: off, in half the time",
             ),
-            gr.Slider(
-                0, max(3, ptm), ptm, step=0.1, label="Temperature map", info="Steadier background; 0: off"
-            ),
+            gr.Slider(0, max(3, ptm), ptm, step=0.1, label="Temperature map", info="0: off, less steady"),
             gr.Number(seed, label="Seed", precision=0, minimum=0),
         ]
