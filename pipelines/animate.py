@@ -25,7 +25,7 @@ from pipelines.match import (
     warn_or_refuse,
 )
 from tcan.errors import UserError
-from tcan.pipeline import TCANPipeline
+from tcan.pipeline import Callback, TCANPipeline
 from tcan.pixels import to_uint8
 from tcan.pose import PoseDetector, find_people, read_poses
 from tcan.pose.cleaning import CleanPoses
@@ -204,17 +204,30 @@ def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, c
     motion = read_motion(pipe.pose_detector, animation, inputs, config, (height, width))
     warn_or_refuse(motion, str(animation.out), animation.strict)
     create_folder(animation.out.parent)
-    latents = pipe.denoise(
-        motion.image, motion.poses, sampling=options, generator=torch.Generator().manual_seed(config.seed)
-    )
-    frames: Iterator[np.ndarray] = (
-        frame for batch in pipe.decode(latents, options.decode_batch) for frame in to_uint8(batch)
-    )
+    frames = generate_frames(pipe, motion, config)
     if animation.side_by_side:
         drawn = (pipe.draw(pose[None], height, width)[0] for pose in motion.poses)
         frames = side_by_side(motion.image, drawn, frames)
     write_video(frames, animation.out, inputs.fps, animation.driving if animation.audio else None)
     return len(motion.poses)
+
+
+def generate_frames(
+    pipe: TCANPipeline, motion: Motion, config: Config, callback: Callback | None = None
+) -> Iterator[np.ndarray]:
+    """Denoise all frames, then decode them while they are consumed: uint8 `[H, W, 3]` each.
+
+    Args:
+        callback: called after each denoising step; see `TCANPipeline.__call__`.
+    """
+    latents = pipe.denoise(
+        motion.image,
+        motion.poses,
+        sampling=config.animate,
+        generator=torch.Generator().manual_seed(config.seed),
+        callback_on_step_end=callback,
+    )
+    return (frame for batch in pipe.decode(latents, config.animate.decode_batch) for frame in to_uint8(batch))
 
 
 def side_by_side(

@@ -184,6 +184,19 @@ def _ui(arguments: Any, config: Any) -> None:
     ui(config, arguments.port)
 
 
+def _app(arguments: Any, config: Any) -> None:
+    from pipelines.app.server import serve
+
+    serve(
+        arguments.model,
+        config,
+        arguments.host,
+        arguments.port,
+        arguments.max_frames,
+        arguments.max_upload_mb,
+    )
+
+
 def _path(text: str, **options: Any) -> dict[str, Any]:
     return {"type": str, "help": text, **options}
 
@@ -311,6 +324,30 @@ COMMANDS = {
             },
         },
         _animate,
+        ("pretrained", "animate", "tracking"),
+    ),
+    "app": Command(
+        "Serve a web page on this machine, on which to animate images.",
+        {
+            "--model": MINI_OR_OWN,
+            "--host": {
+                "type": str,
+                "default": "127.0.0.1",
+                "help": "Address to listen at. 0.0.0.0: all addresses of this machine, so that others can use the page.",
+            },
+            "--port": {"type": int, "default": 7860, "help": "Port of the server (1 to 65535)."},
+            "--max_frames": {
+                "type": int,
+                "default": 600,
+                "help": "Maximum number of frames of a driving video (>= 1).",
+            },
+            "--max_upload_mb": {
+                "type": int,
+                "default": 100,
+                "help": "Maximum size of an uploaded file in MB (>= 1).",
+            },
+        },
+        _app,
         ("pretrained", "animate", "tracking"),
     ),
     "pose": Command(

@@ -161,7 +161,7 @@ def check_character(character: np.ndarray, source: str | Path) -> np.ndarray:
 
 def problems(motion: Motion) -> list[str]:
     """Texts of the findings that are problems."""
-    return [_text(motion, index, finding) for index, finding in motion.findings if finding.problem]
+    return [finding_text(motion, index, finding) for index, finding in motion.findings if finding.problem]
 
 
 def warn_or_refuse(motion: Motion, source: str, strict: bool) -> None:
@@ -183,13 +183,14 @@ def report(motion: Motion, preview: Path) -> None:
     write_image(contact_sheet(motion), preview)
     for index, finding in motion.findings:
         print(
-            f"{'problem' if finding.problem else 'ok':<8}{finding.check:<8}  {_text(motion, index, finding)}"
+            f"{'problem' if finding.problem else 'ok':<8}{finding.check:<8}  {finding_text(motion, index, finding)}"
         )
     count = len(problems(motion))
     print(f"{preview}: {len(motion.poses)} frames, {count} problems", flush=True)
 
 
-def _text(motion: Motion, index: int, finding: Finding) -> str:
+def finding_text(motion: Motion, index: int, finding: Finding) -> str:
+    """The text of a finding, with the number of the person if there are several."""
     return finding.text if motion.poses.shape[1] == 1 else f"person {index + 1}: {finding.text}"
 
 

@@ -1,9 +1,7 @@
 """`tcan ui`: MLflow server for the tracking folder."""
 
-import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +11,7 @@ import requests
 
 from pipelines import tracking
 from pipelines.config import Config
+from pipelines.port import check_port
 from tcan.errors import UserError
 
 START_SECONDS = 120  # imports of the server are slow on a busy machine
@@ -26,24 +25,13 @@ def ui(config: Config, port: int) -> None:
         UserError: no runs are recorded, the port is invalid or in use, the runs are on an MLflow server, or the server
             stopped.
     """
-    if not 1 <= port <= 65535:
-        raise UserError(f"--port {port}: must be from 1 to 65535; set e.g. 5000")
     uri = tracking.resolve_uri(config.tracking)
     if uri.startswith("http"):
         raise UserError(f"{uri}: the runs are on this MLflow server; open the address in a browser")
     folder = Path(tracking.resolve(config.tracking).folder)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise UserError(f"{folder}: no recorded runs; set --tracking.folder to the folder of the runs")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            reason = (
-                "is in use" if error.errno == errno.EADDRINUSE else f"is not available ({error.strerror})"
-            )
-            raise UserError(f"port {port} {reason}; set another one with --port") from None
-
+    check_port(HOST, port)
     log = folder / "server.log"
     command = [
         sys.executable,

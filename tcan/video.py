@@ -43,6 +43,11 @@ class VideoFrames:
         self._resampled = fps is not None or self._stream.variable_rate
         self.fps = fps or self._stream.fps
 
+    @property
+    def num_frames(self) -> int:
+        """Number of frames that the container claims to show, at the rate `fps`."""
+        return round(self._stream.seconds * self.fps) if self._resampled else self._stream.num_frames
+
     def __iter__(self) -> Iterator[np.ndarray]:
         with self._user_errors():
             if self._resampled:

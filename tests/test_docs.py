@@ -25,6 +25,7 @@ EXECUTED_BY = {
     "dataset": "tests/pipelines/test_dataset.py::test_intact_dataset_passes_verification",
     "train": "tests/pipelines/test_train.py::test_each_stage_trains_only_its_own_parts",
     "animate": "tests/pipelines/test_animate.py::test_long_video_is_streamed_with_identical_frames",
+    "app": "tests/pipelines/test_app.py::test_uploaded_image_dances_as_the_uploaded_video",
     "pose": "tests/pipelines/test_animate.py::test_pose_file_drives_the_same_animation_as_the_video",
     "evaluate": "tests/pipelines/test_demo.py::test_demo_writes_videos_evaluations_and_contact_sheet",
     "export": "tests/tcan/test_weights.py::test_exported_model_needs_no_other_files",
