@@ -104,8 +104,14 @@ class Video:
                 clip.frames[np.arange(len(clip.frames)) // 4 * 4],
                 np.repeat(clip.frames[:1], len(clip.frames), axis=0),
             ),
-            "flicker": lambda: (_scaled(clip.frames, 0.02 * brightness), _scaled(clip.frames, 0.08 * brightness)),
-            "pose": lambda: (self.sample(self.frames + DELAY).frames[DELAY:], self.sample(motion=OTHER).frames),
+            "flicker": lambda: (
+                _scaled(clip.frames, 0.02 * brightness),
+                _scaled(clip.frames, 0.08 * brightness),
+            ),
+            "pose": lambda: (
+                self.sample(self.frames + DELAY).frames[DELAY:],
+                self.sample(motion=OTHER).frames,
+            ),
         }
         return corruptions[kind]()
 
@@ -177,7 +183,9 @@ def verdict(metric: str, values: np.ndarray) -> str:
         reversed: level 2 is better than the truth in every video;
         unsure: none of these.
     """
-    truth, first, second = np.nan_to_num(ROWS[metric][1] * values, neginf=-1e9)  # PSNR of the truth is infinite
+    truth, first, second = np.nan_to_num(
+        ROWS[metric][1] * values, neginf=-1e9
+    )  # PSNR of the truth is infinite
     if (truth < first).all() and (first < second).all():
         return "ranks"
     if np.allclose(truth, second, rtol=1e-6):
@@ -196,7 +204,9 @@ def table(values: dict[str, dict[str, np.ndarray]]) -> str:
         cells = [format(values["blur"][key][0].mean(), form)]
         for kind in CORRUPTIONS:
             means = values[kind][key][1:].mean(axis=1)
-            cells.append(f"**{verdict(key, values[kind][key])}** {' / '.join(format(mean, form) for mean in means)}")
+            cells.append(
+                f"**{verdict(key, values[kind][key])}** {' / '.join(format(mean, form) for mean in means)}"
+            )
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -213,7 +223,9 @@ def main() -> None:
     )
     print(text)
     before, _, remainder = PAGE.read_text().partition(MARKERS[0])
-    PAGE.write_text(before + MARKERS[0] + "\n" + text + "\n" + MARKERS[1] + remainder.partition(MARKERS[1])[2])
+    PAGE.write_text(
+        before + MARKERS[0] + "\n" + text + "\n" + MARKERS[1] + remainder.partition(MARKERS[1])[2]
+    )
 
 
 def _blurred(frames: np.ndarray, sigma: float) -> np.ndarray:

@@ -31,7 +31,9 @@ class LPIPS(nn.Module):
         with init_empty_weights(include_buffers=False):  # pnet_rand: no download of the trunk
             self.lpips = _LPIPS(net=net, pnet_rand=True, pretrained=False)
         linear = Path(torchmetrics.functional.image.__file__).parent / "lpips_models" / f"{net}.pth"
-        self.lpips.load_state_dict(torch.load(linear, weights_only=True), strict=False, assign=True)
+        self.lpips.load_state_dict(
+            torch.load(linear, map_location="cpu", weights_only=True), strict=False, assign=True
+        )
         features = nn.Module()
         # torchvision numbers the layers of the trunk consecutively; torchmetrics splits them into slices.
         for name, module in self.lpips.net.named_modules():
