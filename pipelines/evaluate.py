@@ -11,6 +11,7 @@ OUT/videos/*.mp4      reference, driving pose, truth and result side by side
 import csv
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,9 +23,11 @@ from tqdm import tqdm
 
 from pipelines import storage, tracking
 from pipelines.config import Config
-from pipelines.inference import create_folder, driving_poses, load_pipeline
+from pipelines.inference import choose_device, create_folder, driving_poses, load_pipeline
 from pipelines.lock import locked
+from pipelines.network_metrics import SetMetrics, image_similarities, set_metrics, video_metrics
 from pipelines.preprocess.sources import list_sources
+from pipelines.protocol import at_protocol_size, check_videos, published
 from pipelines.staging import local_input, original_names
 from tcan.atomic_write import atomic_write
 from tcan.crop import fit_image
@@ -34,12 +37,15 @@ from tcan.metrics import (
     colour_distance,
     flicker,
     image_metrics,
+    l1_disco,
     mean_pose,
     part_colours,
     pose_metrics,
     psnr_uint8_overflow,
+    ssim_disco,
     warping_error,
 )
+from tcan.metrics.networks import Networks, load_networks
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
 from tcan.pose import read_poses, track_main_person
@@ -54,6 +60,12 @@ TABLE = (
     ("L1 (0 to 1)", "l1", 1, ".4f"),
     ("PSNR, dB", "psnr", 1, ".2f"),
     ("SSIM", "ssim", 1, ".4f"),
+    ("LPIPS (AlexNet)", "lpips_alex", 1, ".4f"),
+    ("LPIPS (VGG)", "lpips_vgg", 1, ".4f"),
+    ("FID", "fid", 1, ".2f"),
+    ("FID-VID", "fid_vid", 1, ".2f"),
+    ("FVD", "fvd", 1, ".2f"),
+    ("image similarity to the reference", "image_similarity", 1, ".4f"),
     ("joints within 5 %", "pose_5", 100, ".1f"),
     ("  wrists", "pose_5_wrists", 100, ".1f"),
     ("  elbows", "pose_5_elbows", 100, ".1f"),
@@ -86,7 +98,13 @@ class Evaluated:
     result: np.ndarray  # uint8 [F, H, W, 3]
     found: np.ndarray  # [F, 18, 3], detected in the result
     true_poses: np.ndarray | None  # [F, 18, 3], from the JSON file next to the video
+    scored: tuple[np.ndarray, np.ndarray] | None = None  # result and truth at the size of a protocol
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pair(self) -> tuple[np.ndarray, np.ndarray]:
+        """Result and truth for the metrics that compare images."""
+        return self.scored or (self.result, self.truth)
 
 
 def evaluate(videos: str | Path, model: Path, out: Path, config: Config) -> dict[str, Any]:
@@ -102,18 +120,30 @@ def evaluate(videos: str | Path, model: Path, out: Path, config: Config) -> dict
         the contents of evaluation.json.
 
     Raises:
-        UserError: no video, no usable video, a model folder that is incomplete or does not match its pretrained models.
+        UserError: no video, no usable video, a training video of the protocol, a wrong file of a metric's network, a model
+            folder that is incomplete or does not match its pretrained models.
     """
     paths = list_sources(str(videos))
-    paths = paths[: config.evaluate.videos or None]
+    if config.evaluate.protocol == "tiktok-disco":
+        check_videos(paths)
+    else:
+        paths = paths[: config.evaluate.videos or None]
     tracking.check(config.tracking)
+    files = dataclasses.asdict(config.evaluate.networks)
+    networks = load_networks(files, choose_device(config), "evaluate.networks.")
     pipe = load_pipeline(model, config)
     with locked(out, "evaluate"):
-        return _evaluate(paths, videos, pipe, model, out, config)
+        return _evaluate(paths, videos, pipe, networks, model, out, config)
 
 
 def _evaluate(
-    paths: list[str], videos: str | Path, pipe: TCANPipeline, model: Path, out: Path, config: Config
+    paths: list[str],
+    videos: str | Path,
+    pipe: TCANPipeline,
+    networks: Networks,
+    model: Path,
+    out: Path,
+    config: Config,
 ) -> dict[str, Any]:
     create_folder(out / "videos")
     parents = {"model": pipe.model_info.get("mlflow_run_id")}
@@ -133,7 +163,8 @@ def _evaluate(
         if not evaluated:
             raise UserError(f"{videos}: none of the {len(paths)} videos can be used; see the reasons above")
         compute_metrics(evaluated)
-        metrics = means([video.metrics for video in evaluated])
+        sets = compute_network_metrics(evaluated, networks)
+        metrics = means([video.metrics for video in evaluated]) | sets.values
         report = {
             "schema_version": 1,
             "model": str(Path(model).resolve()),
@@ -142,9 +173,14 @@ def _evaluate(
             "videos": len(evaluated),
             "frames": sum(len(video.truth) for video in evaluated),
             "metrics": {key: _json_number(value) for key, value in metrics.items()},
+            "samples": sets.samples,
+            "unavailable": sets.unavailable,
             "rejected": rejected,
             "settings": dataclasses.asdict(config),
         }
+        if config.evaluate.protocol == "tiktok-disco":
+            rows, frames = [video.metrics for video in evaluated], [len(video.truth) for video in evaluated]
+            report["protocol"] = published(rows, frames, sets.values)
         _write_csv(evaluated, out / "videos.csv")
         write_image(contact_sheet(evaluated), out / "sheet.png")
         with atomic_write(out / "evaluation.json") as partial:
@@ -154,6 +190,10 @@ def _evaluate(
             run.file(out / name)
         run.file(out / "videos", "videos")
     print(table(metrics))
+    if sets.unavailable:
+        print(unavailable_lines(sets.unavailable))
+    if "protocol" in report:
+        print(protocol_lines(report["protocol"]))
     print(f"{len(evaluated)} videos, {report['frames']} frames; results: {original_names(str(out))}")
     return report
 
@@ -172,7 +212,8 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
     Raises:
         UserError: the video cannot be read or shows no person.
     """
-    frames, fps = read_video(path, config.evaluate.frames)
+    protocol = config.evaluate.protocol == "tiktok-disco"
+    frames, fps = read_video(path, None if protocol else config.evaluate.frames)
     truth = np.stack([fit_image(frame, pipe.height, pipe.width) for frame in frames])
     poses = pipe.detect_poses(truth, str(path), config.animate.smoothing_window)
     driving = driving_poses(poses, pipe.height, config)
@@ -191,7 +232,8 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
         people, pipe.height, pipe.width
     )  # without gap filling: undetected joints count as misses
     true_poses = read_true_poses(path.with_suffix(".json"), pipe, len(truth))
-    return Evaluated(path, fps, truth, poses, pipe.draw(driving), result, found, true_poses)
+    scored = (at_protocol_size(result), at_protocol_size(frames)) if protocol else None
+    return Evaluated(path, fps, truth, poses, pipe.draw(driving), result, found, true_poses, scored)
 
 
 def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarray | None:
@@ -211,12 +253,11 @@ def compute_metrics(evaluated: list[Evaluated]) -> None:
     for i, video in enumerate(evaluated):
         height, width = video.truth.shape[1:3]
         m = video.metrics
-        m |= image_metrics(video.result, video.truth)
-        m["psnr_uint8_overflow"] = psnr_uint8_overflow(video.result, video.truth)
-        if len(video.truth) > 1:  # the first frame equals the still: PSNR inf
-            still = np.broadcast_to(video.truth[:1], video.truth[1:].shape)
-            m |= _suffixed(image_metrics(still, video.truth[1:]), "still")
-            m["psnr_uint8_overflow_still"] = psnr_uint8_overflow(still, video.truth[1:])
+        result, truth = video.pair
+        m |= all_image_metrics(result, truth)
+        if len(truth) > 1:  # the first frame equals the still: PSNR inf
+            still = np.broadcast_to(truth[:1], truth[1:].shape)
+            m |= _suffixed(all_image_metrics(still, truth[1:]), "still")
 
         m |= pose_metrics(video.found, video.poses, height)
         m |= _suffixed(
@@ -244,6 +285,23 @@ def compute_metrics(evaluated: list[Evaluated]) -> None:
         m["identified_chance"] = float("nan") if single else 1 / len(evaluated)
 
 
+def all_image_metrics(result: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """L1, PSNR and SSIM, and the same in the conventions of DisCo's scripts."""
+    return image_metrics(result, truth) | {
+        "l1_disco": l1_disco(result, truth),
+        "ssim_disco": ssim_disco(result, truth),
+        "psnr_uint8_overflow": psnr_uint8_overflow(result, truth),
+    }
+
+
+def compute_network_metrics(evaluated: list[Evaluated], networks: Networks) -> SetMetrics:
+    """Add each video's metrics that need a network, and return those of the set of videos."""
+    pairs = [video.pair for video in evaluated]
+    for video, row in zip(evaluated, image_similarities(pairs, networks), strict=True):
+        video.metrics |= video_metrics(video.pair, networks) | row
+    return set_metrics(pairs, networks)
+
+
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
     """Mean of each metric over the videos where it is defined (not NaN)."""
     result = {}
@@ -265,6 +323,23 @@ def table(metrics: dict[str, float]) -> str:
             if np.isfinite(metrics.get(f"{key}_{suffix}", np.nan))
         ]
         lines.append(f"{label:<38}{format(metrics[key] * factor, form):>8}   {', '.join(controls)}".rstrip())
+    return "\n".join(lines)
+
+
+def unavailable_lines(unavailable: Mapping[str, str]) -> str:
+    """The unavailable metrics, one line per reason."""
+    reasons: dict[str, list[str]] = {}
+    for metric, reason in unavailable.items():
+        reasons.setdefault("no network file" if reason.endswith(" is not set") else reason, []).append(metric)
+    return "\n".join(f"unavailable: {', '.join(metrics)} ({reason})" for reason, metrics in reasons.items())
+
+
+def protocol_lines(protocol: Mapping[str, Any]) -> str:
+    """The metrics in the conventions of the protocol."""
+    lines = [f"{protocol['name']}, in the conventions of its scripts (docs/metrics.md):"]
+    lines += [f"  {key:<24}{value:.6g}" for key, value in protocol["metrics"].items()]
+    if protocol["videos"] != protocol["videos_of_the_protocol"]:
+        lines.append(f"  not comparable: {protocol['videos']} of {protocol['videos_of_the_protocol']} videos")
     return "\n".join(lines)
 
 

@@ -111,6 +111,29 @@ class AnimateConfig(SamplingConfig):
 
 
 @dataclass
+class MetricNetworksConfig:
+    """Local files of the networks of metrics. Nothing is downloaded: without its file, a metric is reported as unavailable."""
+
+    alexnet: str | None = None
+    """File of LPIPS (AlexNet): torchvision's alexnet-owt-7be5be79.pth."""
+
+    vgg16: str | None = None
+    """File of LPIPS (VGG): torchvision's vgg16-397923af.pth."""
+
+    inception: str | None = None
+    """File of FID: torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
+
+    resnet3d: str | None = None
+    """File of FID-VID: the 3D ResNet-50 resnet-50-kinetics.pth that DisCo uses."""
+
+    i3d: str | None = None
+    """File of FVD: i3d_torchscript.pt."""
+
+    image: str | None = None
+    """Folder of a CLIP or DINO model in transformers' layout, for the image similarity."""
+
+
+@dataclass
 class EvaluateConfig:
     """Model folder + held-out videos -> metrics. Results are sampled with the settings of `animate`."""
 
@@ -119,6 +142,13 @@ class EvaluateConfig:
 
     videos: int = 0
     """Maximum number of videos, sorted by name (>= 0). 0: all videos."""
+
+    protocol: Literal["none", "tiktok-disco"] = "none"
+    """Protocol of published results. tiktok-disco: all frames of the 10 test videos of DisCo, at 256 x 256, with its
+    conventions of the metrics; `evaluate.frames` and `evaluate.videos` have no effect."""
+
+    networks: MetricNetworksConfig = field(default_factory=MetricNetworksConfig)
+    """Local files of the networks of metrics."""
 
     def __post_init__(self) -> None:
         check(self, "evaluate.", at_least(1), frames=48)

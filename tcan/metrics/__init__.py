@@ -1,8 +1,8 @@
-"""Metrics of a generated video that do not require a pretrained network."""
+"""Metrics of generated videos. `tcan.metrics.networks` loads the networks of those that require one."""
 
 from tcan.metrics.background import background_mask, flicker
 from tcan.metrics.frechet import frechet_distance
-from tcan.metrics.image import image_metrics, psnr_uint8_overflow
+from tcan.metrics.image import image_metrics, l1_disco, psnr_uint8_overflow, ssim_disco
 from tcan.metrics.likeness import colour_distance, part_colours
 from tcan.metrics.pose import joint_errors, mean_pose, pose_metrics
 from tcan.metrics.temporal import warping_error
@@ -14,9 +14,11 @@ __all__ = [
     "frechet_distance",
     "image_metrics",
     "joint_errors",
+    "l1_disco",
     "mean_pose",
     "part_colours",
     "pose_metrics",
     "psnr_uint8_overflow",
+    "ssim_disco",
     "warping_error",
 ]

@@ -11,16 +11,22 @@ from pipelines.evaluate import (
     Evaluated,
     _write_csv,
     compute_metrics,
+    compute_network_metrics,
     contact_sheet,
     evaluate,
     means,
+    protocol_lines,
     table,
+    unavailable_lines,
     write_comparison,
 )
+from pipelines.protocol import at_protocol_size, check_videos, published
 from pipelines.puppets.world import sample_clip
 from tcan.errors import UserError
+from tcan.metrics.networks import load_networks
 from tcan.pose import draw_poses
 from tcan.video import read_video
+from tests.tcan.metrics import network_files
 
 
 def perfect_result(seed: int, num_frames: int = 6) -> Evaluated:
@@ -102,3 +108,72 @@ def test_invalid_video_sources_raise_user_error(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=reason):
             evaluate(videos, tmp_path / "model", tmp_path / "out", load_config())
     assert not (tmp_path / "out").exists()
+
+
+def test_network_metrics_are_ideal_for_perfect_results_and_have_controls(tmp_path: Path) -> None:
+    network_files.write_torchvision_trunk(tmp_path / "alex.pth", "alex")
+    network_files.write_i3d(tmp_path / "i3d.pt")
+    network_files.write_clip(tmp_path / "clip")
+    files = {"alexnet": "alex.pth", "i3d": "i3d.pt", "image": "clip"}
+    networks = load_networks({name: str(tmp_path / file) for name, file in files.items()})
+    videos = [perfect_result(seed, 17) for seed in (1, 2)]
+    sets = compute_network_metrics(videos, networks)
+    assert sets.samples == {"fvd": 4}  # two windows of 16 frames in each video
+    assert sets.values["fvd"] == pytest.approx(0, abs=1e-6) and sets.values["fvd_still"] > 0
+    assert sets.unavailable.keys() == {"lpips_vgg", "lpips_vgg_disco", "fid", "fid_vid"}
+    for video in videos:
+        metrics = video.metrics
+        assert metrics["lpips_alex"] == 0 < metrics["lpips_alex_still"]
+        assert metrics["image_similarity_other"] < metrics["image_similarity"] <= 1
+        assert "lpips_vgg" not in metrics
+    rows = table(means([video.metrics for video in videos]) | sets.values)
+    assert "LPIPS (AlexNet)" in rows and "FVD" in rows and "FID" not in rows
+
+    single = compute_network_metrics([perfect_result(1, 16)], networks)
+    assert "fvd" not in single.values and "fewer than 2 samples of 16 frame(s)" in single.unavailable["fvd"]
+
+
+def test_unavailable_metrics_are_listed_with_their_reason() -> None:
+    networks = load_networks({"i3d": "missing.pt"}, prefix="evaluate.networks.")
+    assert unavailable_lines(networks.unavailable).splitlines() == [
+        "unavailable: lpips_alex, lpips_vgg, lpips_vgg_disco, fid, fid_vid, image_similarity (no network file)",
+        "unavailable: fvd (evaluate.networks.i3d = missing.pt: no such file or folder)",
+    ]
+
+
+def test_wrong_network_file_is_an_error_before_the_evaluation_starts(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "fid.pth").write_text("not weights")
+    config = load_config(
+        "--evaluate.networks.inception", f"{tmp_path}/fid.pth", "--tracking.folder", f"{tmp_path}/runs"
+    )
+    with pytest.raises(UserError, match=r"fid\.pth: not torch-fidelity's .*: unreadable"):
+        evaluate(tmp_path, tmp_path / "model", tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_protocol_rejects_training_videos_of_tiktok() -> None:
+    check_videos(["TiktokDance_00335.mp4", "00340.mp4", "TiktokDance_203_006_1x1.mp4", "0012.mp4"])
+    for name in ("TiktokDance_00001.mp4", "s3://corpus/00334.mp4"):
+        with pytest.raises(UserError, match="in the training split"):
+            check_videos([name])
+
+
+def test_protocol_crops_the_central_square() -> None:
+    frames = np.zeros((2, 512, 256, 3), np.uint8)
+    frames[:, 128:384] = 200
+    assert (at_protocol_size(frames) == 200).all() and at_protocol_size(frames).shape == (2, 256, 256, 3)
+
+
+def test_published_metrics_are_averages_over_frames_in_the_published_conventions() -> None:
+    videos = [perfect_result(1, 4), perfect_result(2, 12)]
+    for video in videos:
+        video.scored = at_protocol_size(video.result[::-1]), at_protocol_size(video.truth)
+    compute_metrics(videos)
+    report = published(
+        [video.metrics for video in videos], [4, 12], {"fid": 3.0, "fvd": 9.0, "fid_still": 1.0}
+    )
+    result, truth = (np.concatenate([video.scored[i] for video in videos]).astype(float) for i in (0, 1))
+    assert report["metrics"]["l1_disco"] == pytest.approx(np.abs(result - truth).mean() / 256**2)
+    assert report["metrics"].keys() == {"l1_disco", "ssim_disco", "psnr_uint8_overflow", "fid"}
+    assert "not comparable: 2 of 10 videos" in protocol_lines(report)

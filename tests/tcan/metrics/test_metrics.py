@@ -1,8 +1,10 @@
 """Metrics compared with values computed by hand."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import structural_similarity
 
 from tcan.metrics import (
     background_mask,
@@ -10,10 +12,12 @@ from tcan.metrics import (
     flicker,
     image_metrics,
     joint_errors,
+    l1_disco,
     mean_pose,
     part_colours,
     pose_metrics,
     psnr_uint8_overflow,
+    ssim_disco,
 )
 
 
@@ -74,6 +78,27 @@ def test_overflowing_psnr_rejects_other_types_and_shapes() -> None:
     for other in (frames.astype(np.float32), frames[:, :8]):
         with pytest.raises(ValueError, match="must"):
             psnr_uint8_overflow(other, frames)
+
+
+def test_l1_of_the_published_scripts_is_divided_by_the_number_of_pixels() -> None:
+    truth = np.full((2, 256, 256, 3), 100, np.uint8)
+    assert l1_disco(truth - 24, truth) == pytest.approx(24 / 256**2)  # 3.66e-4, a usual published value
+    assert l1_disco(truth[:, ::2, ::2] - 24, truth[:, ::2, ::2]) == pytest.approx(4 * 24 / 256**2)
+
+
+def test_ssim_of_the_published_scripts_is_skimages_default_on_grey_images() -> None:
+    rng = np.random.default_rng(0)
+    truth = cv2.GaussianBlur(rng.integers(0, 256, (40, 50, 6), dtype=np.uint8), (0, 0), 2)
+    truth = np.stack([truth[..., :3], truth[..., 3:]])
+    result = np.clip(truth + rng.normal(0, 15, truth.shape), 0, 255).astype(np.uint8)
+    # As the scripts do it: OpenCV's BGR order, uint8 grey images.
+    grey = [
+        [cv2.cvtColor(frame[..., ::-1], cv2.COLOR_BGR2GRAY) for frame in video] for video in (result, truth)
+    ]
+    expected = np.mean([structural_similarity(*pair) for pair in zip(*grey, strict=True)])
+    assert 0.2 < expected < 0.9
+    assert ssim_disco(result, truth) == pytest.approx(expected, rel=1e-6)
+    assert abs(image_metrics(result, truth)["ssim"] - expected) > 0.02
 
 
 def test_pose_metrics_count_joints_by_their_distance() -> None:
