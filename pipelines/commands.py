@@ -362,7 +362,7 @@ COMMANDS = {
         ("pretrained", "preprocess", "train", "animate", "evaluate", "tracking"),
     ),
     "study": Command(
-        "Measure the paper's claims on rendered puppets: trainings and evaluations of ablations, with statistics.",
+        "Test the paper's claims on rendered puppets: trainings and evaluations of ablations, with statistics.",
         {
             "--out": _path("Folder of all results. If it exists, the study resumes.", default="study"),
             "--questions": {

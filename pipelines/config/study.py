@@ -18,8 +18,9 @@ class StudyConfig:
     train_frames: int = 64
     """Number of frames of each training video (>= 16)."""
 
-    held_out_videos: int = 8
-    """Number of held-out videos of each distribution (>= 3, which an interval requires)."""
+    held_out_videos: int = 10
+    """Number of held-out videos of each distribution (>= 3, which an interval requires; a verdict
+    requires about 9)."""
 
     frames: int = 16
     """Number of frames of each held-out video (>= 2), instead of `evaluate.frames`."""
@@ -35,5 +36,5 @@ class StudyConfig:
         check(self, "study.", at_least(16), train_frames=64)
         check(self, "study.", at_least(2), frames=16)
         check(self, "study.", between(1, 1000), steps=8)
-        check(self, "study.", at_least(3), held_out_videos=8)
+        check(self, "study.", at_least(3), held_out_videos=10)
         check(self, "study.", between(1, 4), pose_error_sizes=2)

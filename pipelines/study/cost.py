@@ -18,6 +18,7 @@ from tcan.variant import Variant
 FRAMES = 16
 SD15_SIZE, MINI_SIZE = 512, 128
 ROUNDS = 5
+LORA_RANK = 16
 TERA = 1e12
 
 
@@ -33,33 +34,46 @@ def cost() -> dict[str, float]:
     """
     values = {}
     for name, temporal in (("on", True), ("off", False)):
-        controlnet, step, parameters = operations(_sources("sd15"), SD15_SIZE, temporal)
+        tcan = fake_model("sd15", temporal)
+        controlnet, step = operations(tcan, SD15_SIZE)
         values[f"controlnet_tflop_{name}"] = controlnet / TERA
         values[f"step_tflop_{name}"] = step / TERA
-        values[f"controlnet_parameters_{name}"] = float(parameters)
+        values[f"controlnet_parameters_{name}"] = float(
+            sum(parameter.numel() for parameter in tcan.controlnet.parameters())
+        )
     seconds = _seconds()
     return values | {f"mini_controlnet_seconds_{name}": value for name, value in seconds.items()}
 
 
-def operations(pretrained: PretrainedConfig, size: int, temporal: bool) -> tuple[int, int, int]:
-    """Operations of the ControlNet and of a complete guided step, and the number of parameters of the ControlNet."""
-    variant = Variant(temporal_controlnet=temporal)
-    tcan = fake_tcan(lambda: {**networks(pretrained, 16), "variant": variant}, torch.float32)
+def operations(tcan: TCAN, size: int) -> tuple[int, int]:
+    """Operations of the ControlNet and of a complete guided step, of a `fake_model`."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        noisy, timestep, pose = _inputs(tcan, size)
+        noisy, timestep, _ = _inputs(tcan, size)
         features = tcan.appearance(noisy[:, 0], timestep)
-        residuals = tcan.pose_residuals(noisy, timestep, pose)
-        controlnet = _count(lambda: tcan.pose_residuals(noisy, timestep, pose))
+        residuals = tcan.pose_residuals(*_inputs(tcan, size))
         appearance = _count(lambda: tcan.appearance(noisy[:, 0], timestep))
         denoiser = _count(lambda: tcan.denoise(noisy, timestep, residuals, features, [False, True]))
-    parameters = sum(parameter.numel() for parameter in tcan.controlnet.parameters())
-    return controlnet, controlnet + appearance + denoiser, parameters
+    controlnet = controlnet_operations(tcan, size)
+    return controlnet, controlnet + appearance + denoiser
+
+
+def controlnet_operations(tcan: TCAN, size: int) -> int:
+    """Operations of the ControlNet of a `fake_model` for a window, images of `size` x `size` pixels."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        inputs = _inputs(tcan, size)
+        return _count(lambda: tcan.pose_residuals(*inputs))
+
+
+def fake_model(source: str, temporal: bool) -> TCAN:
+    """A model on fake tensors, of the architecture mini or sd15, with or without temporal layers in the ControlNet."""
+    variant = Variant(temporal_controlnet=temporal)
+    return fake_tcan(lambda: {**networks(_sources(source), LORA_RANK), "variant": variant}, torch.float32)
 
 
 def _seconds() -> dict[str, float]:
     """Median CPU time of mini's ControlNet for a window; the rounds of both variants alternate."""
     models = {
-        name: TCAN(**networks(_sources("mini"), 16), variant=Variant(temporal_controlnet=temporal))
+        name: TCAN(**networks(_sources("mini"), LORA_RANK), variant=Variant(temporal_controlnet=temporal))
         for name, temporal in (("on", True), ("off", False))
     }
     times: dict[str, list[float]] = {name: [] for name in models}

@@ -33,9 +33,10 @@ def plot_effects(outcomes: Sequence[Outcome], path: Path) -> bool:
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set_yticks([0], [comparison.label], fontweight="bold" if comparison.primary else "normal")
         ax.set_ylim(-1, 1)
-        extent = 1.1 * max(abs(effect.low), abs(effect.high), 1e-9)
+        extent = 1.1 * max(abs(effect.low), abs(effect.high)) or 1.0
         ax.set_xlim(-extent, extent)
         ax.tick_params(axis="x", labelsize=7)
+        ax.xaxis.get_offset_text().set_fontsize(6)
         ax.set_title(f"{comparison.metric.label} ({comparison.metric.unit or '1'})", fontsize=7, loc="right", pad=2)  # fmt: skip
         ax.spines[["top", "right", "left"]].set_visible(False)
     _save(figure, path)

@@ -15,6 +15,7 @@ from pipelines.study.document import Block, Heading, Image, Paragraph, Table, to
 from pipelines.study.plots import plot_curves, plot_effects, plot_strip
 from pipelines.study.questions import Question
 from tcan.atomic_write import atomic_write
+from tcan.errors import UserError
 
 LOCAL_PAGE = "http://127.0.0.1:5000"
 """Address of `tcan ui`, for stores without a server."""
@@ -65,9 +66,12 @@ def write_report(
 
 
 def _linker(config: Config) -> Link:
-    """A function from a text and a run id to a link to the page of the run."""
+    """A function from a text and a run id to a link to the page of the run; to the text alone if MLflow is not available."""
     store = tracking.resolve(config.tracking)
-    experiment = experiment_id(connect(store), store)
+    try:
+        experiment = experiment_id(connect(store), store)
+    except UserError:
+        return lambda text, run: text
     is_server = (store.uri or "").startswith("http")
     page = masked(store.uri or "").rstrip("/") if is_server else LOCAL_PAGE
     return lambda text, run: f"[{text}]({page}/#/experiments/{experiment}/runs/{run})"
@@ -90,7 +94,7 @@ def _introduction(
     blocks: list[Block] = [
         Heading(1, "Ablation study in the puppet world"),
         Paragraph(
-            f"{len(seeds)} training seeds, {study.held_out_videos} held-out videos of each distribution with {study.frames} "
+            f"Training seeds: {len(seeds)}. {study.held_out_videos} held-out videos of each distribution with {study.frames} "
             f"frames, {study.train_videos} training videos. Stage 1: {train.stage1.steps} steps of {train.stage1.batch_size} "
             f"images; stage 2: {train.stage2.steps} steps of {train.stage2.batch_size} clips; {study.steps} denoising steps. "
             f"All runs are nested in the MLflow {link('run of the study', run_id)}. Every number links to its run."
@@ -102,13 +106,17 @@ def _introduction(
         Table(("question", "verdict"), verdicts),
         Paragraph(
             "An effect is the mean paired difference of two conditions over seeds and held-out videos. Its 95 % interval is the "
-            "percentile interval of a bootstrap that resamples seeds and videos independently. p is two-sided, with Holm's "
-            "correction over the comparisons of a question that have a hypothesis. A hypothesis is supported or contradicted "
+            "percentile interval of a bootstrap that resamples seeds and videos independently. p is two-sided and not below the "
+            "smallest one of the sign test over the videos, with Holm's correction over the comparisons of a question that have a hypothesis. A hypothesis is supported or contradicted "
             "if the corrected p is below 0.05 and the interval excludes 0; otherwise it is undecided, and effects outside "
             "the interval are excluded. The verdict of a question depends on its primary comparisons (bold): all must be "
             "supported. With few seeds and videos, such intervals are too narrow."
         ),
     ]
+    if len(seeds) == 1:
+        blocks.append(
+            Paragraph("With one seed, the intervals do not include the variation between trainings.")
+        )
     if failed:
         rows = [(name, reason) for name, reason in failed.items()]
         blocks += [

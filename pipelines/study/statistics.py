@@ -30,7 +30,8 @@ def paired_effect(differences: np.ndarray, seed: int = 0) -> Effect:
 
     The crossed resampling (Owen 2007, "The pigeonhole bootstrap") accounts for both sources of variation. A p-value is
     twice the smaller fraction of the resampled means on one side of 0, with one added to each count (Davison and Hinkley
-    1997), so it is never 0.
+    1997), so it is never 0. It is at least 2^(1 - videos), the smallest p-value of the sign test: the bootstrap of few
+    differences of the same sign never reaches 0, however few they are.
 
     Args:
         differences: `[seeds, videos]`, each of one training seed and one held-out video under two conditions; NaN where
@@ -52,7 +53,7 @@ def paired_effect(differences: np.ndarray, seed: int = 0) -> Effect:
     means = np.einsum("rs,sv,rv->r", rows, differences, columns)
     low, high = np.percentile(means, (2.5, 97.5))
     tail = min((means <= 0).sum(), (means >= 0).sum())
-    p = min(1.0, 2 * (tail + 1) / (RESAMPLES + 1))
+    p = min(1.0, max(2 * (tail + 1) / (RESAMPLES + 1), 2.0 ** (1 - videos)))
     return Effect(float(differences.mean()), float(low), float(high), float(p), videos, seeds)
 
 

@@ -35,6 +35,12 @@ def test_undefined_videos_are_ignored_and_too_few_are_a_user_error() -> None:
         paired_effect(differences[:, 1:])
 
 
+def test_p_value_is_not_below_that_of_the_sign_test() -> None:
+    """`scipy.stats.binomtest` of 5 differences of the same sign; with many, the bootstrap's resolution is the limit."""
+    assert paired_effect(np.ones((3, 5))).p == pytest.approx(stats.binomtest(5, 5).pvalue)
+    assert paired_effect(np.ones((3, 30))).p == pytest.approx(2 / 10_001)
+
+
 def test_holm_matches_the_textbook_example() -> None:
     """Holm (1979): with m = 4, the sorted p-values are multiplied by 4, 3, 2, 1, and made monotonic."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
