@@ -155,7 +155,7 @@ def _study(arguments: Any, config: Any) -> None:
     from pipelines.study.run import study
 
     chosen = questions(arguments.questions, config.study.pose_error_sizes)
-    study(Path(arguments.out), chosen, arguments.seeds, config)
+    study(arguments.out, chosen, arguments.seeds, config)
 
 
 def _memory(arguments: Any, config: Any) -> None:

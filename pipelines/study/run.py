@@ -19,9 +19,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from pipelines import tracking
+from pipelines import storage, tracking
 from pipelines.cluster import connect
-from pipelines.config import Config, TrackingConfig
+from pipelines.config import Config
 from pipelines.dataset import INFO_FILE
 from pipelines.demo import HELD_OUT_SEED, render
 from pipelines.lock import locked
@@ -39,7 +39,7 @@ HELD_OUT = ("dance", "bizarre")
 ANIMATE_MAY_CHANGE = {"workers", "device", "offload", "decode_batch", "compile"}
 
 
-def study(out: Path, questions: list[Question], seeds: int, config: Config) -> dict[str, Any]:
+def study(out: str | Path, questions: list[Question], seeds: int, config: Config) -> dict[str, Any]:
     """Run all missing cells of the questions, side by side as far as the cluster has room, and write the report.
 
     A cell that fails does not stop the others; the report names it.
@@ -57,10 +57,15 @@ def study(out: Path, questions: list[Question], seeds: int, config: Config) -> d
     """
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be at least 1; set e.g. 3")
+    if storage.is_remote(out):
+        raise UserError(
+            f"--out {out}: a bucket; pass a local folder, or one that all machines of the cluster share"
+        )
     out = Path(out).absolute()
-    folder = TrackingConfig(config.tracking.experiment, str(out / "mlflow"), config.tracking.uri)
-    config = dataclasses.replace(config, tracking=tracking.resolve(folder))
-    cells = cells_of(questions, range(config.seed, config.seed + seeds))
+    store = dataclasses.replace(config.tracking, folder=str(out / "mlflow"))
+    config = dataclasses.replace(config, tracking=tracking.resolve(store))
+    used_seeds = range(config.seed, config.seed + seeds)
+    cells = cells_of(questions, used_seeds)
     with locked(out, "study"):
         state = _read_state(out, _settings(config))
         tracking.check(config.tracking)
@@ -71,8 +76,7 @@ def study(out: Path, questions: list[Question], seeds: int, config: Config) -> d
             _write_state(out, {**state, "mlflow_run_id": run.id})
             _prepare(out, config, run.id)
             failed = _run_missing(cells, out, config, run.id)
-            seeds_run = list(range(config.seed, config.seed + seeds))
-            report = write_report(out, questions, seeds_run, cells, failed, run.id, config)
+            report = write_report(out, questions, used_seeds, cells, failed, run.id, config)
             _log(run, out, report)
     print(f"report: {out / 'report.md'}, {out / 'report.html'}", flush=True)
     if failed:
