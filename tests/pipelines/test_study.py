@@ -49,10 +49,10 @@ QUESTION = Question(
     strip=(BASE, FEWER),
 )
 SETTINGS = {
-    "study.train_videos": 5,
-    "study.train_frames": 24,
+    "study.train_videos": 3,
+    "study.train_frames": 16,
     "study.held_out_videos": 3,
-    "study.frames": 4,
+    "study.frames": 3,
     "study.steps": 2,
     "train.workers": 1,
     "train.stage1.steps": 3,
