@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pipelines.config.animate import PoseErrorConfig
 from pipelines.config.study import QuestionName
 from pipelines.puppets.character import Distribution
+from tcan.pose.corrupt import ErrorKind
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ FINETUNED = Model("stage1-finetuned-controlnet", 1, {"controlnet": "finetune"})
 STAGE2 = Model("stage2", 2, start=STAGE1)
 NO_TEMPORAL = Model("stage2-no-temporal-controlnet", 2, {"temporal_controlnet": False}, STAGE1)
 
-LOCAL_ERRORS = ("missing", "jitter", "outliers", "swaps", "frozen", "burst")
+LOCAL_ERRORS: tuple[ErrorKind, ...] = ("missing", "jitter", "outliers", "swaps", "frozen", "burst")
 """Kinds of pose errors that the neighboring frames can correct."""
-ERROR_SIZES: dict[str, tuple[float, ...]] = {
+ERROR_SIZES: dict[ErrorKind, tuple[float, ...]] = {
     "missing": (0.2, 0.5, 0.1, 0.8),
     "jitter": (0.02, 0.05, 0.01, 0.1),
     "outliers": (0.1, 0.3, 0.05, 0.5),
@@ -150,11 +151,9 @@ def _appa() -> Question:
     )
 
 
-def _with_errors(model: Model, kind: str, size: float) -> Condition:
-    values = {"kind": kind, "share": 1.0, "size": size}
-    if kind not in ("jitter", "offset"):
-        values["share"] = size
-    errors = PoseErrorConfig(**values)
+def _with_errors(model: Model, kind: ErrorKind, size: float) -> Condition:
+    is_distance = kind in ("jitter", "offset")
+    errors = PoseErrorConfig(kind, 1.0, size) if is_distance else PoseErrorConfig(kind, share=size)
     return Condition(f"{model.name}-dance-{kind}-{size:g}", model, options={"pose_errors": errors})
 
 

@@ -27,6 +27,7 @@ from pipelines.demo import HELD_OUT_SEED, render
 from pipelines.lock import locked
 from pipelines.mlflow_store import nested
 from pipelines.preprocess.job import preprocess
+from pipelines.puppets.character import Distribution
 from pipelines.study.cells import Cell, TrainingCell, cells_of, read_result, run_cell
 from pipelines.study.questions import Question
 from pipelines.study.report import write_report
@@ -35,7 +36,7 @@ from tcan.atomic_write import atomic_write
 from tcan.errors import UserError, first_line
 
 STUDY_FILE = "study.json"
-HELD_OUT = ("dance", "bizarre")
+HELD_OUT: tuple[Distribution, ...] = ("dance", "bizarre")
 ANIMATE_MAY_CHANGE = {"workers", "device", "offload", "decode_batch", "compile"}
 
 
@@ -160,14 +161,12 @@ def _run_missing(cells: dict[str, Cell], out: Path, config: Config, run_id: str)
     connect()
     running: dict[Any, Cell] = {}
     while waiting or running:
-        for cell in [*waiting.values()]:
-            if cell.needs in failed:
-                failed[cell.name] = f"{cell.needs} failed"
-                del waiting[cell.name]
-        while (cell := _next(waiting, finished, running, config)) is not None:
-            del waiting[cell.name]
-            print(f"{cell.name}: started", flush=True)
-            running[_start(cell, out, config, run_id)] = cell
+        for name in [name for name, cell in waiting.items() if cell.needs in failed]:
+            failed[name] = f"{waiting.pop(name).needs} failed"
+        while (ready := _next(waiting, finished, running, config)) is not None:
+            del waiting[ready.name]
+            print(f"{ready.name}: started", flush=True)
+            running[_start(ready, out, config, run_id)] = ready
         if not running:
             continue
         (task,), _ = ray.wait(list(running))
