@@ -9,8 +9,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from pipelines.config.study import QuestionName
 from tcan.errors import UserError
 
 
@@ -158,6 +159,14 @@ def _demo(arguments: Any, config: Any) -> None:
     from pipelines.demo import demo
 
     demo(Path(arguments.out), config)
+
+
+def _study(arguments: Any, config: Any) -> None:
+    from pipelines.study.questions import questions
+    from pipelines.study.run import study
+
+    chosen = questions(arguments.questions, config.study.pose_error_sizes)
+    study(arguments.out, chosen, arguments.seeds, config)
 
 
 def _memory(arguments: Any, config: Any) -> None:
@@ -414,6 +423,23 @@ COMMANDS = {
         {"--out": _path("Folder of all results. If it exists, the demo resumes.", default="demo")},
         _demo,
         ("pretrained", "preprocess", "train", "animate", "evaluate", "tracking"),
+    ),
+    "study": Command(
+        "Test the paper's claims on rendered puppets: trainings and evaluations of ablations, with statistics.",
+        {
+            "--out": _path("Folder of all results. If it exists, the study resumes.", default="study"),
+            "--questions": {
+                "nargs": "+",
+                "type": QuestionName,
+                "default": list(get_args(QuestionName)),
+                "help": "Questions: APPA on/off; temporal ControlNet on/off under pose errors; strength of the temperature map; "
+                "ControlNet frozen/fine-tuned; operations of the temporal ControlNet; sampling options.",
+            },
+            "--seeds": {"type": int, "default": 3, "help": "Number of trainings of each model (>= 1)."},
+        },
+        _study,
+        ("pretrained", "preprocess", "train", "animate", "study", "tracking"),
+        submittable=True,
     ),
     "memory": Command(
         "Estimate the GPU memory of a job, and what fits into GPUs of common sizes.",

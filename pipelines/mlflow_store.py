@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -26,6 +27,24 @@ ADVICE = {
     403: "check the permissions of this user on the server",
     404: "check the address and its path",
 }
+
+_parent: ContextVar[str | None] = ContextVar("parent", default=None)
+
+
+@contextmanager
+def nested(parent: str) -> Iterator[None]:
+    """Make the runs that are created in this context nested runs of the run `parent`."""
+    token = _parent.set(parent)
+    try:
+        yield
+    finally:
+        _parent.reset(token)
+
+
+def parent_tags() -> dict[str, str]:
+    """Tags of a new run: its parent, if it is nested."""
+    parent = _parent.get()
+    return {"mlflow.parentRunId": parent} if parent else {}
 
 
 def resolve(config: TrackingConfig) -> TrackingConfig:

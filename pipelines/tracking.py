@@ -39,6 +39,7 @@ from pipelines.mlflow_store import (
     connect,
     experiment_id,
     masked,
+    parent_tags,
     reason,
     resolve,
     resolve_uri,
@@ -175,7 +176,7 @@ def run(
     Its final status is FINISHED, FAILED after an exception, or KILLED after an interrupt.
 
     Args:
-        kind: job: "preprocess", "stage1", "stage2", "evaluate" or "animate".
+        kind: job: "preprocess", "stage1", "stage2", "evaluate", "animate" or "study".
         name: display name.
         params: complete resolved configuration, also logged as the artifact `config.yaml`.
         folder: folder of the job's results, for the spool file; for a bucket, the file is in the local temporary folder.
@@ -192,7 +193,7 @@ def run(
     ):  # by a killed job, or one that ended without MLflow
         with nullcontext() if config.required else suppress(UserError):
             sync(left, config)
-    tags = {"tcan.kind": kind, **_origin()}
+    tags = {"tcan.kind": kind, **parent_tags(), **_origin()}
     opened, local_id = _open(config, name, tags, run_id)
     is_new = opened != run_id
     run = Run(config, opened, local)

@@ -32,6 +32,7 @@ EXECUTED_BY = {
     "weights": "tests/tcan/test_weights.py::test_describe_identifies_folders",
     "doctor": "tests/pipelines/test_doctor.py::test_doctor_of_mini_finds_nothing_and_writes_a_report",
     "demo": "tests/pipelines/test_demo.py::test_demo_writes_videos_evaluations_and_contact_sheet",
+    "study": "tests/pipelines/test_study.py::test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others",
     "memory": "tests/pipelines/test_cli.py::test_memory_prints_a_stage_by_gpus_and_zero_stage",
     "jobs": "tests/pipelines/test_submit.py::test_submitting_an_id_again_follows_its_job",
     "track": "tests/pipelines/test_outages.py::test_records_left_at_the_end_are_delivered_by_track_sync",

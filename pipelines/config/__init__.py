@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pipelines.config.animate import AnimateConfig, EvaluateConfig
 from pipelines.config.preprocess import PreprocessConfig, parse_buckets
 from pipelines.config.rules import check, multiple_of
+from pipelines.config.study import StudyConfig
 from pipelines.config.train import StageConfig, TrainConfig
 from tcan.crop import Size, usual_sizes
 from tcan.errors import UserError
@@ -24,6 +25,7 @@ __all__ = [
     "PreprocessConfig",
     "PretrainedConfig",
     "StageConfig",
+    "StudyConfig",
     "TrackingConfig",
     "TrainConfig",
 ]
@@ -96,6 +98,7 @@ class Config:
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     animate: AnimateConfig = field(default_factory=AnimateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

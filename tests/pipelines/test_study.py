@@ -1,0 +1,244 @@
+"""`tcan study`: cells, effects, report; a complete study that is killed and resumed."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.config.parser import load_config
+from pipelines.config.study import StudyConfig
+from pipelines.study import cost
+from pipelines.study.analysis import analyse, question_verdict
+from pipelines.study.cells import TrainingCell, cells_of, evaluation_name
+from pipelines.study.document import Heading, Paragraph, Table, to_html, to_markdown
+from pipelines.study.questions import (
+    FLICKER,
+    POSE,
+    PSNR,
+    STAGE1,
+    Comparison,
+    Condition,
+    Question,
+    questions,
+)
+from pipelines.study.run import _settings, study
+from tcan.errors import UserError
+
+BASE = Condition("stage1-dance", STAGE1)
+FEWER = Condition("stage1-dance-steps-1", STAGE1, options={"steps": 1})
+BROKEN = Condition(
+    "stage1-dance-broken", STAGE1, options={"window": 64}
+)  # the motion modules have 32 positions
+QUESTION = Question(
+    "test",
+    "A test question",
+    "A hypothesis.",
+    (
+        Comparison("two steps", PSNR, ((BASE, FEWER),), 1, primary=True),
+        Comparison("against the failed cell", FLICKER, ((BASE, BROKEN),), 1),
+    ),
+    strip=(BASE, FEWER),
+)
+SETTINGS = {
+    "study.train_videos": 3,
+    "study.train_frames": 16,
+    "study.held_out_videos": 3,
+    "study.frames": 3,
+    "study.steps": 2,
+    "train.workers": 1,
+    "train.stage1.steps": 3,
+    "train.stage1.batch_size": 2,
+    "train.stage1.micro_batch": 2,
+    "train.stage1.checkpoint_every": 1,
+    "train.stage1.sample_every": 0,
+    "train.stage1.validate_every": 0,
+}
+CONFIG = load_config(*(word for key, value in SETTINGS.items() for word in (f"--{key}", str(value))))
+
+
+def run_here(out: Path) -> dict[str, Any]:
+    return study(out, [QUESTION], 1, CONFIG)
+
+
+def results_with(key: str, *values: tuple[Condition, np.ndarray]) -> dict[str, Any]:
+    """Results of evaluation cells: values of a metric, `[seeds, videos]` for each condition."""
+    return {
+        evaluation_name(condition, seed): {
+            "mlflow_run_id": "0" * 32,
+            "videos": {f"{video}.mp4": {key: float(value)} for video, value in enumerate(row)},
+        }
+        for condition, rows in values
+        for seed, row in enumerate(rows)
+    }
+
+
+def test_questions_share_trainings_and_evaluations() -> None:
+    names = ["appa", "temporal_controlnet", "ptm", "controlnet", "sampling"]
+    cells = cells_of(questions(names, 1), [0, 1])
+    trainings = [cell for cell in cells.values() if isinstance(cell, TrainingCell)]
+    assert [cell.name for cell in trainings if cell.seed == 1] == [
+        "stage1-seed1", "stage1-no-appa-seed1", "stage2-seed1", "stage2-no-temporal-controlnet-seed1",
+        "stage1-finetuned-controlnet-seed1",
+    ]  # fmt: skip
+    position = {name: index for index, name in enumerate(cells)}
+    assert all(position[cell.needs] < position[cell.name] for cell in cells.values() if cell.needs)
+    assert not any(cell.seed == 1 for cell in list(cells.values())[: len(cells) // 2])
+    separate = sum(len(cells_of(questions([name], 1), [0, 1])) for name in names)
+    assert len(cells) < separate
+
+
+def test_every_kind_of_pose_errors_has_the_requested_number_of_sizes() -> None:
+    (question,) = questions(["temporal_controlnet"], 4)
+    kinds = [condition.options.get("pose_errors") for condition in question.conditions().values()]
+    for kind in ("missing", "jitter", "outliers", "swaps", "frozen", "burst", "offset"):
+        errors = {(error.share, error.size) for error in kinds if error and error.kind == kind}
+        assert len(errors) == 4
+    pooled = question.comparisons[0]
+    assert pooled.primary and len(pooled.pairs) == 6 * 4  # all kinds but the systematic one
+
+
+def test_effects_are_paired_by_video_and_seed_and_decided_with_holms_correction() -> None:
+    rng = np.random.default_rng(0)
+    videos = rng.normal(50, 20, (3, 8)) / 100  # far larger than the effect
+    other = Condition("other", STAGE1)
+    question = dataclasses.replace(
+        QUESTION,
+        comparisons=(
+            Comparison("better", POSE, ((FEWER, BASE),), 1, primary=True),
+            Comparison("wrong sign", POSE, ((BASE, FEWER),), 1),
+            Comparison("equal", POSE, ((other, BASE),), 1),
+            Comparison("mean of two pairs", POSE, ((FEWER, BASE), (other, BASE))),
+        ),
+    )
+    effect = 0.02 + rng.normal(0, 0.003, (3, 8))
+    results = results_with(POSE.key, (BASE, videos), (FEWER, videos + effect), (other, videos))
+    outcomes = analyse(question, results, [0, 1, 2])
+    better, _, equal, pooled = outcomes
+    assert better.effect is not None and pooled.effect is not None
+    assert better.effect.mean == pytest.approx(100 * effect.mean()) and better.effect.seeds == 3
+    assert pooled.effect.mean == pytest.approx(50 * effect.mean())
+    assert [outcome.verdict for outcome in outcomes] == ["supported", "contradicted", "undecided", None]
+    assert better.adjusted_p == pytest.approx(3 * better.effect.p)  # the smallest of three
+    assert question_verdict(outcomes) == "supported"
+    assert equal.adjusted_p == 1
+
+
+def test_seeds_with_failed_cells_and_undefined_metrics_are_ignored() -> None:
+    values = np.arange(8.0).reshape(2, 4)
+    results = results_with(PSNR.key, (BASE, values), (FEWER, values + np.array([[1], [2]])))
+    del results[evaluation_name(FEWER, 1)]
+    question = dataclasses.replace(QUESTION, comparisons=(Comparison("a", PSNR, ((FEWER, BASE),), 1, True),))
+    (outcome,) = analyse(question, results, [0, 1])
+    assert outcome.effect is not None and (outcome.effect.mean, outcome.effect.seeds) == (1, 1)
+    results[evaluation_name(FEWER, 0)]["videos"]["0.mp4"][PSNR.key] = None
+    results[evaluation_name(BASE, 0)]["videos"].pop("1.mp4")
+    (outcome,) = analyse(question, results, [0, 1])
+    assert outcome.effect is None and "requires at least 3" in outcome.note
+    assert question_verdict([outcome]) == "undecided"
+    (outcome,) = analyse(question, {}, [0, 1])
+    assert "no seed with all cells finished" in outcome.note
+
+
+def test_document_has_the_same_contents_as_markdown_and_html(tmp_path: Path) -> None:
+    link = "[1.5](http://h/#/runs/0)"
+    blocks = [Heading(1, "T & U"), Paragraph("a `b` **c**"), Table(("x", "y"), [("1 | 2", link)])]
+    assert (
+        to_markdown(blocks) == f"# T & U\n\na `b` **c**\n\n| x | y |\n| --- | --- |\n| 1 \\| 2 | {link} |\n"
+    )
+    page = to_html(blocks, tmp_path)
+    assert "<h1>T &amp; U</h1>" in page and "<p>a <code>b</code> <b>c</b></p>" in page
+    assert '<td>1 | 2</td><td><a href="http://h/#/runs/0">1.5</a></td>' in page
+
+
+def test_counted_operations_of_the_temporal_layers_equal_the_formula() -> None:
+    """Per location, a motion module with C channels has 22 C^2 F products in linear layers and 4 F^2 C in attention.
+
+    Mini's ControlNet has one each at the down factors 4 and 8.
+    """
+    frames, channels = cost.FRAMES, 128
+    products = (4**2 + 2**2) * (22 * channels**2 * frames + 4 * frames**2 * channels)
+    on, off = (cost.controlnet_operations(cost.fake_model("mini", value), 128) for value in (True, False))
+    assert on - off == 2 * products
+
+
+def test_too_few_videos_for_an_interval_raise_user_error() -> None:
+    with pytest.raises(UserError, match=r"study\.held_out_videos = 2: must be at least 3"):
+        StudyConfig(held_out_videos=2)
+    with pytest.raises(UserError, match="--seeds 0: must be at least 1"):
+        study(Path("unused"), [], 0, CONFIG)
+
+
+def test_study_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    other = dataclasses.replace(CONFIG, study=dataclasses.replace(CONFIG.study, steps=5))
+    state = {"schema_version": 1, "mlflow_run_id": None, "settings": {"study.steps": 5}}
+    (tmp_path / "study.json").write_text(json.dumps({**state, "settings": _settings(other)}))
+    with pytest.raises(UserError, match=r"started with study\.steps = 5, not 2; set the same value"):
+        run_here(tmp_path)
+    (tmp_path / "study.json").write_text("[]")
+    with pytest.raises(UserError, match="not a file of tcan study"):
+        run_here(tmp_path)
+    assert not (tmp_path / "videos").exists()
+
+
+@pytest.mark.slow
+def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    program = (
+        "from pathlib import Path; from tests.pipelines.test_study import run_here; "
+        f"run_here(Path({str(out)!r}))"
+    )
+    started = psutil.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    training = out / "cells" / "stage1-seed0" / "stage1"
+    while started.poll() is None and not list(training.glob("checkpoint*")):
+        time.sleep(0.1)
+    processes = [started, *started.children(recursive=True)]
+    for process in processes:
+        process.kill()
+    psutil.wait_procs(processes, 20)
+    assert not (training.parent / "cell.json").exists()  # it was killed during the training
+
+    with pytest.raises(UserError, match=r"1 of 4 cells failed, such as stage1-dance-broken-seed0 .*window"):
+        run_here(out)
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["failed"]) == ["stage1-dance-broken-seed0"]
+    decided, failed = report["questions"][0]["comparisons"]
+    assert decided["effect"]["videos"] == 3 and decided["verdict"] in (
+        "supported",
+        "contradicted",
+        "undecided",
+    )
+    assert failed["effect"] is None and "no seed with all cells finished" in failed["note"]
+    text = (out / "report.md").read_text()
+    assert "stage1-dance-broken-seed0" in text and "figures/test-effects.png" in text
+    assert (out / "report.html").read_text().count("data:image/png") == 2
+
+    client = MlflowClient(f"sqlite:///{out}/mlflow/mlflow.db")
+    parent = report["mlflow_run_id"]
+    nested = client.search_runs(
+        [client.get_run(parent).info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'"
+    )
+    by_id = {run.info.run_id: run.data.tags["tcan.kind"] for run in nested}
+    assert {"preprocess", "stage1", "evaluate"} == set(by_id.values())
+    assert {by_id[run] for run in decided["runs"]} == {"evaluate"}
+
+    # The evaluation of a cell again gives the same report, and finished cells are not run again.
+    finished = out / "cells" / "stage1-dance-seed0" / "cell.json"
+    again = out / "cells" / "stage1-dance-steps-1-seed0" / "cell.json"
+    before = finished.stat().st_mtime_ns
+    again.unlink()
+    with pytest.raises(UserError, match="1 of 4 cells failed"):
+        run_here(out)
+    assert finished.stat().st_mtime_ns == before and again.exists()
+    anonymous = [re.sub(r"[0-9a-f]{32}", "ID", value) for value in (text, (out / "report.md").read_text())]
+    assert anonymous[0] == anonymous[1]
