@@ -199,7 +199,6 @@ def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, c
     Raises:
         UserError: see `animate`.
     """
-    options = config.animate
     height, width = output_size(inputs.image, (pipe.height, pipe.width), config)
     motion = read_motion(pipe.pose_detector, animation, inputs, config, (height, width))
     warn_or_refuse(motion, str(animation.out), animation.strict)

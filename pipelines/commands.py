@@ -1,18 +1,11 @@
-"""The commands of `tcan`: arguments, help texts, and the functions that run them.
+"""The commands of `tcan`: arguments and help texts."""
 
-The modules of a command are imported when it runs, so that `tcan --help` is fast.
-"""
-
-import os
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pipelines import run_command
 from pipelines.config.study import QuestionName
-from tcan.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,182 +21,6 @@ class Command:
     """Configuration sections that the command uses."""
     submittable: bool = False
     """Whether the command supports `--submit`."""
-
-
-def _preprocess(arguments: Any, config: Any) -> None:
-    from pipelines.preprocess.job import preprocess
-
-    preprocess(
-        arguments.videos,
-        arguments.out,
-        config,
-        limit=arguments.limit,
-        retry_rejected=arguments.retry_rejected,
-    )
-
-
-def _dataset(arguments: Any, config: Any) -> None:
-    from pipelines.preprocess import dataset_commands
-
-    try:
-        if arguments.action == "info":
-            dataset_commands.print_info(arguments.dataset)
-        elif arguments.action == "rejected":
-            dataset_commands.print_rejected(arguments.dataset)
-        elif arguments.action == "verify":
-            dataset_commands.verify(arguments.dataset)
-        else:
-            dataset_commands.preview(arguments.dataset, arguments.out, config)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the pipe has exited, e.g. `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _train(arguments: Any, config: Any) -> None:
-    from pipelines.train.job import train
-
-    train(arguments.dataset, arguments.out, config, stage=arguments.stage, from_model=arguments["from"])
-
-
-def _animate(arguments: Any, config: Any) -> None:
-    names = ("image", "driving", "poses", "character", "out", "fps")
-    given = {name: arguments[name] for name in names if arguments[name] is not None}
-    flags = ("audio", "side_by_side", "person", "driving_person", "strict")
-    options = {name: arguments[name] for name in flags}
-    if arguments.pairs is not None:
-        if arguments.dry_run:
-            given["dry-run"] = True
-        if given:
-            raise UserError(f"--pairs: conflicts with --{', --'.join(given)}; remove --{', --'.join(given)}")
-        from pipelines.animate_pairs import animate_pairs
-
-        animate_pairs(arguments.pairs, arguments.model, config, **options)
-        return
-    if missing := [f"--{name}" for name in ("image", "out") if name not in given]:
-        raise UserError(f"missing {', '.join(missing)}; see tcan animate --help")
-
-    from pipelines.animate import Animation, animate
-    from pipelines.inference import find_model
-    from pipelines.staging import local_input, local_output
-
-    inputs: dict[str, Any] = {
-        name: local_input(value) for name, value in given.items() if name not in ("fps", "out")
-    }
-    model = find_model(arguments.model, config)
-    with local_output(arguments.out) as out:
-        animation = Animation(**inputs, out=out, fps=arguments.fps, **options)
-        animate(animation, model, config, arguments.dry_run)
-
-
-def _pose(arguments: Any, config: Any) -> None:
-    from pipelines.pose import match, pose
-    from pipelines.staging import local_input, local_output
-
-    source = local_input(arguments.source)
-    if arguments.match is not None:
-        with local_output(arguments.out or "match.png") as out:
-            image = local_input(arguments.match)
-            match(source, image, out, config, arguments.person, arguments.driving_person)
-        return
-    if arguments.out is None:
-        raise UserError("missing --out; see tcan pose --help")
-    with local_output(arguments.out) as out:
-        pose(source, out, config, arguments.person)
-
-
-def _evaluate(arguments: Any, config: Any) -> None:
-    from pipelines import storage
-    from pipelines.evaluate import evaluate
-    from pipelines.lock import locked
-    from pipelines.staging import local_output
-    from pipelines.tracking import local_model
-
-    model = local_model(arguments.model, config.tracking)
-    is_remote = storage.is_remote(arguments.out)
-    lock = locked(arguments.out, "evaluate") if is_remote else nullcontext()  # `evaluate` locks local folders
-    with lock, local_output(arguments.out) as out:
-        evaluate(arguments.videos, model, out, config)
-
-
-def _export(arguments: Any, config: Any) -> None:
-    from pipelines.staging import local_input, local_output
-    from tcan.weights import export_model
-
-    with local_output(arguments.out) as out:
-        export_model(local_input(arguments.model), out, pose=config.pretrained.pose)
-    print(f"{arguments.out}: exported with all pretrained models", flush=True)
-
-
-def _doctor(arguments: Any, config: Any) -> int:
-    from pipelines.doctor.job import doctor
-    from pipelines.staging import local_output
-
-    with local_output(arguments.out) as out:
-        return doctor(config, arguments.model, out)
-
-
-def _weights(arguments: Any, config: Any) -> None:
-    from tcan.weights.check import describe
-
-    problems = []
-    for path in arguments.paths:
-        try:
-            print(f"{path}: {describe(Path(path))}: compatible", flush=True)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems))
-
-
-def _demo(arguments: Any, config: Any) -> None:
-    from pipelines.demo import demo
-
-    demo(Path(arguments.out), config)
-
-
-def _study(arguments: Any, config: Any) -> None:
-    from pipelines.study.questions import questions
-    from pipelines.study.run import study
-
-    chosen = questions(arguments.questions, config.study.pose_error_sizes)
-    study(arguments.out, chosen, arguments.seeds, config)
-
-
-def _memory(arguments: Any, config: Any) -> None:
-    from pipelines.memory import memory
-
-    memory(config, arguments.gpus, arguments.stage, arguments.job)
-
-
-def _jobs(arguments: Any, config: Any) -> int:
-    from pipelines.submit import manage_jobs
-
-    return manage_jobs(arguments.action, arguments.address, arguments.job_id)
-
-
-def _track(arguments: Any, config: Any) -> None:
-    from pipelines.tracking import sync
-
-    sync(Path(arguments.path), config.tracking)
-
-
-def _ui(arguments: Any, config: Any) -> None:
-    from pipelines.ui import ui
-
-    ui(config, arguments.port)
-
-
-def _app(arguments: Any, config: Any) -> None:
-    from pipelines.app.server import serve
-
-    serve(
-        arguments.model,
-        config,
-        arguments.host,
-        arguments.port,
-        arguments.max_frames,
-        arguments.max_upload_mb,
-    )
 
 
 def _path(text: str, **options: Any) -> dict[str, Any]:
@@ -254,7 +71,7 @@ COMMANDS = {
                 "help": "Retry of the videos that earlier runs rejected.",
             },
         },
-        _preprocess,
+        run_command.preprocess,
         ("pretrained", "preprocess", "tracking"),
         submittable=True,
     ),
@@ -269,7 +86,7 @@ COMMANDS = {
             "dataset": DATASET,
             "--out": _path("Image file of preview.", default="preview.png"),
         },
-        _dataset,
+        run_command.dataset,
         ("pretrained", "train"),
     ),
     "train": Command(
@@ -289,7 +106,7 @@ COMMANDS = {
                 "the stage 1 model in OUT."
             ),
         },
-        _train,
+        run_command.train,
         ("pretrained", "train", "tracking"),
         submittable=True,
     ),
@@ -332,7 +149,7 @@ COMMANDS = {
                 "help": "Refusal of poses that do not match the image, instead of warnings.",
             },
         },
-        _animate,
+        run_command.animate,
         ("pretrained", "animate", "tracking"),
     ),
     "app": Command(
@@ -356,7 +173,7 @@ COMMANDS = {
                 "help": "Maximum size of an uploaded file in MB (>= 1).",
             },
         },
-        _app,
+        run_command.app,
         ("pretrained", "animate", "tracking"),
     ),
     "pose": Command(
@@ -374,7 +191,7 @@ COMMANDS = {
             "--person": PERSON,
             "--driving_person": DRIVING_PERSON,
         },
-        _pose,
+        run_command.pose,
         ("pretrained", "animate"),
     ),
     "evaluate": Command(
@@ -384,7 +201,7 @@ COMMANDS = {
             "--model": MODEL,
             "--out": _required_path("Folder of the metrics and the generated videos."),
         },
-        _evaluate,
+        run_command.evaluate,
         ("pretrained", "animate", "evaluate", "tracking"),
     ),
     "export": Command(
@@ -393,7 +210,7 @@ COMMANDS = {
             "--model": _required_path("Folder of a trained model."),
             "--out": _required_path("Folder to write, for `tcan animate --model`."),
         },
-        _export,
+        run_command.export,
         ("pretrained",),
     ),
     "weights": Command(
@@ -402,7 +219,7 @@ COMMANDS = {
             "action": {"type": Literal["check"], "help": "Action. check: strict check of names and shapes."},
             "paths": {"nargs": "+", "type": str, "help": "Weight files, weight folders or trained models."},
         },
-        _weights,
+        run_command.weights,
         (),
     ),
     "doctor": Command(
@@ -414,14 +231,14 @@ COMMANDS = {
             ),
             "--out": _path("Folder of the report and a short animation.", default="doctor"),
         },
-        _doctor,
+        run_command.doctor,
         ("pretrained", "train", "animate", "tracking"),
         submittable=True,
     ),
     "demo": Command(
         "Run all steps on rendered puppets, from videos to animated videos.",
         {"--out": _path("Folder of all results. If it exists, the demo resumes.", default="demo")},
-        _demo,
+        run_command.demo,
         ("pretrained", "preprocess", "train", "animate", "evaluate", "tracking"),
     ),
     "study": Command(
@@ -437,7 +254,7 @@ COMMANDS = {
             },
             "--seeds": {"type": int, "default": 3, "help": "Number of trainings of each model (>= 1)."},
         },
-        _study,
+        run_command.study,
         ("pretrained", "preprocess", "train", "animate", "study", "tracking"),
         submittable=True,
     ),
@@ -460,7 +277,7 @@ COMMANDS = {
                 "help": "Stage; all: both stages.",
             },
         },
-        _memory,
+        run_command.memory,
         ("pretrained", "preprocess", "train", "animate"),
     ),
     "jobs": Command(
@@ -474,7 +291,7 @@ COMMANDS = {
             "--address": {"type": str, "required": True, "help": "Dashboard address, e.g. http://HOST:8265."},
             "--job_id": {"type": str, "help": "Id of the job to follow or stop."},
         },
-        _jobs,
+        run_command.jobs,
         (),
     ),
     "track": Command(
@@ -483,13 +300,13 @@ COMMANDS = {
             "action": {"type": Literal["sync"], "help": "Action. sync: delivery of all waiting records."},
             "path": _path("OUT folder of the job (searched recursively), or a .spool file."),
         },
-        _track,
+        run_command.track,
         ("tracking",),
     ),
     "ui": Command(
         "Serve the MLflow page of the recorded runs.",
         {"--port": {"type": int, "default": 5000, "help": "Port of the server (1 to 65535)."}},
-        _ui,
+        run_command.ui,
         ("tracking",),
     ),
 }

@@ -19,7 +19,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -47,13 +46,13 @@ from pipelines.mlflow_store import (
 )
 from pipelines.spool import SUFFIX, Spool, read_header
 from pipelines.staging import local_input
+from pipelines.system_metrics import SystemMetrics
 from tcan.errors import UserError
 from tcan.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-SYSTEM_METRICS_SECONDS = 5  # gives a curve for a run of one minute at negligible cost for a run of days
 FINAL_FAILURES = 3  # failed deliveries in a row after which a job ends without MLflow
 
 
@@ -211,7 +210,8 @@ def run(
             f"MLflow store {masked(resolve_uri(config))}: does not accept this run ({run.spool.error}); check the store "
             "and the access to its artifacts"
         )
-    monitor = _SystemMetrics(run, resume=not is_new)
+    first_step = 0 if is_new else run.last_step("system/cpu_utilization_percentage") + 1
+    monitor = SystemMetrics(run.metrics, first_step)
     status = "KILLED"
     try:
         monitor.start()
@@ -322,41 +322,6 @@ def sync(path: Path, config: TrackingConfig) -> None:
             )
         rejected = f"; {len(rejections)} rejected, such as: {rejections[0]}" if rejections else ""
         print(f"{file}: delivered to {masked(resolve_uri(store))}{rejected}", flush=True)
-
-
-class _SystemMetrics:
-    """Logs CPU, memory, disk, network and GPU metrics with MLflow's monitors, through the spool."""
-
-    def __init__(self, run: Run, resume: bool) -> None:
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        self._run, self._stop = run, threading.Event()
-        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with suppress(Exception):  # no GPU, or no package to monitor it
-            self._monitors.append(GPUMonitor())
-        self._step = run.last_step("system/cpu_utilization_percentage") + 1 if resume else 0
-        self._thread = threading.Thread(target=self._log, name="system metrics", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def _log(self) -> None:
-        while not self._stop.wait(SYSTEM_METRICS_SECONDS):
-            values: dict[str, float] = {}
-            for monitor in self._monitors:
-                monitor.collect_metrics()
-                values |= monitor.aggregate_metrics()
-                monitor.clear_metrics()
-            with suppress(OSError):  # a full disk; the job will report it
-                self._run.metrics({f"system/{key}": value for key, value in values.items()}, self._step)
-            self._step += 1
-
-    def finish(self) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 def _spool_path(folder: Path, run_id: str) -> Path:

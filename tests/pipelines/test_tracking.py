@@ -16,7 +16,7 @@ import yaml
 from mlflow import MlflowClient
 
 import pipelines
-from pipelines import tracking
+from pipelines import system_metrics, tracking
 from pipelines.config import Config
 from pipelines.config.parser import load_config
 from pipelines.ui import ui
@@ -162,7 +162,7 @@ def test_reopened_run_continues_and_records_changed_params(config: Config) -> No
 @pytest.mark.slow
 def test_system_metrics_are_recorded(config: Config) -> None:
     with tracking.run("train", "stage 1", config.tracking, {}, config.tracking.folder) as run:
-        time.sleep(2.5 * tracking.SYSTEM_METRICS_SECONDS)
+        time.sleep(2.5 * system_metrics.SECONDS)
     history = client_of(config).get_metric_history(run.id, "system/cpu_utilization_percentage")
     assert len(history) >= 2
 
