@@ -76,6 +76,7 @@ def _configure_gradio(folder: str) -> None:
     """Before Gradio is imported: its temporary folder, no requests to other hosts, no proxy for its own address."""
     os.environ["GRADIO_TEMP_DIR"] = folder
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("GRADIO_HEARTBEAT_INTERVAL", "2")  # seconds after which a closed page is noticed
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost")))
 

@@ -48,8 +48,10 @@ class Job:
         return self._cancelled.is_set()
 
     def check(self, when: str) -> None:
-        """Raises:
-        Cancelled: the job was cancelled.
+        """End the job if it is cancelled.
+
+        Raises:
+            Cancelled: it is.
         """
         if self.cancelled:
             raise Cancelled(f"Cancelled {when}.")
@@ -60,7 +62,6 @@ class DetectedPeople:
     """The people of an image or of a driving video."""
 
     path: Path
-    frames: int
     fps: float  # 1 for an image
     people: People  # keypoints [P, 18, 3] of each frame, in pixels
     height: int
@@ -116,7 +117,7 @@ class Studio:
         image, job = read_image(path), session.new_job()
         with self._use_device(job):
             people, height, width = find_people(self.pipe.pose_detector, [image])
-        found = _numbered(DetectedPeople(path, 1, 1.0, people, height, width, 0, image))
+        found = _numbered(DetectedPeople(path, 1.0, people, height, width, 0, image))
         preview = session.new_folder() / f"{path.stem}-poses.png"
         write_image(next(_overlays(found, [image])), preview)
         return found, preview
@@ -140,7 +141,7 @@ class Studio:
         with self._use_device(job):
             frames = _watched(video, job, lambda done: progress(done, count, "detecting poses"))
             people, height, width = find_people(self.pipe.pose_detector, frames)
-        found = _numbered(DetectedPeople(path, len(people), video.fps, people, height, width, 0))
+        found = _numbered(DetectedPeople(path, video.fps, people, height, width, 0))
         preview = session.new_folder() / f"{path.stem}-poses.mp4"
         frames = _watched(video, job, lambda done: progress(done, count, "drawing poses"))
         write_video(_overlays(found, frames), preview, video.fps)

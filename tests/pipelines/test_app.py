@@ -132,7 +132,7 @@ def driver() -> Iterator[Any]:
     options.binary_location = programs[0]
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1900"):
         options.add_argument(argument)
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     browser = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
     yield browser
@@ -164,6 +164,15 @@ def server(driver: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     process.wait()
 
 
+@pytest.fixture(scope="module")
+def short_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 8 frames of the example."""
+    path = tmp_path_factory.mktemp("videos") / "short.mp4"
+    frames, fps = read_video(EXAMPLES / "dance.mp4", 8)
+    write_video(frames, path, fps)
+    return path
+
+
 def wait(condition: Callable[[], Any], seconds: float = 60) -> Any:
     """The first true value of the condition. Elements that Gradio replaces meanwhile do not count."""
     from selenium.common.exceptions import StaleElementReferenceException
@@ -193,9 +202,9 @@ class Page:
     def upload(self, name: str, path: Path) -> None:
         self.find(f"#{name} input[type=file]").send_keys(str(path))
 
-    def upload_examples(self) -> None:
+    def upload_inputs(self, video: Path) -> None:
         self.upload("image", EXAMPLES / "dancer.png")
-        self.upload("video", EXAMPLES / "dance.mp4")
+        self.upload("video", video)
         wait(lambda: self.find("#animate").is_enabled())
 
     def set_steps(self, steps: int) -> None:
@@ -215,7 +224,7 @@ class Page:
 @pytest.mark.slow
 def test_uploaded_image_dances_as_the_uploaded_video(driver: Any, server: Server, tmp_path: Path) -> None:
     page = Page(driver, server.url)
-    page.upload_examples()
+    page.upload_inputs(EXAMPLES / "dance.mp4")
     rows = [row.text.split()[:2] for row in page.find_all("#verdict tr")]
     assert rows == [["ok", check] for check in CHECKS]
     assert page.find("#sheet img").is_displayed() and page.find("#video-poses video").is_displayed()
@@ -236,12 +245,16 @@ def test_uploaded_image_dances_as_the_uploaded_video(driver: Any, server: Server
     ):
         assert np.abs(part.astype(float) - expected).mean() < 4  # after lossy coding
     assert page.requested_hosts() == {server.url.removeprefix("http://")}
+    # The same server under another name: the browser blocks it as another host.
+    fetch = "fetch(arguments[0], {mode: 'no-cors'}).then(() => arguments[1]('loaded'), () => arguments[1]('blocked'))"
+    other = server.url.replace("127.0.0.1", "localhost")
+    assert [driver.execute_async_script(fetch, url) for url in (server.url, other)] == ["loaded", "blocked"]
 
 
 @pytest.mark.slow
-def test_cancel_ends_the_denoising(driver: Any, server: Server) -> None:
+def test_cancel_ends_the_denoising(driver: Any, server: Server, short_video: Path) -> None:
     page = Page(driver, server.url)
-    page.upload_examples()
+    page.upload_inputs(short_video)
     page.set_steps(50)
     page.find("#animate").click()
     wait(lambda: re.search(r"denoising, about \d+ (s|min) left", page.text("#comparison")))
@@ -282,13 +295,13 @@ def test_unusable_files_are_explained_in_one_line(driver: Any, server: Server, t
 
 
 @pytest.mark.slow
-def test_files_are_deleted_with_the_page_and_the_server(driver: Any, server: Server, tmp_path: Path) -> None:
-    frames, fps = read_video(EXAMPLES / "dance.mp4")
-    write_video(frames[:8], tmp_path / "mine.mp4", fps)
+def test_files_are_deleted_with_the_page_and_the_server(
+    driver: Any, server: Server, short_video: Path
+) -> None:
     page = Page(driver, server.url)
-    page.upload("video", tmp_path / "mine.mp4")
+    page.upload("video", short_video)
     page.find("#video-poses video")
-    assert {"mine.mp4", "mine-poses.mp4"} <= server.files()
+    assert {"short.mp4", "short-poses.mp4"} <= server.files()
     driver.get("about:blank")
     wait(lambda: server.files() == {path.name for path in EXAMPLES.iterdir()} - {"dance.json"})
     server.process.send_signal(signal.SIGINT)
