@@ -155,7 +155,8 @@ def test_imports_in_python_examples_succeed(page: Path) -> None:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module:
                 module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names), node.module
+                for name in [alias.name for alias in node.names if not hasattr(module, alias.name)]:
+                    importlib.import_module(f"{node.module}.{name}")
 
 
 def test_every_command_is_documented() -> None:
