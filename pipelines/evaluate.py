@@ -165,7 +165,7 @@ def _evaluate(
         compute_metrics(evaluated)
         sets = compute_network_metrics(evaluated, networks)
         metrics = means([video.metrics for video in evaluated]) | sets.values
-        report = {
+        report: dict[str, Any] = {
             "schema_version": 1,
             "model": str(Path(model).resolve()),
             "model_run_id": parents["model"],

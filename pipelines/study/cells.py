@@ -73,7 +73,7 @@ class TrainingCell(Cell):
         )
         start = None if model.start is None else model_folder(out, model.start, self.seed)
         train(out / "dataset", folder, config, "1" if model.stage == 1 else "2", start)
-        run = read_run(folder / f"stage{model.stage}")
+        run = read_run(str(folder / f"stage{model.stage}"))
         assert run is not None
         return {"mlflow_run_id": run["mlflow_run_id"]}
 

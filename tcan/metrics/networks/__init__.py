@@ -65,7 +65,8 @@ def load_networks(
     Raises:
         UserError: a file exists, but is not the file of its network.
     """
-    loaded, unavailable = {}, {}
+    loaded: dict[str, nn.Module] = {}
+    unavailable: dict[str, str] = {}
     for name, metrics in METRICS.items():
         file = files.get(name)
         if file is None:
