@@ -8,7 +8,7 @@ SECONDS = 5  # gives a curve for a run of one minute at negligible cost for a ru
 
 
 class SystemMetrics:
-    """Measures in a thread, every `SECONDS`, as metrics `system/*`.
+    """Collects metrics `system/*` in a thread, every `SECONDS`.
 
     Args:
         log: called with the metrics and their step.
