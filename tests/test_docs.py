@@ -16,7 +16,12 @@ from pipelines.commands import COMMANDS
 from pipelines.config import Config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("infra/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("infra/*.md")),
+]
 README_LINES = 120
 PLACEHOLDER = "…"  # in the messages of docs/troubleshooting.md: any text
 

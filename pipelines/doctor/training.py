@@ -3,7 +3,8 @@
 import atexit
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,6 @@ def _train(subject: Subject, stage: int, settings: StageConfig) -> Finding:
 def _losses(subject: Subject, stage: int, settings: StageConfig) -> list[float]:
     """Losses of the steps, each before its update."""
     config, device = subject.config.train, subject.device
-    _start_distributed(device)
     timestep = torch.tensor([TIMESTEP], device=device)
     latent = subject.latent()
     latents = latent.expand(FRAMES[stage], -1, -1, -1)[None]
@@ -70,13 +70,9 @@ def _losses(subject: Subject, stage: int, settings: StageConfig) -> list[float]:
         model.enable_gradient_checkpointing()
     model = model.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32).train()
     settings = dataclasses.replace(settings, batch_size=1, micro_batch=1)
-    engine = create_engine(
-        model,
-        dataclasses.replace(config, zero_stage=min(config.zero_stage, 2)),
-        settings,
-        1,
-        read_settings(config.deepspeed),
-    )
+    config = dataclasses.replace(config, zero_stage=min(config.zero_stage, 2))
+    with _distributed(device):
+        engine = create_engine(model, config, settings, 1, read_settings(config.deepspeed))
     losses = []
     for _ in range(STEPS):
         loss = diffusion_loss(engine, schedule, latents, noise, timestep, pose, latent)
@@ -87,12 +83,25 @@ def _losses(subject: Subject, stage: int, settings: StageConfig) -> list[float]:
     return losses
 
 
-def _start_distributed(device: torch.device) -> None:
-    """A process group of this process alone, which DeepSpeed requires; it remains until the process ends."""
-    alone: dict[str, Any] = {"RANK": "0", "LOCAL_RANK": str(device.index or 0), "WORLD_SIZE": "1"}
-    os.environ.update(alone)
-    os.environ["DS_ACCELERATOR"] = device.type  # as in a worker of `tcan train`
+@contextmanager
+def _distributed(device: torch.device) -> Iterator[None]:
+    """Context in which DeepSpeed finds a process group of this process alone, as a worker of `tcan train` has one.
+
+    The group remains until the process ends, because DeepSpeed cannot be initialized twice.
+    """
+    variables = {"RANK": "0", "LOCAL_RANK": str(device.index or 0), "WORLD_SIZE": "1"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    os.environ["DS_ACCELERATOR"] = device.type
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
