@@ -29,13 +29,14 @@ from pipelines.dataset import (
 from pipelines.dataset_index import READ_THREADS, index_problems, read_index
 from pipelines.preprocess.assembly import assign_split
 from pipelines.preprocess.shards import read_contents
+from tcan.crop import Size
 from tcan.errors import UserError
 
 MAX_PRINTED = 20  # problems
 
 
 def print_info(dataset: str) -> None:
-    """Print counts, duration, sizes of the clips, rejection reasons and settings.
+    """Print counts, duration, buckets, rejection reasons and settings.
 
     Raises:
         UserError: the dataset is missing or incomplete.
@@ -54,25 +55,22 @@ def print_info(dataset: str) -> None:
         f"{counts['rejected']} of {counts['sources']} sources rejected, {counts['duplicates']} duplicates; "
         f"{len(contents.files)} files"
     )
-    for line in _size_lines(index):
-        print(line)
+    if info.get("buckets"):
+        print("\n".join(_bucket_lines(index, clip_sizes(info))))
     for reason, count in contents.histogram().items():
         print(f"  {count:6d}  {reason}")
     settings = info["identity"] | {"mlflow_run_id": info["mlflow_run_id"]}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
 
 
-def _size_lines(index: pa.Table) -> list[str]:
-    """One line per size of the clips, if there are several."""
-    videos = index.group_by(["video_id", "height", "width"]).aggregate([("num_frames", "sum")])
-    sizes = videos.group_by(["height", "width"]).aggregate([("video_id", "count"), ("num_frames_sum", "sum")])
-    rows = sizes.sort_by([("height", "ascending"), ("width", "ascending")]).to_pylist()
-    if len(rows) < 2:
-        return []
-    return [
-        f"  {row['height']:>4}x{row['width']:<4}  {row['video_id_count']} videos, {row['num_frames_sum_sum']} frames"
-        for row in rows
-    ]
+def _bucket_lines(index: pa.Table, buckets: list[Size]) -> list[str]:
+    """One line per bucket."""
+    videos = index.group_by(["video_id", "height", "width"]).aggregate([("num_frames", "sum")]).to_pylist()
+    lines = []
+    for height, width in buckets:
+        frames = [row["num_frames_sum"] for row in videos if (row["height"], row["width"]) == (height, width)]
+        lines.append(f"  {height:>4}x{width:<4}  {len(frames)} videos, {sum(frames)} frames")
+    return lines
 
 
 def print_rejected(dataset: str) -> None:
