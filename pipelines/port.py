@@ -23,7 +23,8 @@ def check_port(host: str, port: int) -> None:
                 raise UserError(
                     f"--host {host}: not an address of this machine; set 127.0.0.1, or 0.0.0.0 for all of its addresses"
                 ) from None
-            reason = (
-                "is in use" if error.errno == errno.EADDRINUSE else f"is not available ({error.strerror})"
-            )
-            raise UserError(f"port {port} {reason}; set another one with --port") from None
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(
+                    f"port {port} is not available ({error.strerror}); set another one with --port"
+                ) from None
+            raise UserError(f"port {port} is in use; set another one with --port") from None
