@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[2]
         ("head:6379x", "RAY_ADDRESS = head:6379x: not an address; set HOST:6379"),
         ("127.0.0.1:99999", "RAY_ADDRESS = 127.0.0.1:99999: no Ray cluster responds"),
         (
-            f"127.0.0.1:{free_port()}",
+            "127.0.0.1:{free}",
             "no Ray cluster responds ([Errno 111] Connection refused); set HOST:6379",
         ),
         (
-            f"ray://127.0.0.1:{free_port()}",
+            "ray://127.0.0.1:{free}",
             "no Ray cluster responds ([Errno 111] Connection refused); set HOST:6379",
         ),
         ("no-such-host.invalid:6379", "RAY_ADDRESS = no-such-host.invalid:6379: no Ray cluster responds"),
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_address_without_a_cluster_is_a_user_error(address: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        _probe(address)
+        _probe(address.replace("{free}", str(free_port())))
     assert message in str(error.value)
 
 
