@@ -133,6 +133,6 @@ def _settings(options: AnimateConfig, seed: int) -> list:
                 label="Guidance scale",
                 info="1: off, in half the time",
             ),
-            gr.Slider(0, max(3, ptm), ptm, step=0.1, label="Temperature map", info="0: off, less steady"),
+            gr.Slider(0, max(3, ptm), ptm, step=0.1, label="Temperature map (PTM)", info="0: off"),
             gr.Number(seed, label="Seed", precision=0, minimum=0),
         ]
