@@ -58,7 +58,9 @@ def _losses(subject: Subject, stage: int, settings: StageConfig) -> list[float]:
     schedule = noise_schedule(subject.networks["scheduler"], config.prediction_type, config.zero_terminal_snr)
     torch.manual_seed(subject.config.seed)  # for the initial weights of APPA
     model = TCAN(
-        *(subject.networks[part] for part in ("unet", "controlnet", "motion_adapter")),
+        subject.networks["unet"],
+        subject.networks["controlnet"],
+        subject.networks["motion_adapter"],
         subject.prompt().cpu(),
         config.lora_rank,
         config.lora_alpha,
