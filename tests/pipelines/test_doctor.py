@@ -53,6 +53,7 @@ def random(network: nn.Module) -> Any:
 
 def half_loaded(network: nn.Module) -> Any:
     """A network of which only the last 50 % of the weights, in the order of their names, were loaded."""
+    """A network whose first 50 % of the weights, in the order of their names, are random."""
     broken, untrained = copy.deepcopy(network), random(network).state_dict()
     for name, weight in list(broken.state_dict().items())[: len(untrained) // 2]:
         weight.copy_(untrained[name])
@@ -196,7 +197,7 @@ def test_photograph_shows_the_labelled_person() -> None:
     original = skimage.data.astronaut()
     assert np.abs(photo.astype(int) - original).mean() < 4
     detector = skimage.feature.Cascade(skimage.data.lbp_frontal_face_cascade_filename())
-    (face,) = detector.detect_multi_scale(photo, 1.2, 2, min_size=(90, 90), max_size=(130, 130))
+    (face,) = detector.detect_multi_scale(photo, 1.2, 1, min_size=(80, 80), max_size=(150, 150))
     left, top = face["c"], face["r"]
     for name in ("nose", "right_eye", "left_eye"):
         x, y = PHOTO_JOINTS[name]
