@@ -252,7 +252,7 @@ def test_image_driver_and_output_of_different_aspect_ratios_do_not_stretch_bodie
             for driving in ("dance.json", "wide.json"):
                 found = motion(image, left, driving, size)
                 scale, shift = similarity(square, found)
-                np.testing.assert_allclose(found[..., :2], scale * square[..., :2] + shift, atol=1e-3)
+                np.testing.assert_allclose(found[..., :2], scale * square[..., :2] + shift, atol=0.02)
                 if (
                     fit == "pad"
                 ):  # the entire image, and without retargeting the entire driving frame, is visible
