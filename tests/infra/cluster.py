@@ -52,6 +52,7 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
     # A machine that disappears is noticed after about 10 s. The default is three times as long.
     "RAY_health_check_period_ms": "1000",
+    "RAY_raylet_start_wait_time_s": "300",  # on a busy machine
 }
 PREPROCESS = ["--size=64", f"--preprocess.clip_frames={CLIP_FRAMES}", "--preprocess.validation_fraction=0"]
 TRAIN = [
