@@ -13,6 +13,7 @@ and the results can be read on `desk`.
 
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -52,7 +53,6 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
     # A machine that disappears is noticed after about 10 s. The default is three times as long.
     "RAY_health_check_period_ms": "1000",
-    "RAY_raylet_start_wait_time_s": "300",  # on a busy machine
 }
 PREPROCESS = ["--size=64", f"--preprocess.clip_frames={CLIP_FRAMES}", "--preprocess.validation_fraction=0"]
 TRAIN = [
@@ -120,10 +120,12 @@ class Cluster:
 
 
 def _start_ray(machine: Machine, *options: str) -> None:
-    machine.start(
+    """Start Ray. On a busy machine, Ray gives up after 30 s; then it is started again."""
+    command = [
         "ray", "start", *options, f"--node-ip-address={machine.address}", "--object-store-memory=100000000",
-        "--disable-usage-stats", "--block", log="ray.log",
-    )  # fmt: skip
+        "--disable-usage-stats", "--block",
+    ]  # fmt: skip
+    machine.start("sh", "-c", f"until {shlex.join(command)}; do ray stop --force; done", log="ray.log")
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT) -> None:
