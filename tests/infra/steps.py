@@ -1,9 +1,7 @@
 """Steps of `tests.infra.cluster` that run on one of its machines: python -m tests.infra.steps STEP ARGUMENTS.
 
-prepare    create s3://corpus, render puppets, upload videos and a table of pairs
-losses     print {step: [recorded losses]} of the MLflow run of a stage (path or URI of its folder), as JSON
-rows       print {clip id: times stored} and the frames of a dataset, as JSON
-results    print {name: frames} of the animated videos in a folder of the bucket, as JSON
+prepare         create s3://corpus, render puppets, upload videos and a table of pairs
+report ALONE    print as JSON what the jobs have left in the bucket and in MLflow, and the losses of the training in ALONE
 """
 
 import json
@@ -12,6 +10,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -19,7 +18,8 @@ from pipelines import storage
 from pipelines.staging import local_input, upload
 
 BUCKET = "s3://corpus"
-VIDEOS, FRAMES, HELD_OUT = 4, 32, 2
+VIDEOS, FRAMES = 4, 32
+HELD_OUT, HELD_OUT_FRAMES = 2, 8
 
 
 def prepare() -> None:
@@ -35,7 +35,7 @@ def prepare() -> None:
             write_clip(sample_clip("dance", number, FRAMES), folder / "videos" / f"{number}")
             (folder / "videos" / f"{number}.json").unlink()
         for number in range(HELD_OUT):
-            clip = sample_clip("dance", 100 + number, 8)
+            clip = sample_clip("dance", 100 + number, HELD_OUT_FRAMES)
             write_clip(clip, folder / "heldout" / f"{number}")
             write_image(clip.frames[0], folder / "pairs" / f"{number}.png")
         rows = [
@@ -47,41 +47,38 @@ def prepare() -> None:
         upload(folder, BUCKET)
 
 
-def losses(stage: str) -> None:
-    from mlflow import MlflowClient
+def report(alone: str) -> None:
+    from tcan.video import read_video
 
-    run = json.loads(storage.read_bytes(f"{stage}/run.json"))["mlflow_run_id"]
-    values: dict[int, list[float]] = {}
-    for metric in MlflowClient().get_metric_history(run, "loss"):
-        values.setdefault(metric.step, []).append(metric.value)
-    print(json.dumps(values))
+    animated = [name for name in storage.list_files(f"{BUCKET}/pairs/out") if name.endswith(".mp4")]
+    parts = {
+        "clips": stored_clips(f"{BUCKET}/dataset"),
+        "losses": {stage: losses(f"{BUCKET}/run/stage{stage}") for stage in (1, 2)},
+        "losses_alone": {stage: losses(f"{alone}/stage{stage}") for stage in (1, 2)},
+        "frames": [len(read_video(local_input(name))[0]) for name in animated],
+        "evaluation": json.loads(storage.read_bytes(f"{BUCKET}/evaluation/evaluation.json")),
+    }
+    print(json.dumps(parts))
 
 
-def rows(dataset: str) -> None:
+def stored_clips(dataset: str) -> dict[str, int]:
+    """How often each clip is stored."""
     from pipelines.dataset import clip_files
 
     clips: Counter[str] = Counter()
-    frames = 0
     for name in clip_files(dataset):
         with storage.open_parquet(name) as file:
-            for row in file.read(["clip_id", "num_frames"]).to_pylist():
-                clips[row["clip_id"]] += 1
-                frames += row["num_frames"]
-    print(json.dumps({"clips": clips, "frames": frames}))
+            clips.update(file.read(["clip_id"])["clip_id"].to_pylist())
+    return clips
 
 
-def results(folder: str) -> None:
-    from tcan.video import read_video
+def losses(stage: str) -> list[Any]:
+    """Sorted (step, loss) of all records in the MLflow run of a stage."""
+    from mlflow import MlflowClient
 
-    names = [name for name in storage.list_files(folder) if name.endswith(".mp4")]
-    print(json.dumps({name.rpartition("/")[2]: len(read_video(local_input(name))[0]) for name in names}))
-
-
-def read(name: str) -> None:
-    print(json.dumps(json.loads(storage.read_bytes(name))))
+    run = json.loads(storage.read_bytes(f"{stage}/run.json"))["mlflow_run_id"]
+    return sorted((metric.step, metric.value) for metric in MlflowClient().get_metric_history(run, "loss"))
 
 
 if __name__ == "__main__":
-    {"prepare": prepare, "losses": losses, "rows": rows, "read": read, "results": results}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    {"prepare": prepare, "report": report}[sys.argv[1]](*sys.argv[2:])
