@@ -52,7 +52,6 @@ def random(network: nn.Module) -> Any:
 
 
 def half_loaded(network: nn.Module) -> Any:
-    """A network of which only the last 50 % of the weights, in the order of their names, were loaded."""
     """A network whose first 50 % of the weights, in the order of their names, are random."""
     broken, untrained = copy.deepcopy(network), random(network).state_dict()
     for name, weight in list(broken.state_dict().items())[: len(untrained) // 2]:
