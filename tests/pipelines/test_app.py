@@ -39,7 +39,9 @@ def test_app_without_gradio_names_the_extra(
     assert message == "tcan app: Gradio is not installed; run pip install 'tcan[app]'"
 
 
-def test_unusable_addresses_and_limits_are_user_errors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_options_are_user_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
         message = error_of(capsys, "app", f"--port={port}")
@@ -48,6 +50,9 @@ def test_unusable_addresses_and_limits_are_user_errors(capsys: pytest.CaptureFix
     assert error_of(capsys, "app", "--host=192.0.2.1").startswith("--host 192.0.2.1: not an address of")
     assert error_of(capsys, "app", "--port=0").startswith("--port 0: must be from 1 to 65535")
     assert error_of(capsys, "app", "--max_frames=0").startswith("--max_frames 0: must be at least 1")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    message = error_of(capsys, "app", f"--port={free_port()}", f"--model={tmp_path}/model")
+    assert message.startswith(f"{tmp_path}/model: ")
 
 
 def test_durations_are_rounded() -> None:
@@ -295,14 +300,17 @@ def test_unusable_files_are_explained_in_one_line(driver: Any, server: Server, t
 
 
 @pytest.mark.slow
-def test_files_are_deleted_with_the_page_and_the_server(
+def test_closed_page_ends_its_job_and_files_are_deleted(
     driver: Any, server: Server, short_video: Path
 ) -> None:
     page = Page(driver, server.url)
-    page.upload("video", short_video)
-    page.find("#video-poses video")
-    assert {"short.mp4", "short-poses.mp4"} <= server.files()
+    page.upload_inputs(short_video)
+    assert {"short.mp4", "short-poses.mp4", "retargeted-poses.png"} <= server.files()
+    page.set_steps(49)
+    page.find("#animate").click()
+    wait(lambda: "left" in page.text("#comparison"))
     driver.get("about:blank")
+    wait(lambda: re.search(r"animation cancelled after step \d+ of 49", server.log.read_text()))
     wait(lambda: server.files() == {path.name for path in EXAMPLES.iterdir()} - {"dance.json"})
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(60) == 130
