@@ -145,21 +145,16 @@ def evaluate(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return corruption -> metric -> values `[3, N]` of the truth, level 1 and level 2; N = 1 for metrics of a set."""
     values: dict[str, dict[str, np.ndarray]] = {}
+    truth = _metrics([video.truth.frames for video in cases], cases, networks, detector)
     for kind in CORRUPTIONS:
-        corrupted = [video.corrupted(kind) for video in cases]
-        levels = []
-        for level in range(3):
-            results = [
-                video.truth.frames if level == 0 else both[level - 1]
-                for video, both in zip(cases, corrupted, strict=True)
-            ]
-            levels.append(_metrics(results, cases, networks, detector))
-        values[kind] = {key: np.stack([level[key] for level in levels]) for key in levels[0]}
+        corrupted = zip(*(video.corrupted(kind) for video in cases), strict=True)  # level 1, level 2
+        levels = [truth, *(_metrics(results, cases, networks, detector) for results in corrupted)]
+        values[kind] = {key: np.stack([level[key] for level in levels]) for key in truth}
     return values
 
 
 def _metrics(
-    results: list[np.ndarray], cases: Sequence[Video], networks: Networks, detector: object | None
+    results: Sequence[np.ndarray], cases: Sequence[Video], networks: Networks, detector: object | None
 ) -> dict[str, np.ndarray]:
     pairs = [(result, video.truth.frames) for result, video in zip(results, cases, strict=True)]
     rows = []
