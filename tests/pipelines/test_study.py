@@ -201,7 +201,7 @@ def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
     )
     started = psutil.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
     training = out / "cells" / "stage1-seed0" / "stage1"
-    while started.poll() is None and not list(training.glob("checkpoint*")):
+    while started.poll() is None and not list(training.glob("step_*")):
         time.sleep(0.1)
     processes = [started, *started.children(recursive=True)]
     for process in processes:
