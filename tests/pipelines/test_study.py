@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +201,12 @@ def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
     )
     started = psutil.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
     training = out / "cells" / "stage1-seed0" / "stage1"
-    while started.poll() is None and not list(training.glob("checkpoint*")):
+    while started.poll() is None and not list(training.glob("step_*")):
         time.sleep(0.1)
     processes = [started, *started.children(recursive=True)]
     for process in processes:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(processes, 20)
     assert not (training.parent / "cell.json").exists()  # it was killed during the training
 
