@@ -25,13 +25,13 @@ def ui(config: Config, port: int) -> None:
         UserError: no runs are recorded, the port is invalid or in use, the runs are on an MLflow server, or the server
             stopped.
     """
+    check_port(HOST, port)
     uri = tracking.resolve_uri(config.tracking)
     if uri.startswith("http"):
         raise UserError(f"{uri}: the runs are on this MLflow server; open the address in a browser")
     folder = Path(tracking.resolve(config.tracking).folder)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise UserError(f"{folder}: no recorded runs; set --tracking.folder to the folder of the runs")
-    check_port(HOST, port)
     log = folder / "server.log"
     command = [
         sys.executable,

@@ -11,7 +11,7 @@ from diffusers import ControlNetModel
 
 from pipelines import evaluate
 from pipelines.evaluate import Evaluated
-from pipelines.preprocess.person_crop import square_around
+from pipelines.preprocess.person_crop import crop_around
 from pipelines.puppets.world import sample_clip
 from tcan.model import TCAN, diffusion_loss
 from tcan.pose import PoseDetector
@@ -62,8 +62,8 @@ def test_filter(recipe: dict[str, Any]) -> None:
     assembler = recipe["UprightOnly"](
         None, [], min_person_fraction=0.8, min_person_height=0.0, validation_fraction=0.1
     )
-    assert assembler._filter_person(keypoints, square_around(keypoints, 64, 64)) is None
-    reason = assembler._filter_person(inverted, square_around(inverted, 64, 64))
+    assert assembler._filter_person(keypoints, crop_around(keypoints, 64, 64, (64, 64))) is None
+    reason = assembler._filter_person(inverted, crop_around(inverted, 64, 64, (64, 64)))
     assert reason == "person upside down: in 100% of the frames"
 
 
