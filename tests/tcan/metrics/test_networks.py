@@ -104,7 +104,7 @@ def test_fid_vid_features_equal_torchvisions_resnet(
         expected = reference.avgpool(x).flatten(1).numpy()
     features = fid_vid_features(network, clips[0][:17])
     assert features.shape == (2, 2048)
-    np.testing.assert_allclose(features[1:], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(features[1:], expected, rtol=1e-3, atol=1e-5 * expected.max())
     assert fid_vid_features(network, clips[0][:15]).shape == (0, 2048)
 
 

@@ -1,10 +1,10 @@
-"""The orderings of docs/metrics.md that must hold: metrics without networks rank known corruptions of a true video."""
+"""Orderings that must hold: metrics without networks rank known corruptions of a true video."""
 
 import numpy as np
 import pytest
 
 from tcan.metrics.networks import Networks
-from tests.benchmarks.metrics import PAGE, ROWS, evaluate, verdict, videos
+from tests.benchmarks.metrics import evaluate, verdict, videos
 
 RANKED = {
     "blur": ("l1", "psnr", "ssim", "l1_disco", "ssim_disco"),
@@ -45,10 +45,3 @@ def test_verdicts_follow_the_values_and_the_direction_of_the_metric() -> None:
     assert verdict("l1", ranked[[0, 2, 1]]) == "sees"
     assert verdict("flicker", np.ones((3, 2))) == "blind"
     assert verdict("flicker", np.array([[1, 1], [2, 2], [2, 0.5]])) == "unsure"
-
-
-def test_the_page_contains_the_table_of_all_available_metrics() -> None:
-    text = PAGE.read_text()
-    network = ("lpips_alex", "lpips_vgg", "lpips_vgg_disco", "fid", "fid_vid", "fvd", "image_similarity")
-    for key, (label, _, _) in ROWS.items():
-        assert (f"| {label} |" in text) or key in network, key
