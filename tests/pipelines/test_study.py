@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -195,11 +196,8 @@ def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     out = tmp_path / "study"
-    program = (
-        "from pathlib import Path; from tests.pipelines.test_study import run_here; "
-        f"run_here(Path({str(out)!r}))"
-    )
-    started = psutil.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    started = psutil.Popen([sys.executable, __file__, str(out)], env=environment, stdout=subprocess.DEVNULL)
     training = out / "cells" / "stage1-seed0" / "stage1"
     while started.poll() is None and not list(training.glob("step_*")):
         time.sleep(0.1)
@@ -244,3 +242,7 @@ def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
     assert finished.stat().st_mtime_ns == before and again.exists()
     anonymous = [re.sub(r"[0-9a-f]{32}", "ID", value) for value in (text, (out / "report.md").read_text())]
     assert anonymous[0] == anonymous[1]
+
+
+if __name__ == "__main__":  # the process that the test kills
+    run_here(Path(sys.argv[1]))
