@@ -124,7 +124,10 @@ def test_network_metrics_are_ideal_for_perfect_results_and_have_controls(tmp_pat
     for video in videos:
         metrics = video.metrics
         assert metrics["lpips_alex"] == 0 < metrics["lpips_alex_still"]
-        assert metrics.keys() >= {"image_similarity", "image_similarity_other"}  # random weights have no order
+        assert metrics.keys() >= {
+            "image_similarity",
+            "image_similarity_other",
+        }  # random weights have no order
         assert 0 < metrics["image_similarity"] <= 1
         assert "lpips_vgg" not in metrics
     rows = table(means([video.metrics for video in videos]) | sets.values)
