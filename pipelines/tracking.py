@@ -106,9 +106,7 @@ class Run:
     def file(self, local: str | Path, folder: str = "") -> None:
         """Log a file, or the contents of a folder, to the artifact folder `folder`. The MLflow page plays mp4 files.
 
-        It may be in a bucket, from which it is downloaded for the delivery.
-
-        It must not be deleted before it is delivered; use `bytes` for temporary files.
+        It may be in a bucket. It must not be deleted before it is delivered; use `bytes` for temporary files.
         """
         self._record("file", local=storage.absolute(local), folder=folder)
 

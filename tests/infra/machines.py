@@ -20,7 +20,7 @@ HOME = "/tmp/home"
 TOOLS = ("ip", "mount", "nsenter", "setpriv", "unshare")
 START_SECONDS = 10
 
-# Runs as the first process of a machine. $1: folder of its files, $2: its name, $3: folder with the code.
+# Runs as the first process of a machine. $1: folder of its files, $2: its name, $3: folder with the code, $4: its address.
 _BOOT = """
 set -e
 mount --make-rprivate /
@@ -32,6 +32,8 @@ for folder in tmp var/tmp run; do
     mkdir -p "/media/own/$folder"
     mount --bind "/media/own/$folder" "/$folder"
 done
+printf '127.0.0.1 localhost\\n%s %s\\n' "$4" "$2" >/media/own/hosts
+mount --bind /media/own/hosts /etc/hosts  # gloo looks up the name of its own machine
 exec >/tmp/boot.log 2>&1
 chmod 1777 /tmp /var/tmp
 mkdir /tmp/home
@@ -147,7 +149,7 @@ class Machine:
         self._environment = {"PATH": os.environ["PATH"], "HOME": HOME, "TERM": "dumb", **environment}
         folder.mkdir(parents=True)
         flags = ["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc"]
-        boot = ["sh", "-c", _BOOT, "boot", str(folder), name, str(ROOT)]
+        boot = ["sh", "-c", _BOOT, "boot", str(folder), name, str(ROOT), self.address]
         self._namespaces = _Namespaces(flags, boot)
         switch.connect(self._namespaces.pid, number)
         booted = folder / "tmp" / "booted"
