@@ -70,7 +70,7 @@ def output_size(image: np.ndarray, trained: Size, config: Config) -> Size:
     aspect = min(max(image.shape[1] / image.shape[0], 0.5), 2)
     if height is None and width is None:
         side = max(64, round(math.sqrt(trained[0] * trained[1]) / 64) * 64)
-        return nearest_size(*image.shape[:2], usual_sizes(side))
+        return nearest_size(image.shape[0], image.shape[1], usual_sizes(side))
     if height is None:
         height = max(8, round(width / aspect / 8) * 8)
     return height, width or max(8, round(height * aspect / 8) * 8)
@@ -105,7 +105,7 @@ def match_motion(
         fit = pad_box if config.animate.fit == "pad" else crop_box
         poses = [fit_keypoints(d.poses, *source_size, *size, fit(*source_size, *size)) for d in drivers]
         findings = [(i, f) for i, d in enumerate(drivers) for f in match_poses(d, poses[i], *size)]
-        fitted_image = fit_image(image, *size, fit(*image.shape[:2], *size))
+        fitted_image = fit_image(image, *size, fit(image.shape[0], image.shape[1], *size))
         return Motion(fitted_image, np.stack(poses, axis=1), None, findings)
     if len(characters) != len(drivers):
         raise UserError(

@@ -902,7 +902,7 @@ def test_videos_of_three_aspect_ratios_enter_three_buckets(
         assert scale == pytest.approx(row["width"] / (x1 - x0), rel=1e-3)
         assert inside(truth[name], row["crop"]).all()
         arrays = decode_row(row)
-        assert arrays["latent_mean"].shape == (20, 4, row["height"] // 8, row["width"] // 8)
+        assert arrays["latent_mean"].shape == (20, 16, row["height"] // 8, row["width"] // 8)
         found = arrays["keypoints"][..., :2] / scale + (x0, y0)
         close = np.linalg.norm(found - truth[name][..., :2], axis=-1) < 0.05 * 256
         assert close[truth[name][..., 2] > 0].mean() > 0.9
