@@ -190,8 +190,8 @@ def _evaluate(
             run.file(out / name)
         run.file(out / "videos", "videos")
     print(table(metrics))
-    if sets.unavailable:
-        print(unavailable_lines(sets.unavailable))
+    if lines := unavailable_lines(sets.unavailable):
+        print(lines)
     if "protocol" in report:
         print(protocol_lines(report["protocol"]))
     print(f"{len(evaluated)} videos, {report['frames']} frames; results: {original_names(str(out))}")
@@ -327,10 +327,11 @@ def table(metrics: dict[str, float]) -> str:
 
 
 def unavailable_lines(unavailable: Mapping[str, str]) -> str:
-    """The unavailable metrics, one line per reason."""
+    """The unavailable metrics whose network is configured, one line per reason."""
     reasons: dict[str, list[str]] = {}
     for metric, reason in unavailable.items():
-        reasons.setdefault("no network file" if reason.endswith(" is not set") else reason, []).append(metric)
+        if not reason.endswith(" is not set"):
+            reasons.setdefault(reason, []).append(metric)
     return "\n".join(f"unavailable: {', '.join(metrics)} ({reason})" for reason, metrics in reasons.items())
 
 
