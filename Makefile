@@ -19,12 +19,12 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/tcan demo --out demo
 
-# Two processes, each with the modules of its own; the slow tests start clusters that need all cores.
+# Tests run in two processes, each with modules of its own.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: test
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
