@@ -92,8 +92,12 @@ def load(engine: Any) -> dict[str, Any]:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return {"step": 0}
-    with checkpoint.as_directory() as folder:
-        return read(engine, Path(folder))
+    if isinstance(checkpoint.filesystem, pafs.LocalFileSystem):
+        return read(engine, Path(checkpoint.path))
+    # A folder for each worker: `Checkpoint.as_directory` may download again into files that another worker of this machine has
+    # mapped into memory, which is then killed by SIGBUS.
+    with tempfile.TemporaryDirectory() as folder:
+        return read(engine, Path(checkpoint.to_directory(folder)))
 
 
 def write(engine: Any, folder: Path, state: dict[str, Any]) -> None:
