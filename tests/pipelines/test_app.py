@@ -162,7 +162,7 @@ def server(driver: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(folder)}
         )
     server = Server(f"http://127.0.0.1:{port}", log, folder, process)
-    wait(lambda: f"tcan app: {server.url}" in log.read_text() or process.poll() is not None, 120)
+    wait(lambda: f"tcan app: {server.url}" in log.read_text() or process.poll() is not None, 300)
     assert process.poll() is None, log.read_text()
     yield server
     process.kill()
@@ -178,7 +178,7 @@ def short_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def wait(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait(condition: Callable[[], Any], seconds: float = 180) -> Any:
     """The first true value of the condition. Elements that Gradio replaces meanwhile do not count."""
     from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
@@ -313,5 +313,5 @@ def test_closed_page_ends_its_job_and_files_are_deleted(
     wait(lambda: re.search(r"animation cancelled after step \d+ of 49", server.log.read_text()))
     wait(lambda: server.files() == {path.name for path in EXAMPLES.iterdir()} - {"dance.json"})
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(60) == 130
+    assert server.process.wait(180) == 130
     assert not list(server.temporary.glob("tcan-app-*"))
