@@ -57,7 +57,7 @@ FINAL_FAILURES = 3  # failed deliveries in a row after which a job ends without 
 
 
 class Run:
-    """An open MLflow run. All methods except `last_step` return at once; their records are delivered in order."""
+    """An open MLflow run. All methods except `steps` return at once; their records are delivered in order."""
 
     def __init__(self, config: TrackingConfig, run_id: str, folder: Path) -> None:
         self.config = config
@@ -137,15 +137,15 @@ class Run:
         """Set the final status: FINISHED, FAILED or KILLED."""
         self._record("end", status=status, time=_now())
 
-    def last_step(self, key: str) -> int:
-        """Return the last step at which the metric was delivered; 0 if it was not logged, or MLflow is not available."""
+    def steps(self, key: str) -> set[int]:
+        """The steps at which the metric was delivered; none if MLflow is not available."""
         from mlflow.exceptions import MlflowException
 
         try:
             history = connect(self.config).get_metric_history(self.id, key)
         except (MlflowException, UserError):
-            return 0
-        return max((metric.step for metric in history), default=0)
+            return set()
+        return {metric.step for metric in history}
 
 
 def check(config: TrackingConfig) -> None:
@@ -208,7 +208,7 @@ def run(
             f"MLflow store {masked(resolve_uri(config))}: does not accept this run ({run.spool.error}); check the store "
             "and the access to its artifacts"
         )
-    first_step = 0 if is_new else run.last_step("system/cpu_utilization_percentage") + 1
+    first_step = 0 if is_new else max(run.steps("system/cpu_utilization_percentage"), default=-1) + 1
     monitor = SystemMetrics(run.metrics, first_step)
     status = "KILLED"
     try:

@@ -54,12 +54,13 @@ class Mailbox:
 class Recorder:
     """Logs the messages of a mailbox to the run, in a thread of the driver.
 
-    No step is logged twice: a step that is repeated after a restart was logged the first time.
+    No step is logged twice: a step that is repeated after a restart was logged the first time. Ray does not guarantee the order
+    of the messages, so the logged steps are a set.
     """
 
     def __init__(self, mailbox: Any, run: tracking.Run, resumed: bool) -> None:
         self._mailbox, self._run, self._stored = mailbox, run, 0
-        self._last = {key: run.last_step(key) if resumed else 0 for key in LOGGED_KEYS}
+        self._logged: dict[str, set[int]] = {key: run.steps(key) if resumed else set() for key in LOGGED_KEYS}
         self._stop = threading.Event()
         self.error: Exception | None = None
         """The error that ended the thread, e.g. a full disk."""
@@ -83,10 +84,10 @@ class Recorder:
 
     def _log_one(self, kind: str, value: Any, where: Any) -> None:
         if kind == "metrics":
-            key = next(iter(value))
-            if where > self._last[key]:
+            logged = self._logged[next(iter(value))]
+            if where not in logged:
                 self._run.metrics(value, where)
-                self._last[key] = where
+                logged.add(where)
         elif kind == "image":
             self._run.image(value, *where)
         else:

@@ -29,6 +29,7 @@ class RunLogger:
         self._unreported: list[tuple[int, dict[str, float]]] = []
         self._started_at, self._first_step = time.perf_counter(), first_step
         self._last_report = -BAR_SECONDS
+        self._sent: list[ray.ObjectRef] = []  # since the last flush
 
     def steps(self, steps: list[tuple[int, dict[str, float]]]) -> None:
         """Log (step, metrics) of adjacent steps and report their means. Metrics: loss, grad_norm, step_seconds,
@@ -49,7 +50,7 @@ class RunLogger:
 
     def _send(self, kind: str, value: Any, where: Any) -> None:
         if self._rank == 0:
-            self._task.mailbox.put.remote(kind, value, where)
+            self._sent.append(self._task.mailbox.put.remote(kind, value, where))
 
     def flush(self) -> None:
         """Wait until the driver has stored everything that was sent.
@@ -57,6 +58,8 @@ class RunLogger:
         Called before a checkpoint: a run that resumes from it does not compute these metrics again.
         """
         if self._rank == 0:
+            ray.get(self._sent)  # Ray may run `flush` before calls that were made earlier
+            self._sent = []
             ray.get(self._task.mailbox.flush.remote())
 
     def _is_report_due(self, step: int) -> bool:

@@ -298,3 +298,27 @@ def test_ui_serves_runs_and_artifacts_until_interrupted(config: Config, tmp_path
     with pytest.raises(requests.ConnectionError):
         requests.get(address, timeout=5)
     assert server.stderr is not None and server.stderr.read() == ""
+
+
+def test_metrics_that_arrive_out_of_order_are_all_recorded_once(config: Config, ray_cluster: None) -> None:
+    """Also by a second driver, to which a step is missing that was on its way when the first one was killed."""
+    import ray
+
+    from pipelines.train.mailbox import Mailbox, Recorder, on_driver_node
+
+    run_id = None
+    for resumed, steps in ((False, (2, 1, 2, 4)), (True, (3, 4, 5))):
+        mailbox = on_driver_node(Mailbox)
+        with tracking.run(
+            "stage1", "order", config.tracking, {}, config.tracking.folder, run_id=run_id
+        ) as run:
+            recorder = Recorder(mailbox, run, resumed)
+            for step in steps:
+                ray.get(mailbox.put.remote("metrics", {"loss": float(step)}, step))
+            recorder.close()
+            run_id = run.id
+        ray.kill(mailbox)
+    history = MlflowClient(tracking.resolve_uri(config.tracking)).get_metric_history(run_id, "loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [
+        (step, float(step)) for step in range(1, 6)
+    ]
