@@ -35,7 +35,7 @@ def test_clip_that_always_crashes_the_models_rejects_its_video(ray_cluster: None
             fn_constructor_args=(CrashingModel, count_attempts()),
             batch_size=1,
             batch_format="pyarrow",
-            concurrency=2,
+            compute=ray.data.ActorPoolStrategy(size=2),
         )
         .take_all()
     )
