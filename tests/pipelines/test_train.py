@@ -696,7 +696,10 @@ def weights(model: Path) -> dict[str, bytes]:
 
 
 def losses(config: Config, out: Path, stage: int, key: str = "loss") -> dict[int, list[float]]:
-    """All recorded values of a metric in the MLflow run of a stage, by step."""
+    """All recorded values of a metric in the MLflow run of a stage, by step, in ascending order of steps.
+
+    The history of MLflow is in the order of arrival.
+    """
     from mlflow import MlflowClient
 
     run_id = json.loads((out / f"stage{stage}" / "run.json").read_text())["mlflow_run_id"]
@@ -704,7 +707,7 @@ def losses(config: Config, out: Path, stage: int, key: str = "loss") -> dict[int
     values: dict[int, list[float]] = {}
     for metric in history:
         values.setdefault(metric.step, []).append(metric.value)
-    return values
+    return dict(sorted(values.items()))
 
 
 @pytest.fixture(scope="module")
