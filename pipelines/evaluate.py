@@ -45,7 +45,7 @@ from tcan.metrics import (
     ssim_disco,
     warping_error,
 )
-from tcan.metrics.networks import Networks, load_networks
+from tcan.metrics.networks import METRICS, Networks, load_networks
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
 from tcan.pose import read_poses, track_main_person
@@ -190,7 +190,7 @@ def _evaluate(
             run.file(out / name)
         run.file(out / "videos", "videos")
     print(table(metrics))
-    if lines := unavailable_lines(sets.unavailable):
+    if lines := unavailable_lines(sets.unavailable, dataclasses.asdict(config.evaluate.networks)):
         print(lines)
     if "protocol" in report:
         print(protocol_lines(report["protocol"]))
@@ -326,11 +326,19 @@ def table(metrics: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def unavailable_lines(unavailable: Mapping[str, str]) -> str:
-    """The unavailable metrics whose network is configured, one line per reason."""
+def unavailable_lines(unavailable: Mapping[str, str], files: Mapping[str, str | None]) -> str:
+    """The unavailable metrics whose network is configured, one line per reason.
+
+    Args:
+        unavailable: metric -> reason.
+        files: network -> configured file; None: not configured.
+    """
+    configured = {
+        metric for network, file in files.items() if file is not None for metric in METRICS[network]
+    }
     reasons: dict[str, list[str]] = {}
     for metric, reason in unavailable.items():
-        if not reason.endswith(" is not set"):
+        if metric in configured:
             reasons.setdefault(reason, []).append(metric)
     return "\n".join(f"unavailable: {', '.join(metrics)} ({reason})" for reason, metrics in reasons.items())
 

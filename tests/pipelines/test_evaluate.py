@@ -124,23 +124,34 @@ def test_network_metrics_are_ideal_for_perfect_results_and_have_controls(tmp_pat
     for video in videos:
         metrics = video.metrics
         assert metrics["lpips_alex"] == 0 < metrics["lpips_alex_still"]
-        assert metrics.keys() >= {
-            "image_similarity",
-            "image_similarity_other",
-        }  # random weights have no order
-        assert 0 < metrics["image_similarity"] <= 1
+        # The frames are the true ones, and the first is the reference.
+        expected = (1 + 16 * metrics["image_similarity_source"]) / 17
+        assert metrics["image_similarity"] == pytest.approx(expected, abs=1e-6)
         assert "lpips_vgg" not in metrics
     rows = table(means([video.metrics for video in videos]) | sets.values)
     assert "LPIPS (AlexNet)" in rows and "FVD" in rows and "FID" not in rows
+
+    still = perfect_result(1, 3)
+    still.truth = np.repeat(still.truth[:1], 3, axis=0)
+    other = perfect_result(2, 3)
+    still.result, other.result = still.truth.copy(), np.repeat(still.truth[:1], 3, axis=0)
+    compute_network_metrics([still, other], networks)
+    # Each frame equals the reference of `still`, which is the other reference of `other`.
+    assert still.metrics["image_similarity"] == pytest.approx(1, abs=1e-6)
+    assert other.metrics["image_similarity_other"] == pytest.approx(1, abs=1e-6)
+    assert other.metrics["image_similarity"] == pytest.approx(
+        still.metrics["image_similarity_other"], abs=1e-6
+    )
 
     single = compute_network_metrics([perfect_result(1, 16)], networks)
     assert "fvd" not in single.values and "fewer than 2 samples of 16 frame(s)" in single.unavailable["fvd"]
 
 
 def test_unavailable_metrics_are_listed_with_their_reason() -> None:
-    networks = load_networks({"i3d": "missing.pt"}, prefix="evaluate.networks.")
+    files = {"i3d": "missing.pt", "vgg16": None}
+    networks = load_networks(files, prefix="evaluate.networks.")
     expected = "unavailable: fvd (evaluate.networks.i3d = missing.pt: no such file or folder)"
-    assert unavailable_lines(networks.unavailable) == expected  # the others are not configured
+    assert unavailable_lines(networks.unavailable, files) == expected  # the others are not configured
 
 
 def test_wrong_network_file_is_an_error_before_the_evaluation_starts(tmp_path: Path) -> None:
