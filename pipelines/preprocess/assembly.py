@@ -11,7 +11,7 @@ import numpy as np
 from pipelines import storage
 from pipelines.preprocess.person_crop import Crop, crop_around
 from pipelines.preprocess.pose import main_person, person_height, unpack_people
-from pipelines.preprocess.shards import ShardWriter
+from pipelines.preprocess.shards import ShardWriter, reason_kind
 from pipelines.preprocess.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,9 @@ class VideoAssembler:
         self._num_clips: dict[str, int] = {}
 
     def add(self, row: dict[str, Any]) -> str | None:
-        """Add a row of ENCODED_SCHEMA. Return "kept" or "rejected" if the row completes its video, else None."""
+        """Add a row of ENCODED_SCHEMA. Return None unless the row completes its video: "kept", or the kind of reason for its
+        rejection (`reason_kind`).
+        """
         video_id = row["video_id"]
         if video_id in self.finished:  # the video was rejected because of another clip
             return None
@@ -133,7 +135,7 @@ class VideoAssembler:
     def _reject(self, video_id: str, step: str, reason: str) -> str:
         self.writer.add_rejected(self.sources[video_id], step, reason)
         self._finish(video_id)
-        return "rejected"
+        return reason_kind(step, reason)
 
     def _finish(self, video_id: str) -> None:
         self.finished.add(video_id)

@@ -9,6 +9,7 @@ job to process the missing sources.
 """
 
 import dataclasses
+import os
 import sys
 import time
 from contextlib import closing
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from pipelines import storage, tracking
 from pipelines.config import Config
 from pipelines.dataset import DUPLICATE, INFO_FILE, SCHEMA_VERSION, read_info
+from pipelines.gauges import PreprocessingCounters
 from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.models import load_models, load_part_detectors
 from pipelines.preprocess.preview import contact_sheet
@@ -240,7 +242,8 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
         min_person_height=settings.min_person_height,
         validation_fraction=settings.validation_fraction,
     )
-    progress = _Progress(len(pending), run)
+    counters = PreprocessingCounters(os.path.basename(writer.folder), len(pending))
+    progress = _Progress(len(pending), run, counters)
     try:
         with closing(encoded_clips(pending, config)) as rows:  # closes the actors if the job fails
             for row in rows:
@@ -253,10 +256,12 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
 
 
 class _Progress:
-    """Progress of videos, clips, frames/s and rejections: a bar on a terminal, otherwise log lines; also logged to MLflow."""
+    """Progress of videos, clips, frames/s and rejections: a bar on a terminal, otherwise log lines; also logged to MLflow
+    and counted for Prometheus.
+    """
 
-    def __init__(self, videos: int, run: tracking.Run) -> None:
-        self.run = run
+    def __init__(self, videos: int, run: tracking.Run, counters: PreprocessingCounters) -> None:
+        self.run, self.counters = run, counters
         self.total = videos
         self.began = self.last = time.monotonic()
         self.videos = self.clips = self.frames = self.rejected = 0
@@ -265,10 +270,13 @@ class _Progress:
     def add(self, frames: int, outcome: str | None) -> None:
         """frames: frames of a clip, or 0 for a row without a clip. outcome: return value of `VideoAssembler.add`."""
         self.frames += frames
-        self.clips += frames > 0
-        self.rejected += outcome == "rejected"
+        if frames:
+            self.clips += 1
+            self.counters.clip(frames)
         if outcome is not None:
             self.videos += 1
+            self.rejected += outcome != "kept"
+            self.counters.video(outcome)
             self.bar.set_postfix_str(
                 f"{self.clips} clips, {self.frames_per_second:.0f} frames/s, {self.rejected} rejected"
             )

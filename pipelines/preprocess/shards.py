@@ -73,12 +73,13 @@ class Contents:
         }
 
     def histogram(self) -> dict[str, int]:
-        """Number of rejected sources per reason, the most frequent first. Details after the colon of a reason are removed."""
-        reasons = (
-            DUPLICATE if step == DUPLICATE else f"{step}: {reason.split(':')[0]}"
-            for step, reason in self.rejected.values()
-        )
-        return dict(Counter(reasons).most_common())
+        """Number of rejected sources per kind of reason, the most frequent first."""
+        return dict(Counter(reason_kind(*rejected) for rejected in self.rejected.values()).most_common())
+
+
+def reason_kind(step: str, reason: str) -> str:
+    """The step that rejected a source, and the reason without the details after its colon."""
+    return DUPLICATE if step == DUPLICATE else f"{step}: {reason.split(':')[0]}"
 
 
 def read_contents(folder: str, identity: Mapping[str, Any]) -> Contents:

@@ -30,6 +30,7 @@ from pipelines import storage, tracking
 from pipelines.cluster import connect, is_local
 from pipelines.config import Config
 from pipelines.dataset import check_clip_files, clip_sizes, read_info
+from pipelines.gauges import TrainingGauges
 from pipelines.lock import locked
 from pipelines.staging import original_names, upload
 from pipelines.train import checkpoint
@@ -222,7 +223,8 @@ def _train_stage(
                 "schedule": schedule_options(config.train),
             },
         )
-        recorder = Recorder(task.mailbox, record, resumed)
+        gauges = TrainingGauges(os.path.basename(out), stage, record.id, stage_options.steps)
+        recorder = Recorder(task.mailbox, record, gauges, resumed)
         try:
             result = _fit(task, out, recorder)
         finally:

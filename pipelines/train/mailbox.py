@@ -12,6 +12,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import tracking
+from pipelines.gauges import TrainingGauges
 
 TAKE_SECONDS = 1.0  # longest wait for messages
 CLOSE_SECONDS = 30  # for the last messages; Ray may have been stopped
@@ -52,14 +53,14 @@ class Mailbox:
 
 
 class Recorder:
-    """Logs the messages of a mailbox to the run, in a thread of the driver.
+    """Logs the messages of a mailbox to the run and to the gauges, in a thread of the driver.
 
     No step is logged twice: a step that is repeated after a restart was logged the first time. Ray does not guarantee the order
     of the messages, so the logged steps are a set.
     """
 
-    def __init__(self, mailbox: Any, run: tracking.Run, resumed: bool) -> None:
-        self._mailbox, self._run, self._stored = mailbox, run, 0
+    def __init__(self, mailbox: Any, run: tracking.Run, gauges: TrainingGauges, resumed: bool) -> None:
+        self._mailbox, self._run, self._gauges, self._stored = mailbox, run, gauges, 0
         self._logged: dict[str, set[int]] = {key: run.steps(key) if resumed else set() for key in LOGGED_KEYS}
         self._stop = threading.Event()
         self.error: Exception | None = None
@@ -87,6 +88,7 @@ class Recorder:
             logged = self._logged[next(iter(value))]
             if where not in logged:
                 self._run.metrics(value, where)
+                self._gauges.set(value, where)
                 logged.add(where)
         elif kind == "image":
             self._run.image(value, *where)

@@ -496,12 +496,12 @@ def test_videos_are_stored_completely_in_any_row_order(tmp_path: Path) -> None:
             (end_row(ids[0], 2), None),  # the end row may arrive before the clips
             (encoded_row(ids[0], 2, [swapped, swapped]), None),  # duplicate row
             (encoded_row(ids[0], 0, [both, both]), "kept"),
-            (end_row(ids[1], step="decode"), "rejected"),
+            (end_row(ids[1], step="decode"), "decode: broken"),
             (encoded_row(ids[1], 1, [both[:1]]), None),  # arrives after the rejection
             (encoded_row(ids[2], 0, [both, empty, empty]), None),
-            (end_row(ids[2], 1), "rejected"),
+            (end_row(ids[2], 1), "pose: no person"),
             (encoded_row(ids[3], 0, [both[:1]]), None),
-            (end_row(ids[3], 1), "rejected"),
+            (end_row(ids[3], 1), "pose: person too small"),
         ]
         for row, outcome in rows:
             assert assembler.add(row) == outcome

@@ -304,6 +304,7 @@ def test_metrics_that_arrive_out_of_order_are_all_recorded_once(config: Config, 
     """Also by a second driver, to which a step is missing that was on its way when the first one was killed."""
     import ray
 
+    from pipelines.gauges import TrainingGauges
     from pipelines.train.mailbox import Mailbox, Recorder, on_driver_node
 
     run_id = None
@@ -312,7 +313,7 @@ def test_metrics_that_arrive_out_of_order_are_all_recorded_once(config: Config, 
         with tracking.run(
             "stage1", "order", config.tracking, {}, config.tracking.folder, run_id=run_id
         ) as run:
-            recorder = Recorder(mailbox, run, resumed)
+            recorder = Recorder(mailbox, run, TrainingGauges("order", 1, run.id, 5), resumed)
             for step in steps:
                 ray.get(mailbox.put.remote("metrics", {"loss": float(step)}, step))
             recorder.close()
