@@ -5,7 +5,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL.Image
@@ -46,6 +48,7 @@ from tcan.weights.common import quiet
 from tcan.window_inputs import WindowInputs
 
 logger = logging.getLogger(__name__)
+_LOCKS: WeakKeyDictionary[TCAN, Lock] = WeakKeyDictionary()  # pipelines may share a model
 Callback = Callable[["TCANPipeline", int, int, dict[str, Tensor]], Any]
 
 
@@ -264,7 +267,6 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         stochastic = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": on_cpu(generator)} if stochastic else {}
 
-        num_frames = len(poses)
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             t = timestep.to(device).reshape(1)
             features = self.tcan.appearance(reference, t)
@@ -285,15 +287,15 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
             prediction = clip.windows.average(eps.float().cpu() for eps in predictions)[0]
             latents = scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
-                current = latents[:num_frames]
-                tensors = {"latents": current, "noise_pred": prediction[:num_frames]}
+                current = latents[: len(poses)]
+                tensors = {"latents": current, "noise_pred": prediction[: len(poses)]}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 output = callback_on_step_end(self, step, int(timestep), chosen)
-                latents = torch.cat([changed_latents(output, current), latents[num_frames:]])
+                latents = torch.cat([changed_latents(output, current), latents[len(poses) :]])
             if self._interrupt:
                 break
         self.maybe_free_model_hooks()  # with model offloading, makes room for the VAE
-        return latents[:num_frames]
+        return latents[: len(poses)]
 
     def first_latents(self, scheduler: SchedulerMixin, noise: Tensor, reference: Tensor | None) -> Tensor:
         """The scheduler's initial latents, `[F, C, h, w]`, from noise `[F, C, h, w]`.
@@ -339,9 +341,11 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
             `[1, F, C, h, w]`.
         """
         residuals = self.tcan.pose_residuals(noisy, timestep, pose, controlnet_scale)
-        if guidance_scale == 1:
-            return self.tcan.denoise(noisy, timestep, residuals, features, None, temperature, ptm_limit)
-        both = self.tcan.denoise(noisy, timestep, residuals, features, [False, True], temperature, ptm_limit)
+        rows = None if guidance_scale == 1 else [False, True]
+        with _LOCKS.setdefault(self.tcan, Lock()):  # `denoise` sets the temperature as attributes of layers
+            both = self.tcan.denoise(noisy, timestep, residuals, features, rows, temperature, ptm_limit)
+        if rows is None:
+            return both
         without, with_reference = both.chunk(2)
         return without + guidance_scale * (with_reference - without)
 

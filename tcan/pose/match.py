@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcan.pose.cleaning import SIDES, CleanPoses, flips, frame_ranges
-from tcan.pose.skeleton import JOINTS, PARENTS
+from tcan.pose.skeleton import JOINTS, MIRROR, PARENTS, PROPORTIONS
 
 MAX_OUTSIDE = 0.1
 """Maximum share of joints outside the frame over the video."""
@@ -23,10 +23,6 @@ MIN_COMMON = 5
 FACING_AWAY = 0.5
 """Minimum share of frames in which the driver faces the other way than the person in the image."""
 
-PROPORTIONS = {0: 0.11, 2: 0.115, 3: 0.186, 4: 0.146, 8: 0.295, 9: 0.245, 10: 0.246}
-"""Bone length / body height by the joint at the end of the bone, right side (Drillis and Contini, 1966; the neck of the
-skeleton is between the shoulders)."""
-LEFT = {2: 5, 3: 6, 4: 7, 8: 11, 9: 12, 10: 13}
 PLAUSIBLE = (0.4, 2.2)
 """Range of a bone's length relative to PROPORTIONS and the median of all bones. Children, large heads and cartoon characters
 are within it; a stump or a wrong detection is not."""
@@ -61,7 +57,7 @@ def match_poses(
     """
     return [
         _check_frame(poses, height, width, character),
-        _check_limbs(poses),
+        _check_limbs(poses, None if character is None else driver.poses),
         _check_scale(driver.poses),
         _check_missing(driver),
         _check_flips(driver, character),
@@ -93,24 +89,35 @@ def _check_frame(
     return Finding("frame", text, bool(share > MAX_OUTSIDE or by_frame[worst] > MAX_OUTSIDE_FRAME))
 
 
-def _check_limbs(poses: NDArray[np.float32]) -> Finding:
-    relative = {}
-    for joint, proportion in PROPORTIONS.items():
-        for end in (joint, LEFT.get(joint, joint)):
-            lengths = _lengths(poses, end)
-            if np.isfinite(lengths).any():
-                relative[end] = float(np.nanpercentile(lengths, FULL)) / proportion
-    if len(relative) < MIN_COMMON:
+def _check_limbs(poses: NDArray[np.float32], driver: NDArray[np.float32] | None) -> Finding:
+    """With the `driver` before retargeting: a limb that the driver shows foreshortened in all frames may be short."""
+    ratios = _relative_lengths(poses)
+    if len(ratios) < MIN_COMMON:
         return Finding("limbs", "too few limbs to compare", False)
-    unit = max(float(np.median(list(relative.values()))), 1e-6)
-    ratios = {joint: value / unit for joint, value in relative.items()}
-    wrong = [joint for joint, ratio in ratios.items() if not PLAUSIBLE[0] <= ratio <= PLAUSIBLE[1]]
+    allowed = {} if driver is None else _relative_lengths(driver)
+    wrong = [
+        joint
+        for joint, ratio in ratios.items()
+        if ratio > PLAUSIBLE[1] or ratio < PLAUSIBLE[0] <= allowed.get(joint, PLAUSIBLE[0])
+    ]
     if not wrong:
         return Finding("limbs", "all limbs have plausible lengths", False)
     names = ", ".join(
         f"{JOINTS[PARENTS[joint]]} to {JOINTS[joint]} {ratios[joint]:.1f} times" for joint in wrong
     )
     return Finding("limbs", f"lengths relative to those of a human body: {names}", True)
+
+
+def _relative_lengths(poses: NDArray[np.float32]) -> dict[int, float]:
+    """Full length by joint, relative to PROPORTIONS and the median of all bones."""
+    relative = {}
+    for joint, proportion in PROPORTIONS.items():
+        for end in (joint, MIRROR[joint]):
+            lengths = _lengths(poses, end)
+            if np.isfinite(lengths).any():
+                relative[end] = float(np.nanpercentile(lengths, FULL)) / proportion
+    unit = max(float(np.median(list(relative.values()))), 1e-6) if relative else 1.0
+    return {joint: value / unit for joint, value in relative.items()}
 
 
 def _check_scale(driver: NDArray[np.float32]) -> Finding:

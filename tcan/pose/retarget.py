@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tcan.errors import UserError
 from tcan.pose.keypoints import are_normalized, check_keypoints
-from tcan.pose.skeleton import JOINTS, MIRROR, NECK, NOSE, PARENTS
+from tcan.pose.skeleton import JOINTS, MIRROR, NECK, NOSE, PARENTS, PROPORTIONS
 
 Method = Literal["robust", "paper"]
 """Estimates of bone lengths, see `retarget`."""
@@ -22,7 +22,9 @@ MIN_RATIO = 0.1
 the camera, so its length is unknown."""
 FORESHORTENED = 0.4
 """The same limit for the robust method, relative to the other side or to the body scale: real
-proportions differ less between characters."""
+proportions differ less between characters. Also the limit of a driver's bone relative to human proportions."""
+MIN_BONES = 4
+"""Minimum number of a driver's bones, one side, that define its size."""
 NEAR_FULL = 0.8
 """A frame shows a bone at nearly full length from this fraction of the 75th percentile of its lengths."""
 BODY = (NOSE, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
@@ -67,7 +69,8 @@ def retarget(
 
     method "robust": the driver's full length is the median over the frames that show the bone at nearly full length
     (NEAR_FULL), and the maximum of both sides. Therefore, it does not depend on a bowed head or on an arm that points at
-    the camera in the first frame. The body scale is the median ratio of the character's and the driver's bones. A bone
+    the camera in the first frame. A bone that is foreshortened in all frames (a seated driver, a driver in profile) has the
+    length of human proportions (PROPORTIONS). The body scale is the median ratio of the character's and the driver's bones. A bone
     that the character lacks, or that is below FORESHORTENED of the length given by the body scale, gets that length.
     Warnings of this module's logger name the joints.
 
@@ -143,7 +146,7 @@ def _robust_lengths(
     character_found: NDArray[np.bool_],
 ) -> _Lengths:
     one_side = {j: _full_length(_bone_lengths(driver_xy, found, j)) for j in PARENTS}
-    driver = {j: max(one_side[j], one_side[MIRROR[j]]) for j in PARENTS}
+    driver = _plausible_lengths({j: max(one_side[j], one_side[MIRROR[j]]) for j in PARENTS})
     sides = {j: _side_lengths(character_xy, character_found, j) for j in PARENTS}
     character = {j: max(sides[j]) for j in PARENTS}
     # Left and right have equal lengths now, so each pair of bones counts once.
@@ -170,6 +173,21 @@ def _robust_lengths(
         if character[joint] < MIN_RATIO * driver[joint] * pivot:
             character[joint] = 0.0
     return _Lengths(driver, character, scale, pivot)
+
+
+def _plausible_lengths(driver: dict[int, float]) -> dict[int, float]:
+    """The driver's full lengths, with human proportions for bones that no frame shows at full length."""
+    heights = [driver[joint] / share for joint, share in PROPORTIONS.items() if driver[joint]]
+    if len(heights) < MIN_BONES:
+        return driver
+    height = float(np.median(heights))
+    short = [j for j, share in PROPORTIONS.items() if 0 < driver[j] < FORESHORTENED * share * height]
+    estimated = {j: PROPORTIONS[right] * height for right in short for j in (right, MIRROR[right])}
+    _warn(
+        sorted(estimated),
+        "foreshortened in all driving poses: %s; full lengths are estimated from human proportions",
+    )
+    return driver | estimated
 
 
 def _ratio(character: float, driver: float) -> float:

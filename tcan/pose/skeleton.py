@@ -76,3 +76,7 @@ PARENTS = {
 
 MIRROR = (0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10, 15, 14, 17, 16)
 """Index of each joint's counterpart on the other side of the body."""
+
+PROPORTIONS = {0: 0.11, 2: 0.115, 3: 0.186, 4: 0.146, 8: 0.295, 9: 0.245, 10: 0.246}
+"""Bone length / body height by the joint at the end of the bone, right side (Drillis and Contini, 1966; the neck of the
+skeleton is between the shoulders)."""

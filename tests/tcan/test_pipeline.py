@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -485,6 +486,18 @@ def test_simultaneous_calls_of_one_pipeline_do_not_share_a_schedule(pipe: TCANPi
     expected, inner = seeded(pipe), []
     outer = seeded(pipe, callback_on_step_end=lambda *_: inner.append(seeded(pipe, steps=1)))
     assert torch.equal(outer, expected) and torch.equal(inner[0], seeded(pipe, steps=1))
+
+
+def test_threads_can_share_the_networks(pipe: TCANPipeline) -> None:
+    """Two pipelines of the same networks, in two threads, with different temperature maps."""
+    pipes = pipe, TCANPipeline(**pipe.components)
+    strengths = (1.0, 8.0) * 2
+    expected = [seeded(pipe, ptm_strength=strength) for strength in strengths[:2]] * 2
+    assert not torch.equal(*expected[:2])
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda i: seeded(pipes[i % 2], ptm_strength=strengths[i]), range(4))
+    for result, single in zip(results, expected, strict=True):
+        assert torch.equal(result, single)
 
 
 @pytest.mark.parametrize("kind", ["model", "sequential"])

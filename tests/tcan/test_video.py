@@ -1,5 +1,7 @@
 """Reading and writing of videos and images, and center crops."""
 
+import shutil
+import subprocess
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -99,6 +101,43 @@ def test_audio_is_copied_in_sync_and_cut_to_the_frames(
         for begin, pitch in ((0.2, 440), (1.2, 660)):
             part = decoded[int(begin * stream.rate) :][: stream.rate // 2]
             assert np.abs(np.fft.rfft(part)).argmax() * 2 == pytest.approx(pitch, abs=4)
+
+
+X264 = "-c:v libx264 -preset ultrafast -pix_fmt yuv420p"
+BEEP = "aevalsrc=0.5*sin(2*PI*1000*t)*gte(t\\,0.5):s=48000:d=1.5"
+"""Silence, then a tone from 0.5 s on."""
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="requires the program ffmpeg")
+@pytest.mark.parametrize("target", ["out.mp4", "out.webm"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("beep.wmv", "-c:v wmv2 -c:a wmav2"),  # most audio frames have no time stamp
+        (
+            "beep.mp4",
+            f"{X264} -bf 2 -c:a aac -movflags frag_keyframe+empty_moov",
+        ),  # the first image is at 0.083 s
+        ("beep.ts", f"{X264} -bf 2 -c:a aac -output_ts_offset 95440"),
+        ("beep.mpg", "-c:v mpeg2video -c:a mp2"),  # the clock starts at 0.5 s
+    ],
+)
+def test_sound_stays_in_sync_with_the_images(name: str, options: str, target: str, tmp_path: Path) -> None:
+    """The tone begins 0.5 s after the first image, as in the source; the ear notices differences above 20 ms."""
+    inputs = ["-f", "lavfi", "-i", "testsrc2=s=64x64:r=24:d=1.5", "-f", "lavfi", "-i", BEEP]
+    command = ["ffmpeg", "-nostdin", "-loglevel", "error", *inputs, *options.split(), str(tmp_path / name)]
+    subprocess.run(command, check=True)
+    write_video(smooth_frames(36, 32, 32), tmp_path / target, fps=24, audio=tmp_path / name)
+    with av.open(str(tmp_path / target)) as container:
+        stream = container.streams.video[0]
+        first = next(float(image.pts * image.time_base) for image in container.decode(stream))
+    with av.open(str(tmp_path / target)) as container:
+        for audio in container.decode(audio=0):
+            loud = np.flatnonzero(np.abs(audio.to_ndarray()[0]) > 0.2)
+            if len(loud):
+                begin = float(audio.pts * audio.time_base) + loud[0] / audio.sample_rate
+                break
+    assert begin - first == pytest.approx(0.5, abs=0.02)
 
 
 def test_source_without_audio_gives_a_video_without_audio(tmp_path: Path) -> None:
