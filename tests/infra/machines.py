@@ -46,7 +46,7 @@ mount -o remount,bind,ro /
 hostname "$2"
 ip link set lo up
 touch /tmp/booted
-exec sleep infinity
+while sleep 5; do :; done  # reaps orphans
 """
 
 

@@ -54,6 +54,7 @@ def report(alone: str) -> None:
     parts = {
         "clips": stored_clips(f"{BUCKET}/dataset"),
         "losses": {stage: losses(f"{BUCKET}/run/stage{stage}") for stage in (1, 2)},
+        "runs": {stage: run_states(f"stage {stage}: run") for stage in (1, 2)},
         "losses_alone": {stage: losses(f"{alone}/stage{stage}") for stage in (1, 2)},
         "frames": [len(read_video(local_input(name))[0]) for name in animated],
         "evaluation": json.loads(storage.read_bytes(f"{BUCKET}/evaluation/evaluation.json")),
@@ -78,6 +79,16 @@ def losses(stage: str) -> list[Any]:
 
     run = json.loads(storage.read_bytes(f"{stage}/run.json"))["mlflow_run_id"]
     return sorted((metric.step, metric.value) for metric in MlflowClient().get_metric_history(run, "loss"))
+
+
+def run_states(name: str) -> list[str]:
+    """Status of every MLflow run with this name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, f"attributes.run_name = '{name}'")
+    return [run.info.status for run in runs]
 
 
 if __name__ == "__main__":
