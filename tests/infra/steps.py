@@ -1,7 +1,8 @@
 """Steps of `tests.infra.cluster` that run on one of its machines: python -m tests.infra.steps STEP ARGUMENTS.
 
 prepare         create s3://corpus, render puppets, upload videos and a table of pairs
-report ALONE    print as JSON what the jobs have left in the bucket and in MLflow, and the losses of the training in ALONE
+report ALONE STAGE...
+                print as JSON what the jobs have left in the bucket and in MLflow, and the losses of the training in ALONE
 """
 
 import json
@@ -47,19 +48,29 @@ def prepare() -> None:
         upload(folder, BUCKET)
 
 
-def report(alone: str) -> None:
-    from tcan.video import read_video
-
-    animated = [name for name in storage.list_files(f"{BUCKET}/pairs/out") if name.endswith(".mp4")]
+def report(alone: str, *stages: str) -> None:
     parts = {
         "clips": stored_clips(f"{BUCKET}/dataset"),
-        "losses": {stage: losses(f"{BUCKET}/run/stage{stage}") for stage in (1, 2)},
-        "runs": {stage: run_states(f"stage {stage}: run") for stage in (1, 2)},
-        "losses_alone": {stage: losses(f"{alone}/stage{stage}") for stage in (1, 2)},
-        "frames": [len(read_video(local_input(name))[0]) for name in animated],
-        "evaluation": json.loads(storage.read_bytes(f"{BUCKET}/evaluation/evaluation.json")),
+        "losses": {stage: losses(f"{BUCKET}/run/stage{stage}") for stage in stages},
+        "losses_alone": {stage: losses(f"{alone}/stage{stage}") for stage in stages},
+        "runs": {stage: run_states(f"stage {stage}: run") for stage in stages},
+        "frames": animated_frames(),
+        "evaluation": evaluation(),
     }
     print(json.dumps(parts))
+
+
+def animated_frames() -> list[int]:
+    """Number of frames of every result of `animate --pairs`."""
+    from tcan.video import read_video
+
+    names = [name for name in storage.list_files(f"{BUCKET}/pairs/out") if name.endswith(".mp4")]
+    return [len(read_video(local_input(name))[0]) for name in names]
+
+
+def evaluation() -> dict[str, Any] | None:
+    name = f"{BUCKET}/evaluation/evaluation.json"
+    return json.loads(storage.read_bytes(name)) if storage.exists(name) else None
 
 
 def stored_clips(dataset: str) -> dict[str, int]:
