@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Timer
 from typing import NamedTuple, NoReturn
 
 from tests.infra.machines import NETWORK, ROOT, Machine, Switch, missing_requirement
@@ -90,6 +90,7 @@ class Cluster:
         self._folder, self._stack, self._began = folder, stack, time.monotonic()
         self._faults, self._number = [FAULTS[name] for name in faults], 0
         self.stages = stages
+        self._timers: list[Timer] = []
         self._switch = Switch()
         stack.callback(self._switch.close)
 
@@ -154,7 +155,6 @@ class Cluster:
         def fail(reason: str) -> NoReturn:
             raise RuntimeError(f"tcan {command[0]}: {reason}\n{log.read_text()[-6000:]}")
 
-        threads = []
         for fault in self._faults:
             if fault.job != command[0]:
                 continue
@@ -165,12 +165,17 @@ class Cluster:
             )
             if job.poll() is not None:
                 fail(f"exit status {job.returncode} before a fault")
-            threads.append(Thread(target=fault.inject, args=[self], daemon=True))
-            threads[-1].start()
+            fault.inject(self)
         if job.wait(TIMEOUT):
             fail(f"exit status {job.returncode}")
-        for thread in threads:
-            thread.join()
+        for timer in self._timers:
+            timer.join()
+
+    def later(self, seconds: float, function: Callable[[], None]) -> None:
+        timer = Timer(seconds, function)
+        timer.daemon = True
+        timer.start()
+        self._timers.append(timer)
 
 
 def switch_off_worker(cluster: Cluster) -> None:
@@ -185,16 +190,14 @@ def stop_mlflow(cluster: Cluster) -> None:
     """Kill the MLflow server and start it again after `MLFLOW_SECONDS`."""
     os.killpg(cluster.mlflow.pid, signal.SIGKILL)
     cluster.say(f"fault: MLflow server killed for {MLFLOW_SECONDS} s")
-    time.sleep(MLFLOW_SECONDS)
-    cluster.start_mlflow()
+    cluster.later(MLFLOW_SECONDS, cluster.start_mlflow)
 
 
 def pause_s3(cluster: Cluster) -> None:
     """Pause the S3 server for `S3_SECONDS`: it accepts connections and does not respond."""
     os.killpg(cluster.s3.pid, signal.SIGSTOP)
     cluster.say(f"fault: S3 server paused for {S3_SECONDS} s")
-    time.sleep(S3_SECONDS)
-    os.killpg(cluster.s3.pid, signal.SIGCONT)
+    cluster.later(S3_SECONDS, lambda: os.killpg(cluster.s3.pid, signal.SIGCONT))
 
 
 FAULTS = {

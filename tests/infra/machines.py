@@ -83,7 +83,7 @@ class _Namespaces:
     """A process in new namespaces; `pid` is its first process, seen from this machine."""
 
     def __init__(self, flags: Sequence[str], command: Sequence[str]) -> None:
-        # Ends with this process, but gets no signals of the terminal.
+        # Ends with this process (exactly: with the thread that starts it), but gets no signals of the terminal.
         self._unshare = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", *flags, "--kill-child", *command], start_new_session=True,
             stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

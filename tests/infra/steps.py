@@ -19,7 +19,7 @@ from pipelines import storage
 from pipelines.staging import local_input, upload
 
 BUCKET = "s3://corpus"
-VIDEOS, FRAMES = 4, 32
+VIDEOS, FRAMES = 6, 48
 HELD_OUT, HELD_OUT_FRAMES = 2, 8
 
 
