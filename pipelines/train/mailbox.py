@@ -109,5 +109,5 @@ class Recorder:
 
 def on_driver_node(actor: type) -> Any:
     """Start an actor on the machine of this process, so that it lives as long as the job."""
-    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=node)(actor).remote()
