@@ -1,10 +1,10 @@
-# make install | demo | test | test-all | check | bench | gpu: each first installs requirements.lock into .venv if it is out of
-# date.
+# make install | demo | test | test-all | test-cluster | check | bench | gpu: each first installs requirements.lock into .venv
+# if it is out of date.
 # `make lock` regenerates requirements.lock from pyproject.toml.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-all check bench gpu format lock
+.PHONY: install demo test test-all test-cluster check bench gpu format lock
 
 # The first interpreter that is Python 3.11 or 3.12; override with PYTHON=...
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
@@ -21,10 +21,14 @@ demo: $(STAMP)
 
 # Tests run in two processes, each with modules of its own.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not cluster" -n 2 --dist loadfile
 
 test-all: test
 	$(BIN)/pytest -m slow -n 2 --dist loadfile
+
+# Needs root: the machines are namespaces.
+test-cluster: $(STAMP)
+	$(BIN)/pytest -m cluster
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ import pytest
 from tests.infra.machines import ROOT, missing_requirement
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_jobs_on_machines_that_share_only_a_bucket_survive_the_loss_of_a_machine() -> None:
     if reason := missing_requirement():
         pytest.skip(reason)
