@@ -87,6 +87,8 @@ def _introduction(
     config: Config,
 ) -> list[Block]:
     study, train = config.study, config.train
+    errors = {"dropout": train.pose_dropout, "jitter": train.pose_jitter, "outliers": train.pose_outliers}
+    trained_with = ", ".join(f"{name} {value:g}" for name, value in errors.items() if value) or "none"
     verdicts = [
         (question.title, question_verdict(outcomes[question.name]) or "no hypothesis")
         for question in questions
@@ -96,7 +98,8 @@ def _introduction(
         Paragraph(
             f"Training seeds: {len(seeds)}. {study.held_out_videos} held-out videos of each distribution with {study.frames} "
             f"frames, {study.train_videos} training videos. Stage 1: {train.stage1.steps} steps of {train.stage1.batch_size} "
-            f"images; stage 2: {train.stage2.steps} steps of {train.stage2.batch_size} clips; {study.steps} denoising steps. "
+            f"images; stage 2: {train.stage2.steps} steps of {train.stage2.batch_size} clips of "
+            f"{train.clip_frames} frames, pose errors in training: {trained_with}. {study.steps} denoising steps. "
             f"All runs are nested in the MLflow {link('run of the study', run_id)}. Every number links to its run."
         ),
         Paragraph(
@@ -142,7 +145,8 @@ def _question(
         Paragraph(f"Verdict: {question_verdict(outcomes) or 'no hypothesis'}."),
         _effects(outcomes),
     ]
-    figures = {kind: Path("figures") / f"{question.name}-{kind}.png" for kind in ("effects", "curves", "strip")}  # fmt: skip
+    files = {"effects": "effects.png", "curves": "curves.png", "strip": "strip.webp"}
+    figures = {kind: Path("figures") / f"{question.name}-{file}" for kind, file in files.items()}
     if plot_effects(outcomes, out / figures["effects"]):
         blocks.append(Image(figures["effects"], "Effects with 95 % intervals"))
     if plot_curves(question, results, seeds, out / figures["curves"]):
@@ -150,7 +154,11 @@ def _question(
             Image(figures["curves"], "Means over the videos: a point per seed, a line through their means")
         )
     if plot_strip(question.strip, out, seeds[0], out / figures["strip"]):
-        blocks.append(Image(figures["strip"], f"First held-out video, seed {seeds[0]}"))
+        blocks.append(
+            Image(
+                figures["strip"], f"Frames of the first held-out video, seed {seeds[0]}; left: the reference"
+            )
+        )
     return [*blocks, _means(question, results, seeds, link)]
 
 

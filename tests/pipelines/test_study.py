@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 
 from pipelines.config.parser import load_config
 from pipelines.config.study import StudyConfig
+from pipelines.inference import driving_poses
 from pipelines.study import cost
 from pipelines.study.analysis import analyse, question_verdict
 from pipelines.study.cells import TrainingCell, cells_of, evaluation_name
@@ -106,6 +107,16 @@ def test_every_kind_of_pose_errors_has_the_requested_number_of_sizes() -> None:
         assert len(errors) == 4
     pooled = question.comparisons[0]
     assert pooled.primary and len(pooled.pairs) == 6 * 4  # all kinds but the systematic one
+
+
+def test_videos_of_an_evaluation_have_independent_pose_errors() -> None:
+    config = load_config("--animate.pose_errors.kind", "outliers", "--animate.pose_errors.share", "0.3")
+    poses = np.random.default_rng(0).uniform(1, 127, (20, 18, 3)).astype(np.float32)
+    wrong = [(driving_poses(poses, 128, config, video) != poses).any(axis=(1, 2)) for video in range(9)]
+    assert [frames.sum() for frames in wrong] == [6] * 9
+    assert len({tuple(np.flatnonzero(frames)) for frames in wrong}) == 9
+    again = driving_poses(poses, 128, config, 0)
+    assert np.array_equal(again, driving_poses(poses, 128, config))
 
 
 def test_effects_are_paired_by_video_and_seed_and_decided_with_holms_correction() -> None:
@@ -221,7 +232,7 @@ def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
     assert failed["effect"] is None and "no seed with all cells finished" in failed["note"]
     text = (out / "report.md").read_text()
     assert "stage1-dance-broken-seed0" in text and "figures/test-effects.png" in text
-    assert (out / "report.html").read_text().count("data:image/png") == 2
+    assert (out / "report.html").read_text().count("data:image/") == 2
 
     client = MlflowClient(f"sqlite:///{out}/mlflow/mlflow.db")
     parent = report["mlflow_run_id"]
