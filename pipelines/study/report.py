@@ -45,7 +45,8 @@ def write_report(
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     link = _linker(config)
-    blocks = [*_introduction(questions, outcomes, seeds, failed, run_id, link, config)]
+    missing = [name for name in cells if name not in results and name not in failed]
+    blocks = [*_introduction(questions, outcomes, seeds, run_id, link, config), *_incomplete(failed, missing)]
     for question in questions:
         blocks += _question(question, outcomes[question.name], results, seeds, out, link)
     contents = {
@@ -53,6 +54,7 @@ def write_report(
         "mlflow_run_id": run_id,
         "seeds": list(seeds),
         "failed": dict(failed),
+        "missing": missing,
         "questions": [_json(question, outcomes[question.name], results, seeds) for question in questions],
     }
     for name, text in (
@@ -81,7 +83,6 @@ def _introduction(
     questions: Sequence[Question],
     outcomes: Mapping[str, Sequence[Outcome]],
     seeds: Sequence[int],
-    failed: Mapping[str, str],
     run_id: str,
     link: Link,
     config: Config,
@@ -120,13 +121,20 @@ def _introduction(
         blocks.append(
             Paragraph("With one seed, the intervals do not include the variation between trainings.")
         )
+    return blocks
+
+
+def _incomplete(failed: Mapping[str, str], missing: Sequence[str]) -> list[Block]:
+    blocks: list[Block] = []
     if failed:
-        rows = [(name, reason) for name, reason in failed.items()]
         blocks += [
             Heading(2, "Failed cells"),
             Paragraph("These cells failed, and are missing below. Rerun the command to run them again."),
-            Table(("cell", "reason"), rows),
+            Table(("cell", "reason"), list(failed.items())),
         ]
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        blocks += [Heading(2, "Cells that are not finished"), Paragraph(f"{len(missing)} cells: {names}.")]
     return blocks
 
 
