@@ -108,6 +108,7 @@ def plot_strip(conditions: Sequence[Condition], out: Path, seed: int, path: Path
     axes = figure.subplots(len(rows), squeeze=False)[:, 0]
     for ax, (name, image) in zip(axes, rows, strict=True):
         ax.imshow(image, interpolation="lanczos")
+        ax.set_anchor("E")  # the labels are at the left
         ax.set_xticks([])
         ax.set_yticks([height / 2], ["\n".join(wrap(name, 20))])
         ax.tick_params(labelsize=7, length=0)

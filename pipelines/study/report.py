@@ -200,7 +200,7 @@ def _means(question: Question, results: Results, seeds: Sequence[int], link: Lin
                 value = mean_value(condition, metric, results, seed)
                 if value is not None:
                     run = results[evaluation_name(condition, seed)]["mlflow_run_id"]
-                    numbers.append(link(f"{value:.3g}", run))
+                    numbers.append(link(f"{value:.4g}", run))
             row.append(" ".join(numbers) or "-")
         rows.append(row)
     units = [f"{metric.label}{f', {metric.unit}' if metric.unit else ''}" for metric in metrics]
