@@ -253,6 +253,10 @@ COMMANDS = {
                 "ControlNet frozen/fine-tuned; operations of the temporal ControlNet; sampling options.",
             },
             "--seeds": {"type": int, "default": 3, "help": "Number of trainings of each model (>= 1)."},
+            "--report_only": {
+                "action": "store_true",
+                "help": "Report of the finished cells, without running the missing ones.",
+            },
         },
         run_command.study,
         ("pretrained", "preprocess", "train", "animate", "study", "tracking"),

@@ -151,10 +151,10 @@ def _evaluate(
         "evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), out, parents
     ) as run:
         evaluated, rejected = [], []
-        for name in tqdm(paths, desc="videos", disable=None):
+        for number, name in enumerate(tqdm(paths, desc="videos", disable=None)):
             try:
                 path = _local_video(name)
-                evaluated.append(reconstruct(pipe, path, config))
+                evaluated.append(reconstruct(pipe, path, config, number))
             except UserError as error:
                 rejected.append({"source": name, "reason": str(error)})
                 print(f"skipped: {error}", flush=True)
@@ -206,8 +206,11 @@ def _local_video(name: str) -> Path:
     return local_input(name)
 
 
-def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
+def reconstruct(pipe: TCANPipeline, path: Path, config: Config, number: int = 0) -> Evaluated:
     """Animate the first frame of a video with the video's poses.
+
+    Args:
+        number: of the video, for the seed of the pose errors.
 
     Raises:
         UserError: the video cannot be read or shows no person.
@@ -216,7 +219,7 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config) -> Evaluated:
     frames, fps = read_video(path, None if protocol else config.evaluate.frames)
     truth = np.stack([fit_image(frame, pipe.height, pipe.width) for frame in frames])
     poses = pipe.detect_poses(truth, str(path), config.animate.smoothing_window)
-    driving = driving_poses(poses, pipe.height, config)
+    driving = driving_poses(poses, pipe.height, config, number)
     frames_01, _ = pipe(
         truth[0],
         driving,

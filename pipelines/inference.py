@@ -114,10 +114,14 @@ def choose_device(config: Config) -> str:
     return device
 
 
-def driving_poses(poses: np.ndarray, height: int, config: Config) -> np.ndarray:
-    """Keypoints `[F, 18, 3]` in an image of this height with the errors of `config.animate.pose_errors`."""
+def driving_poses(poses: np.ndarray, height: int, config: Config, video: int = 0) -> np.ndarray:
+    """Keypoints `[F, 18, 3]` in an image of this height with the errors of `config.animate.pose_errors`.
+
+    Args:
+        video: number of the video in an evaluation, whose videos have independent errors.
+    """
     errors = config.animate.pose_errors
-    return corrupt_poses(poses, errors.kind, errors.share, errors.size, height, errors.seed)
+    return corrupt_poses(poses, errors.kind, errors.share, errors.size, height, (errors.seed, video))
 
 
 def create_folder(folder: Path) -> None:

@@ -148,7 +148,7 @@ def study(arguments: Any, config: Any) -> None:
     from pipelines.study.run import study
 
     chosen = questions(arguments.questions, config.study.pose_error_sizes)
-    study(arguments.out, chosen, arguments.seeds, config)
+    study(arguments.out, chosen, arguments.seeds, config, arguments.report_only)
 
 
 def memory(arguments: Any, config: Any) -> None:

@@ -75,7 +75,7 @@ def _html(block: Block, folder: Path) -> str:
         return f"<p>{_inline(block.text)}</p>"
     if isinstance(block, Image):
         data = base64.b64encode((folder / block.path).read_bytes()).decode()
-        return f'<p><img alt="{html.escape(block.text)}" src="data:image/png;base64,{data}"></p>'
+        return f'<p><img alt="{html.escape(block.text)}" src="data:image/{block.path.suffix[1:]};base64,{data}"></p>'
     head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.header)
     rows = "\n".join(
         "<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>" for row in block.rows

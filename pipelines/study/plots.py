@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,8 +15,9 @@ from tcan.atomic_write import atomic_write
 from tcan.video import read_video
 
 COLOURS = {"supported": "tab:green", "contradicted": "tab:red", "undecided": "tab:gray", None: "tab:blue"}
-STRIP_TIMES = 4
+STRIP_TIMES = 6
 DPI = 110
+WEBP_QUALITY = 80
 
 
 def plot_effects(outcomes: Sequence[Outcome], path: Path) -> bool:
@@ -80,34 +82,55 @@ def _draw_curve(ax: Axes, curve: Curve, results: Results, seeds: Sequence[int]) 
 
 
 def plot_strip(conditions: Sequence[Condition], out: Path, seed: int, path: Path) -> bool:
-    """Write one row per condition: reference, then truth and result of the first video at several times."""
-    rows = []
+    """Write frames of the first held-out video: the truth and the driving poses, then a row for each condition.
+
+    Returns:
+        False if no condition is evaluated.
+    """
+    rows: list[tuple[str, np.ndarray]] = []
+    previous: Condition | None = None
     for condition in conditions:
         found = sorted((out / CELLS / evaluation_name(condition, seed) / "videos").glob("000-*.mp4"))
-        if found:
-            rows.append((condition.name, read_video(found[0])[0]))
+        if not found:
+            continue
+        reference, pose, truth, result = np.split(read_video(found[0])[0], 4, axis=2)
+        blank = np.full_like(reference, 255)
+        if previous is None or condition.videos != previous.videos:
+            rows.append((f"truth ({condition.videos})", _strip_frames(reference, truth)))
+        if previous is None or _driving(condition) != _driving(previous):
+            rows.append(("driving poses", _strip_frames(blank, pose)))
+        rows.append((condition.name, _strip_frames(blank, result)))
+        previous = condition
     if not rows:
         return False
-    columns = 1 + 2 * STRIP_TIMES
-    figure = Figure(figsize=(1.1 * columns, 1.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (name, video) in zip(axes, rows, strict=True):
-        reference, _, truth, result = np.split(video, 4, axis=2)
-        times = np.linspace(0, len(video) - 1, STRIP_TIMES + 1).round().astype(int)[1:]
-        images = [("reference", reference[0])]
-        for time in times:
-            images += [(f"truth, frame {time}", truth[time]), (f"result, frame {time}", result[time])]
-        for ax, (label, image) in zip(line, images, strict=True):
-            ax.imshow(image)
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.set_xlabel(label, fontsize=5)
-        line[0].set_title(name, fontsize=7, loc="left")
+    height, width = rows[0][1].shape[:2]
+    figure = Figure(figsize=(9, 0.25 + 7.4 * height / width * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), squeeze=False)[:, 0]
+    for ax, (name, image) in zip(axes, rows, strict=True):
+        ax.imshow(image, interpolation="lanczos")
+        ax.set_anchor("E")  # the labels are at the left
+        ax.set_xticks([])
+        ax.set_yticks([height / 2], ["\n".join(wrap(name, 20))])
+        ax.tick_params(labelsize=7, length=0)
+        ax.spines[:].set_visible(False)
     _save(figure, path)
     return True
 
 
+def _strip_frames(reference: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """One row `[H, W, 3]`: the first frame of `reference`, then `frames` at `STRIP_TIMES` times."""
+    times = np.linspace(0, len(frames) - 1, STRIP_TIMES + 1).round().astype(int)[1:]
+    return np.concatenate([reference[0], *frames[times]], axis=1)
+
+
+def _driving(condition: Condition) -> tuple[object, object]:
+    """What determines the driving poses of a condition."""
+    return condition.videos, condition.options.get("pose_errors")
+
+
 def _save(figure: Figure, path: Path) -> None:
     with atomic_write(path) as partial:
-        # Without metadata, equal results give equal files.
-        figure.savefig(partial, dpi=DPI, metadata={"Software": None})
+        if path.suffix == ".webp":
+            figure.savefig(partial, dpi=DPI, pil_kwargs={"quality": WEBP_QUALITY})
+        else:  # without metadata, equal results give equal files
+            figure.savefig(partial, dpi=DPI, metadata={"Software": None})

@@ -101,13 +101,13 @@ NO_TEMPORAL = Model("stage2-no-temporal-controlnet", 2, {"temporal_controlnet": 
 LOCAL_ERRORS: tuple[ErrorKind, ...] = ("missing", "jitter", "outliers", "swaps", "frozen", "burst")
 """Kinds of pose errors that the neighboring frames can correct."""
 ERROR_SIZES: dict[ErrorKind, tuple[float, ...]] = {
-    "missing": (0.2, 0.5, 0.1, 0.8),
-    "jitter": (0.02, 0.05, 0.01, 0.1),
-    "outliers": (0.1, 0.3, 0.05, 0.5),
-    "swaps": (0.1, 0.3, 0.05, 0.5),
-    "frozen": (0.3, 0.6, 0.15, 0.8),
-    "burst": (0.1, 0.3, 0.05, 0.5),
-    "offset": (0.03, 0.08, 0.015, 0.15),
+    "missing": (0.5, 0.2, 0.1, 0.8),
+    "jitter": (0.05, 0.02, 0.01, 0.1),
+    "outliers": (0.3, 0.1, 0.05, 0.5),
+    "swaps": (0.3, 0.1, 0.05, 0.5),
+    "frozen": (0.6, 0.3, 0.15, 0.8),
+    "burst": (0.3, 0.1, 0.05, 0.5),
+    "offset": (0.08, 0.03, 0.015, 0.15),
 }
 """Fraction of the joints or frames with errors; for jitter (of all frames) and offset a fraction of the image height. The
 first ones are used first (`study.pose_error_sizes`)."""

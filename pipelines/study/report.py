@@ -45,7 +45,8 @@ def write_report(
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
     link = _linker(config)
-    blocks = [*_introduction(questions, outcomes, seeds, failed, run_id, link, config)]
+    missing = [name for name in cells if name not in results and name not in failed]
+    blocks = [*_introduction(questions, outcomes, seeds, run_id, link, config), *_incomplete(failed, missing)]
     for question in questions:
         blocks += _question(question, outcomes[question.name], results, seeds, out, link)
     contents = {
@@ -53,6 +54,7 @@ def write_report(
         "mlflow_run_id": run_id,
         "seeds": list(seeds),
         "failed": dict(failed),
+        "missing": missing,
         "questions": [_json(question, outcomes[question.name], results, seeds) for question in questions],
     }
     for name, text in (
@@ -81,12 +83,13 @@ def _introduction(
     questions: Sequence[Question],
     outcomes: Mapping[str, Sequence[Outcome]],
     seeds: Sequence[int],
-    failed: Mapping[str, str],
     run_id: str,
     link: Link,
     config: Config,
 ) -> list[Block]:
     study, train = config.study, config.train
+    errors = {"dropout": train.pose_dropout, "jitter": train.pose_jitter, "outliers": train.pose_outliers}
+    trained_with = ", ".join(f"{name} {value:g}" for name, value in errors.items() if value) or "none"
     verdicts = [
         (question.title, question_verdict(outcomes[question.name]) or "no hypothesis")
         for question in questions
@@ -96,7 +99,8 @@ def _introduction(
         Paragraph(
             f"Training seeds: {len(seeds)}. {study.held_out_videos} held-out videos of each distribution with {study.frames} "
             f"frames, {study.train_videos} training videos. Stage 1: {train.stage1.steps} steps of {train.stage1.batch_size} "
-            f"images; stage 2: {train.stage2.steps} steps of {train.stage2.batch_size} clips; {study.steps} denoising steps. "
+            f"images; stage 2: {train.stage2.steps} steps of {train.stage2.batch_size} clips of "
+            f"{train.clip_frames} frames, pose errors in training: {trained_with}. {study.steps} denoising steps. "
             f"All runs are nested in the MLflow {link('run of the study', run_id)}. Every number links to its run."
         ),
         Paragraph(
@@ -117,13 +121,20 @@ def _introduction(
         blocks.append(
             Paragraph("With one seed, the intervals do not include the variation between trainings.")
         )
+    return blocks
+
+
+def _incomplete(failed: Mapping[str, str], missing: Sequence[str]) -> list[Block]:
+    blocks: list[Block] = []
     if failed:
-        rows = [(name, reason) for name, reason in failed.items()]
         blocks += [
             Heading(2, "Failed cells"),
             Paragraph("These cells failed, and are missing below. Rerun the command to run them again."),
-            Table(("cell", "reason"), rows),
+            Table(("cell", "reason"), list(failed.items())),
         ]
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        blocks += [Heading(2, "Cells that are not finished"), Paragraph(f"{len(missing)} cells: {names}.")]
     return blocks
 
 
@@ -142,7 +153,8 @@ def _question(
         Paragraph(f"Verdict: {question_verdict(outcomes) or 'no hypothesis'}."),
         _effects(outcomes),
     ]
-    figures = {kind: Path("figures") / f"{question.name}-{kind}.png" for kind in ("effects", "curves", "strip")}  # fmt: skip
+    files = {"effects": "effects.png", "curves": "curves.png", "strip": "strip.webp"}
+    figures = {kind: Path("figures") / f"{question.name}-{file}" for kind, file in files.items()}
     if plot_effects(outcomes, out / figures["effects"]):
         blocks.append(Image(figures["effects"], "Effects with 95 % intervals"))
     if plot_curves(question, results, seeds, out / figures["curves"]):
@@ -150,7 +162,11 @@ def _question(
             Image(figures["curves"], "Means over the videos: a point per seed, a line through their means")
         )
     if plot_strip(question.strip, out, seeds[0], out / figures["strip"]):
-        blocks.append(Image(figures["strip"], f"First held-out video, seed {seeds[0]}"))
+        blocks.append(
+            Image(
+                figures["strip"], f"Frames of the first held-out video, seed {seeds[0]}; left: the reference"
+            )
+        )
     return [*blocks, _means(question, results, seeds, link)]
 
 
@@ -184,7 +200,7 @@ def _means(question: Question, results: Results, seeds: Sequence[int], link: Lin
                 value = mean_value(condition, metric, results, seed)
                 if value is not None:
                     run = results[evaluation_name(condition, seed)]["mlflow_run_id"]
-                    numbers.append(link(f"{value:.3g}", run))
+                    numbers.append(link(f"{value:.4g}", run))
             row.append(" ".join(numbers) or "-")
         rows.append(row)
     units = [f"{metric.label}{f', {metric.unit}' if metric.unit else ''}" for metric in metrics]

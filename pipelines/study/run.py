@@ -40,7 +40,9 @@ HELD_OUT: tuple[Distribution, ...] = ("dance", "bizarre")
 ANIMATE_MAY_CHANGE = {"workers", "device", "offload", "decode_batch", "compile"}
 
 
-def study(out: str | Path, questions: list[Question], seeds: int, config: Config) -> dict[str, Any]:
+def study(
+    out: str | Path, questions: list[Question], seeds: int, config: Config, report_only: bool = False
+) -> dict[str, Any]:
     """Run all missing cells of the questions, side by side as far as the cluster has room, and write the report.
 
     A cell that fails does not stop the others; the report names it.
@@ -48,12 +50,13 @@ def study(out: str | Path, questions: list[Question], seeds: int, config: Config
     Args:
         out: a local folder, or one that all machines of the cluster share.
         seeds: number of trainings of each model, with the seeds from `config.seed` on.
+        report_only: write the report of the finished cells, and run none.
 
     Returns:
         the contents of report.json.
 
     Raises:
-        UserError: OUT is a study of another configuration; the videos cannot be preprocessed; cells failed, raised after
+        UserError: OUT is a study of another configuration, or not a study if `report_only`; the videos cannot be preprocessed; cells failed, raised after
             the report is written.
     """
     if seeds < 1:
@@ -63,6 +66,8 @@ def study(out: str | Path, questions: list[Question], seeds: int, config: Config
             f"--out {out}: a bucket; pass a local folder, or one that all machines of the cluster share"
         )
     out = Path(out).absolute()
+    if report_only and not (out / STUDY_FILE).exists():
+        raise UserError(f"{out}: no study; run the command without --report_only first")
     store = dataclasses.replace(config.tracking, folder=str(out / "mlflow"))
     config = dataclasses.replace(config, tracking=tracking.resolve(store))
     used_seeds = range(config.seed, config.seed + seeds)
@@ -75,8 +80,10 @@ def study(out: str | Path, questions: list[Question], seeds: int, config: Config
             "study", f"study {out.name}", config.tracking, params, out, run_id=state["mlflow_run_id"]
         ) as run:
             _write_state(out, {**state, "mlflow_run_id": run.id})
-            _prepare(out, config, run.id)
-            failed = _run_missing(cells, out, config, run.id)
+            failed: dict[str, str] = {}
+            if not report_only:
+                _prepare(out, config, run.id)
+                failed = _run_missing(cells, out, config, run.id)
             report = write_report(out, questions, used_seeds, cells, failed, run.id, config)
             _log(run, out, report)
     print(f"report: {out / 'report.md'}, {out / 'report.html'}", flush=True)

@@ -9,6 +9,7 @@ from tcan.errors import UserError
 
 RESAMPLES = 10_000
 MIN_VIDEOS = 3
+DECIMALS = 10
 Verdict = Literal["supported", "contradicted", "undecided"]
 
 
@@ -51,6 +52,7 @@ def paired_effect(differences: np.ndarray, seed: int = 0) -> Effect:
     rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
     columns = rng.multinomial(videos, np.full(videos, 1 / videos), RESAMPLES) / videos
     means = np.einsum("rs,sv,rv->r", rows, differences, columns)
+    means = means.round(DECIMALS)  # so that equal values give exactly 0
     low, high = np.percentile(means, (2.5, 97.5))
     tail = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, max(2 * (tail + 1) / (RESAMPLES + 1), 2.0 ** (1 - videos)))

@@ -44,7 +44,7 @@ class PoseErrors:
 
 
 def corrupt_poses(
-    keypoints: Keypoints, kind: ErrorKind, share: float, size: float, side: int, seed: int
+    keypoints: Keypoints, kind: ErrorKind, share: float, size: float, side: int, seed: int | tuple[int, ...]
 ) -> Keypoints:
     """Return a copy of keypoints `[F, 18, 3]` with errors of one kind; equal arguments give equal errors.
 

@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from pipelines.config.parser import load_config
 from pipelines.config.study import StudyConfig
+from pipelines.demo import HELD_OUT_SEED
+from pipelines.inference import driving_poses
+from pipelines.puppets.world import sample_clip
 from pipelines.study import cost
 from pipelines.study.analysis import analyse, question_verdict
 from pipelines.study.cells import TrainingCell, cells_of, evaluation_name
@@ -34,6 +38,10 @@ from pipelines.study.questions import (
 )
 from pipelines.study.run import _settings, study
 from tcan.errors import UserError
+from tcan.model import TCAN
+from tcan.pixels import to_controlnet_input
+from tcan.pose.draw import draw_poses
+from tcan.weights import load_pretrained
 
 BASE = Condition("stage1-dance", STAGE1)
 FEWER = Condition("stage1-dance-steps-1", STAGE1, options={"steps": 1})
@@ -108,6 +116,16 @@ def test_every_kind_of_pose_errors_has_the_requested_number_of_sizes() -> None:
     assert pooled.primary and len(pooled.pairs) == 6 * 4  # all kinds but the systematic one
 
 
+def test_videos_of_an_evaluation_have_independent_pose_errors() -> None:
+    config = load_config("--animate.pose_errors.kind", "outliers", "--animate.pose_errors.share", "0.3")
+    poses = np.random.default_rng(0).uniform(1, 127, (20, 18, 3)).astype(np.float32)
+    wrong = [(driving_poses(poses, 128, config, video) != poses).any(axis=(1, 2)) for video in range(9)]
+    assert [frames.sum() for frames in wrong] == [6] * 9
+    assert len({tuple(np.flatnonzero(frames)) for frames in wrong}) == 9
+    again = driving_poses(poses, 128, config, 0)
+    assert np.array_equal(again, driving_poses(poses, 128, config))
+
+
 def test_effects_are_paired_by_video_and_seed_and_decided_with_holms_correction() -> None:
     rng = np.random.default_rng(0)
     videos = rng.normal(50, 20, (3, 8)) / 100  # far larger than the effect
@@ -172,11 +190,37 @@ def test_counted_operations_of_the_temporal_layers_equal_the_formula() -> None:
     assert on - off == 2 * products
 
 
+def test_levels_with_temporal_layers_have_few_percent_of_the_effect_of_the_pose_in_mini() -> None:
+    """docs/study.md: why mini cannot decide whether the temporal ControlNet corrects poses."""
+    parts = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
+    mini = load_pretrained(**dict.fromkeys(parts, "mini"))
+    tcan = TCAN(mini.unet, mini.controlnet, mini.motion_adapter, mini.empty_prompt)
+    clip = sample_clip("dance", HELD_OUT_SEED, 4, 128)
+    drawn = torch.from_numpy(draw_poses(clip.keypoints, 128, 128, 2))[None]
+    noisy = torch.randn(1, 4, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    for timestep in (torch.tensor([400]), torch.tensor([800])):
+        with torch.no_grad():
+            down, middle = tcan.pose_residuals(noisy, timestep, to_controlnet_input(drawn))
+            shallow = [residual * (residual.shape[-1] > 4) for residual in down]
+            complete, partial, without = (
+                tcan.denoise(noisy, timestep, residuals, None)
+                for residuals in ((down, middle), (shallow, 0 * middle), None)
+            )
+        share = (complete - partial).norm() / (complete - without).norm()
+        assert 0.01 < share < 0.1
+
+
 def test_too_few_videos_for_an_interval_raise_user_error() -> None:
     with pytest.raises(UserError, match=r"study\.held_out_videos = 2: must be at least 3"):
         StudyConfig(held_out_videos=2)
     with pytest.raises(UserError, match="--seeds 0: must be at least 1"):
         study(Path("unused"), [], 0, CONFIG)
+
+
+def test_report_only_requires_a_study(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no study; run the command without --report_only"):
+        study(tmp_path, [QUESTION], 1, CONFIG, report_only=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_study_of_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -207,11 +251,14 @@ def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
             process.kill()
     psutil.wait_procs(processes, 20)
     assert not (training.parent / "cell.json").exists()  # it was killed during the training
+    report = study(out, [QUESTION], 1, CONFIG, report_only=True)
+    assert len(report["missing"]) == 4 and not report["failed"]
+    assert "4 cells: `stage1-seed0`" in (out / "report.md").read_text()
 
     with pytest.raises(UserError, match=r"1 of 4 cells failed, such as stage1-dance-broken-seed0 .*window"):
         run_here(out)
     report = json.loads((out / "report.json").read_text())
-    assert list(report["failed"]) == ["stage1-dance-broken-seed0"]
+    assert not report["missing"] and list(report["failed"]) == ["stage1-dance-broken-seed0"]
     decided, failed = report["questions"][0]["comparisons"]
     assert decided["effect"]["videos"] == 3 and decided["verdict"] in (
         "supported",
@@ -221,7 +268,7 @@ def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
     assert failed["effect"] is None and "no seed with all cells finished" in failed["note"]
     text = (out / "report.md").read_text()
     assert "stage1-dance-broken-seed0" in text and "figures/test-effects.png" in text
-    assert (out / "report.html").read_text().count("data:image/png") == 2
+    assert (out / "report.html").read_text().count("data:image/") == 2
 
     client = MlflowClient(f"sqlite:///{out}/mlflow/mlflow.db")
     parent = report["mlflow_run_id"]
