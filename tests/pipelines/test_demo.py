@@ -66,7 +66,9 @@ def test_mlflow_runs_are_linked_by_tags(out: Path):
     assert stage2.data.tags["tcan.stage1_run"] == stage1.info.run_id
     assert by_kind["evaluate"].data.tags["tcan.model_run"] == stage2.info.run_id
     losses = client.get_metric_history(stage1.info.run_id, "loss")
-    assert sorted(metric.step for metric in losses) == [1, 2, 3] and all(0 < metric.value < 2 for metric in losses)
+    assert sorted(metric.step for metric in losses) == [1, 2, 3] and all(
+        0 < metric.value < 2 for metric in losses
+    )
 
 
 def test_inputs_without_person_raise_user_error(out: Path, tmp_path: Path):
