@@ -94,6 +94,7 @@ class KillableAnimator(Animator):
         return {"status": "done", "frames": 1}
 
 
+@pytest.mark.slow
 def test_worker_death_fails_only_its_pair(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from pipelines.preprocess.sources import Source
 from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
 from tcan.weights import load_part
-from tests.pipelines.test_preprocess import encoded_row, end_row, person
+from tests.pipelines.test_assembly import encoded_row, end_row, person
 
 IDS = ["0" * 16, "8" * 16, "f" * 16]
 IDENTITY = {"schema_version": SCHEMA_VERSION, "validation_fraction": 0.1}
