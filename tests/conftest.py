@@ -1,7 +1,11 @@
 """Shared environment and fixtures: a local Ray cluster, an S3 server, random pretrained models and a model on them."""
 
 import os
+import signal
 import subprocess
+
+# A shell starts jobs in the background with SIGINT ignored; programs that tests start would inherit this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set before torch, ray and deepspeed are imported; their child processes inherit it.
 for name, value in {
