@@ -234,7 +234,6 @@ def test_ctrl_c_offers_to_stop_the_job_or_leave_it_running(
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdin=terminal, stdout=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # pytest in the background ignores SIGINT
     )  # fmt: skip
     assert process.stdout is not None
     job = process.stdout.readline().split()[1]
