@@ -56,8 +56,8 @@ def study(
         the contents of report.json.
 
     Raises:
-        UserError: OUT is a study of another configuration, or not a study if `report_only`; the videos cannot be preprocessed; cells failed, raised after
-            the report is written.
+        UserError: OUT is a study of another configuration, or not a study if `report_only`; the videos cannot be preprocessed;
+            cells failed, raised after the report is written.
     """
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be at least 1; set e.g. 3")

@@ -1,6 +1,7 @@
 """Machines without a shared folder, as Linux namespaces on this machine (as root).
 
-Each machine has its own network address on a common switch, host name, process ids, `/tmp`, `/var/tmp`, `/run` and `/dev/shm`. Everything else, including the code, is read-only, as in an image. So two machines share nothing that they can write.
+Each machine has its own network address on a common switch, host name, process ids, `/tmp`, `/var/tmp`, `/run` and `/dev/shm`.
+Everything else, including the code, is read-only, as in an image. So two machines share nothing that they can write.
 Killing the first process of a machine ends all its processes at once, and its network interface disappears.
 
 This machine's own network is not changed: the switch is a bridge in a namespace of its own.
@@ -19,6 +20,7 @@ NETWORK = "10.77.0"
 HOME = "/tmp/home"
 TOOLS = ("ip", "mount", "nsenter", "setpriv", "unshare")
 START_SECONDS = 10
+_NAMESPACES = ("--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc")  # options of unshare
 
 # Runs as the first process of a machine. $1: folder of its files, $2: its name, $3: folder with the code, $4: its address.
 _BOOT = """
@@ -57,23 +59,7 @@ def missing_requirement() -> str | None:
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
         return f"requires {', '.join(missing)} (packages iproute2 and util-linux)"
     probe = "mount --make-rprivate / && ip link add probe0 type bridge && ip link add probe1 type veth peer name probe2"
-    result = subprocess.run(
-        [
-            "unshare",
-            "--net",
-            "--mount",
-            "--uts",
-            "--ipc",
-            "--pid",
-            "--fork",
-            "--mount-proc",
-            "sh",
-            "-c",
-            probe,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    result = subprocess.run(["unshare", *_NAMESPACES, "sh", "-c", probe], capture_output=True, text=True)
     if result.returncode:
         return f"namespaces cannot be made here ({' '.join(result.stderr.split())[:200]})"
     return None
@@ -148,9 +134,8 @@ class Machine:
         self.name, self.address, self._folder = name, f"{NETWORK}.{number}", folder
         self._environment = {"PATH": os.environ["PATH"], "HOME": HOME, "TERM": "dumb", **environment}
         folder.mkdir(parents=True)
-        flags = ["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc"]
         boot = ["sh", "-c", _BOOT, "boot", str(folder), name, str(ROOT), self.address]
-        self._namespaces = _Namespaces(flags, boot)
+        self._namespaces = _Namespaces(_NAMESPACES, boot)
         switch.connect(self._namespaces.pid, number)
         booted = folder / "tmp" / "booted"
         for _ in range(START_SECONDS * 100):
