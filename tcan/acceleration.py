@@ -49,6 +49,14 @@ def compile_vae(vae: AutoencoderKL, backend: Any = "inductor", cuda_graphs: bool
         network.forward = _compiled(network.forward, chosen, cuda_graphs)
 
 
+def compile_for_frames(network: nn.Module, backend: Any = "inductor") -> None:
+    """Compile a network of single frames, in place, once for all sizes: those of videos differ.
+
+    torch specializes batches of one frame: a second compilation. On CPUs, its convolutions add one for 16 frames or more.
+    """
+    network.forward = torch.compile(network.forward, fullgraph=True, dynamic=True, backend=backend)
+
+
 def _compiled(function: Callable[..., Any], backend: Any, cuda_graphs: bool) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILATIONS)
     mode = "reduce-overhead" if cuda_graphs else None

@@ -184,11 +184,16 @@ class TrainConfig:
     """Number of steps to profile on the first worker (>= 0), from the third step after the start. The trace for
     ui.perfetto.dev is stored in the artifact folder profile/. 0 disables."""
 
+    data_processes: int | Literal["auto"] = "auto"
+    """Number of processes of a worker that create its batches (>= 0); 0: a thread. auto: on GPUs `cpus_per_worker` - 1, at
+    least 1; otherwise 0."""
+
     clip_cache_mb: int = 1024
-    """Memory of a worker for clips read from the dataset in MiB (>= 0)."""
+    """Memory of a worker for clips read from the dataset in MiB (>= 0), shared equally among its data processes."""
 
     cache_disk_gb: float = 0.0
-    """Local disk of a worker for clips read from a bucket in GiB (>= 0), in the temporary folder. 0 disables."""
+    """Local disk of a worker for clips read from a bucket in GiB (>= 0), in the temporary folder, shared equally among its
+    data processes. 0 disables."""
 
     def __post_init__(self) -> None:
         for name, stage in (("train.stage1.", self.stage1), ("train.stage2.", self.stage2)):
@@ -206,6 +211,8 @@ class TrainConfig:
                 f"train.loss_spike_factor = {self.loss_spike_factor}: must be above 1, or 0 to disable spike detection; set e.g. 20"
             )
         check(self, "train.", at_least(0), profile_steps=3, clip_cache_mb=1024, cache_disk_gb=50)
+        if self.data_processes != "auto":
+            check(self, "train.", at_least(0), data_processes=2)
         check(self, "train.", at_least(2), clip_frames=16)
         check(self, "train.", at_least(-1), max_failures=3)
         check(self, "train.", DECAY, ema_decay=0.999)

@@ -17,13 +17,14 @@ from pipelines.config import PretrainedConfig
 from pipelines.preprocess.latents import EncodedFrames
 from pipelines.preprocess.pose import pack_people
 from pipelines.preprocess.schemas import ENCODED_SCHEMA
+from tcan.acceleration import compile_for_frames, use_fast_formats
 from tcan.errors import UserError
-from tcan.pose import PoseDetector
+from tcan.pose import OpenPose
 from tcan.pose.hands import FaceDetector, HandDetector
 from tcan.weights import load_part, load_pose_detector
 
 
-def load_models(pretrained: PretrainedConfig, device: str) -> tuple[PoseDetector, AutoencoderKL]:
+def load_models(pretrained: PretrainedConfig, device: str) -> tuple[OpenPose, AutoencoderKL]:
     """Load the pose detector and the VAE (float32).
 
     Raises:
@@ -49,6 +50,9 @@ def load_part_detectors(
     return detectors
 
 
+WARM_UP_SIZE = (64, 128)
+"""Height and width in pixels of the frames for which networks are compiled. Not square: torch would assume equal sides."""
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -57,6 +61,8 @@ class PoseAndLatents:
 
     Several threads may call it: while one decodes poses on the CPU, the GPU computes for another. Each thread has a CUDA
     stream of its own, so copies overlap with computation.
+
+    compiled: compile the body network and the VAE's encoder, here, before several threads use them.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class PoseAndLatents:
         hands: bool = False,
         face: bool = False,
         precision: str = "fp32",
+        compiled: bool = False,
     ) -> None:
         torch.set_num_threads(1)  # Ray reserves one CPU; torch would use all CPUs of the node
         self.detector, self.vae = load_models(pretrained, device)
@@ -75,6 +82,11 @@ class PoseAndLatents:
         self.parts = load_part_detectors(pretrained.pose, hands, face, device)
         self.batch_frames = batch_frames
         self._of_thread = threading.local()
+        use_fast_formats(self.vae.device, self.vae, self.detector.network)
+        if compiled:
+            compile_for_frames(self.vae.encoder)
+            compile_for_frames(self.detector.network)
+            self.encode(np.zeros((min(2, batch_frames), *WARM_UP_SIZE, 3), np.uint8))
 
     def __call__(self, clips: pa.Table) -> pa.Table:
         frames = clips["frames"]

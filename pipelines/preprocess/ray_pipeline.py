@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 import ray.data
+import torch
 
 from pipelines.cluster import connect
 from pipelines.config import Config
@@ -14,6 +15,7 @@ from pipelines.preprocess.decode import decode
 from pipelines.preprocess.models import PoseAndLatents
 from pipelines.preprocess.quarantine import Quarantine, count_attempts
 from pipelines.preprocess.sources import Source
+from tcan.acceleration import is_compiled
 
 # Small blocks let the models start while a video is still being decoded, and limit the data in flight. A square clip of 64
 # frames is 3 MiB at 128 px, and 48 MiB (one block) at 512 px.
@@ -128,4 +130,5 @@ def _models(config: Config, device: str) -> functools.partial:
         hands=settings.hands,
         face=settings.face,
         precision=settings.precision,
+        compiled=is_compiled(settings.compile, torch.device(device)),
     )

@@ -76,6 +76,7 @@ class ClipStore:
         cache_bytes: int = 1 << 30,
         disk_bytes: int = 0,
     ):
+        self._arguments = (dataset, split, cache_bytes, disk_bytes)
         self._folder = str(dataset)
         self._disk = DiskCache(disk_bytes) if disk_bytes and storage.is_remote(dataset) else None
         index = read_index(dataset)
@@ -91,6 +92,10 @@ class ClipStore:
         self._cache = _Cache(cache_bytes)
         self._open: OrderedDict[int, pa.NativeFile] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["ClipStore"], tuple]:
+        """In another process: the same clips, with caches of its own."""
+        return ClipStore, self._arguments
 
     @property
     def videos(self) -> Sequence[Video]:

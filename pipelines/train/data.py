@@ -4,8 +4,7 @@ They depend neither on the number of workers nor on restarts: each sample has it
 numbers, so any worker can create any sample without the earlier ones.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -65,6 +64,10 @@ class Batch:
         tensors = {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
         pose = to_controlnet_input(tensors["pose"])
         return tensors | {"pose": pose, "reference_mask": self.reference_mask.tolist()}
+
+    def pin_memory(self) -> "Batch":
+        """A copy in pinned memory. `torch.utils.data.DataLoader` calls it, too."""
+        return Batch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
 
 class Sampler:
@@ -199,29 +202,3 @@ def join_batches(batches: Sequence[Batch]) -> list[Batch]:
         Batch(**{field.name: torch.cat([getattr(b, field.name) for b in group]) for field in fields(Batch)})
         for group in by_size.values()
     ]
-
-
-class Prefetcher:
-    """Creates the next step's batches in a thread while the current step runs.
-
-    create: step -> batches of this worker.
-    """
-
-    def __init__(self, create: Callable[[int], list[Batch]]):
-        self._create = create
-        self._executor = ThreadPoolExecutor(1, "data")
-        self._next: tuple[int, Future] | None = None
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def get(self, step: int) -> list[Batch]:
-        """The batches of a step; starts to create those of the next one."""
-        if self._next is None or self._next[0] != step:
-            self._next = step, self._executor.submit(self._create, step)
-        batches = self._next[1].result()
-        self._next = step + 1, self._executor.submit(self._create, step + 1)
-        return batches

@@ -31,6 +31,10 @@ class VideoOrder:
         self._permutation = functools.lru_cache(2 * len(self._sizes))(self._new_permutation)
         self._schedule = functools.lru_cache(2)(self._new_schedule)
 
+    def __reduce__(self) -> tuple[type["VideoOrder"], tuple]:
+        """In another process: without the cached values, which cannot be pickled."""
+        return VideoOrder, (self._buckets, self._batch_size, self._rng)
+
     def video(self, step: int, index: int) -> int:
         """Number of the video, 0 to N - 1."""
         bucket, batch = self.batch(step)

@@ -33,6 +33,7 @@ RESUME_MAY_CHANGE = {
     "hang_timeout",
     "log_every",
     "profile_steps",
+    "data_processes",
     "clip_cache_mb",
     "cache_disk_gb",
 }

@@ -20,11 +20,12 @@ from torch import Tensor
 from pipelines.config import StageConfig
 from pipelines.train import checkpoint
 from pipelines.train.clips import ClipStore
-from pipelines.train.data import NO_ERRORS, Batch, Prefetcher, Sampler
+from pipelines.train.data import NO_ERRORS, Batch, Sampler
 from pipelines.train.engine import create_engine, ema_weights, optimizer_step
 from pipelines.train.heartbeat import Heartbeat
 from pipelines.train.loss_guard import LossGuard, arm_watchdog
 from pipelines.train.model import batch_loss, build_model, save_trained_model
+from pipelines.train.prefetch import StepBatches, data_processes, prefetched
 from pipelines.train.run_logger import RunLogger
 from pipelines.train.task import Task, pretrained_sources, schedule_options
 from pipelines.train.throughput import FlopsMeter, peak_matmul_flops, profiler
@@ -120,13 +121,15 @@ class Trainer:
         if self.first_step >= self.stage.steps and not self.state.get("model"):
             self.save(self.first_step, is_last=True)  # train.stageN.steps was lowered since the last start
         profile = self._profiler()
-        shard = (self.rank, self.workers, self.task.micro_batch)
-        with Prefetcher(lambda step: self.sampler.worker_batches(step, *shard)) as prefetcher:
+        source = StepBatches(self.sampler, self.rank, self.workers, self.task.micro_batch)
+        steps = range(self.first_step, self.stage.steps)
+        pinned = self.device.type == "cuda"
+        with prefetched(source, steps, data_processes(self.config), pinned) as upcoming:
             has_left_machine = False
-            for step in range(self.first_step, self.stage.steps):
+            for step in steps:
                 arm_watchdog(self.config.hang_timeout)
                 began = time.perf_counter()
-                batches = prefetcher.get(step)
+                batches = next(upcoming)
                 data_wait = time.perf_counter() - began
                 result = self.train_step(step, batches)
                 shape, seconds = batches[0].latents.shape, time.perf_counter() - began
@@ -285,9 +288,11 @@ def create_sampler(
     """
     config = task.config.train
     # Validation reads its samples once.
-    disk_bytes = int(config.cache_disk_gb * 2**30) if split == "train" else 0
+    # Each process that creates batches has a copy of the store.
+    copies = max(1, data_processes(config)) if split == "train" else 1
+    disk_bytes = int(config.cache_disk_gb * 2**30) // copies if split == "train" else 0
     return Sampler(
-        ClipStore(task.dataset, split, config.clip_cache_mb << 20, disk_bytes),
+        ClipStore(task.dataset, split, (config.clip_cache_mb << 20) // copies, disk_bytes),
         task.stage,
         seed=task.config.seed,
         batch_size=batch_size,

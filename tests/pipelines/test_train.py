@@ -1037,13 +1037,14 @@ def test_full_disk_preserves_the_last_complete_checkpoint(
 def test_fewer_workers_produce_the_same_losses(uninterrupted, tmp_path, pretrained, clips, ray_cluster):
     """Allows one or two workers of two CPUs each on two CPUs in total, so one starts.
 
-    Checkpoints are in a separate storage.
+    Checkpoints are in a separate storage, and a process creates the batches.
     """
     from pipelines.train.job import train
 
     keys = (
         "--train.min_workers=1",
         "--train.cpus_per_worker=2",
+        "--train.data_processes=1",
         f"--train.storage=file://{tmp_path}/storage",
     )
     config = make_config(pretrained, tmp_path, *keys)

@@ -13,8 +13,16 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tcan.acceleration import TCAN_NETWORKS, compile_tcan, compile_vae, is_compiled, use_fast_formats
+from tcan.acceleration import (
+    TCAN_NETWORKS,
+    compile_for_frames,
+    compile_tcan,
+    compile_vae,
+    is_compiled,
+    use_fast_formats,
+)
 from tcan.model import TCAN, diffusion_loss
+from tcan.pose.network import BodyPoseNetwork
 from tests.operators import CountOperators
 from tests.tiny import LATENT, tiny_batch, tiny_tcan, tiny_vae
 
@@ -97,6 +105,17 @@ def test_vae_is_one_graph_per_network() -> None:
         found = [vae.decode(vae.encode(image).latent_dist.mean).sample for image in images]
     assert difference(expected, found) < TOLERANCE
     assert compilations(counted) == {"encoder": 1, "decoder": 1}
+
+
+def test_network_of_frames_is_one_graph_for_all_sizes() -> None:
+    network = BodyPoseNetwork().eval().requires_grad_(False)
+    images = [torch.rand(*size) for size in ((2, 3, 64, 128), (3, 3, 96, 96), (7, 3, 128, 72))]
+    expected = [part for image in images for part in network(image)]
+    counter = CompileCounterWithBackend("eager")
+    compile_for_frames(network, counter)
+    found = [part for image in images for part in network(image)]
+    assert difference(expected, found) < TOLERANCE
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow
