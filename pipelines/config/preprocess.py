@@ -60,8 +60,9 @@ class PreprocessConfig:
     """Batch size of the pose network and the VAE in frames (>= 1). Use the largest that fits in device memory."""
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Data type of the VAE encoder. fp16 and bf16 are faster on a GPU and less accurate: with mini, the error of the mean is
-    0.35 (fp16) or 2.5 (bf16) times the posterior's standard deviation, which training samples from."""
+    """Data type of the VAE encoder and the body pose network. fp16 and bf16 are faster on a GPU and less accurate: with mini,
+    the error of the mean is 0.35 (fp16) or 2.5 (bf16) times the posterior's standard deviation, which training samples from,
+    and joints move by 0 (fp16) or at most 1 (bf16) pixel."""
 
     compile: bool | Literal["auto"] = "auto"
     """Compilation of the body pose network and the VAE encoder with torch.compile: faster after a start of minutes. auto: on

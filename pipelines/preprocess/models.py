@@ -22,6 +22,7 @@ from tcan.errors import UserError
 from tcan.pose import OpenPose
 from tcan.pose.hands import FaceDetector, HandDetector
 from tcan.weights import load_part, load_pose_detector
+from tcan.weights.common import quiet
 
 
 def load_models(pretrained: PretrainedConfig, device: str) -> tuple[OpenPose, AutoencoderKL]:
@@ -78,7 +79,9 @@ class PoseAndLatents:
         torch.set_num_threads(1)  # Ray reserves one CPU; torch would use all CPUs of the node
         self.detector, self.vae = load_models(pretrained, device)
         if precision != "fp32":
-            self.vae = self.vae.to(DTYPES[precision])
+            with quiet():
+                self.vae.to(DTYPES[precision])
+                self.detector.network.to(DTYPES[precision])
         self.parts = load_part_detectors(pretrained.pose, hands, face, device)
         self.batch_frames = batch_frames
         self._of_thread = threading.local()

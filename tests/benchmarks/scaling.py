@@ -1,10 +1,10 @@
-"""Estimate how training scales at SD1.5 size, by a simulation with counted and measured costs. Needs no GPU; none was measured.
+"""Estimate how jobs scale at SD1.5 size, by a simulation with step times of one H100 and with counted and measured costs.
 
 python -m tests.benchmarks.scaling    writes the tables of infra/SCALING.md, below its last heading
 
-Counted on modules of the real size without storage, like `tcan memory`: operations, weights and gradients of a step.
-Measured on this machine: bytes of a frame in a shard, seconds of one core to read a frame and to create a sample. Assumed:
-`Cluster`, `Data`.
+Measured on one H100: `H100`. Counted on modules of the real size without storage, like `tcan memory`: operations, weights and
+gradients of a step. Measured on this machine: bytes read per sample, seconds of one core to read a frame and to create a sample,
+seconds of a restart (`tests.benchmarks.restart`). Assumed: `Cluster`, `Data`, `Spot`.
 """
 
 import tempfile
@@ -43,13 +43,15 @@ class Cluster:
     """Network bandwidth of a node, in each direction, in bytes/s."""
     storage: float
     """Storage bandwidth for all readers together, in bytes/s."""
-    gpu_peak_flops: float = 0.4 * 312e12
-    """FLOP/s that a GPU reaches on this model: 40 % of the bf16 peak of an A100."""
     gpus_per_node: int = 8
     inside_node: float = 200e9
     """Bandwidth between the GPUs of a node, in bytes/s."""
     one_reader: float = 200e6
-    """Storage bandwidth of one thread, latency included, in bytes/s."""
+    """Storage bandwidth of one data process, latency included, in bytes/s."""
+    data_processes: int = 3
+    """Processes per GPU that create batches, as in the preset."""
+    backward: float = 2 / 3
+    """Share of the compute time that is the backward pass, during which gradients are exchanged."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,18 @@ class Plan:
 
 
 PLANS = (
-    Plan("stage 1, preset", 1, 2, Data()),
-    Plan("stage 1 with micro_batch 8, clips of 16 frames", 1, 8, Data(clips=16, clip_frames=16)),
-    Plan("stage 2, preset", 2, 1, Data()),
+    Plan("stage 1, 2 images per GPU", 1, 2, Data()),
+    Plan("stage 1, 16 images per GPU", 1, 16, Data()),
+    Plan("stage 2, 1 clip per GPU", 2, 1, Data()),
 )
+H100 = {(1, 2): 0.38, (1, 16): 0.36, (2, 1): 0.42}
+"""Seconds of a training step on one H100 by stage and samples: bf16, without compilation, random weights."""
+H100_MATMUL_FLOPS = 750e12
+"""FLOP/s of large bf16 matrix products on that GPU."""
+RESTART_SECONDS = 40.0
+"""Seconds from the loss of a worker to the end of the first new step, apart from lost steps; `tests.benchmarks.restart`."""
+H100_PREPROCESS_FRAMES = 35
+"""Frames/s of preprocessing at 512 x 512 on that GPU, while another training shared it."""
 CLUSTERS = (
     Cluster("100 Gb/s per node, storage 5 GB/s", 12.5e9, 5e9),
     Cluster("400 Gb/s per node, storage 20 GB/s", 50e9, 20e9),
@@ -89,11 +99,12 @@ class StepLoad:
     """Cost of one optimizer step on one GPU."""
 
     samples: int
+    seconds: float
+    """Of the computation."""
     flops: float
-    communicated: int
-    """Bytes that DeepSpeed ZeRO 2 sends through each GPU: an all-reduce of the gradients, which is twice their bytes (its
-    default, `use_multi_rank_bucket_allreduce`), then an all-gather of the updated weights. By default nothing overlaps
-    with it."""
+    gradients: int
+    """Bytes of the gradients. DeepSpeed ZeRO 2 sends them twice through each GPU, during the backward pass: an all-reduce (its
+    default, `use_multi_rank_bucket_allreduce`). After the step it sends the updated weights, which have the same size."""
     frame_bytes: int
     read_seconds: float
     """CPU seconds to read a frame."""
@@ -238,31 +249,33 @@ class Scaled:
     """Bytes/s read from the storage."""
 
 
-def communication_seconds(communicated: int, cluster: Cluster, gpus: int) -> float:
-    """Seconds of a ring all-reduce: its slowest link is the network of a node if there is more than one node."""
+def communication_seconds(load: StepLoad, cluster: Cluster, gpus: int) -> float:
+    """Seconds per step in which the GPUs wait for a ring exchange that does not overlap with the backward pass.
+
+    The slowest link of the ring is the network of a node if there is more than one node.
+    """
     link = cluster.inside_node if gpus <= cluster.gpus_per_node else cluster.node_network
-    return communicated * (gpus - 1) / gpus / link
+    once = load.gradients * (gpus - 1) / gpus / link
+    return max(0.0, 2 * once - cluster.backward * load.seconds) + once
 
 
 def simulate(load: StepLoad, cluster: Cluster, gpus: int) -> Scaled:
-    """Simulate `STEPS` steps. Every worker loads the data of the next step during a step; all wait for the slowest."""
+    """Simulate `STEPS` steps. Every worker loads the data of the next steps during a step; all wait for the slowest."""
     rng = np.random.default_rng(0)
-    rate = min(cluster.one_reader, cluster.storage / gpus)
-    compute, communication = (
-        load.flops / cluster.gpu_peak_flops,
-        communication_seconds(load.communicated, cluster, gpus),
-    )
+    rate = min(cluster.one_reader * cluster.data_processes, cluster.storage / gpus)
+    communication = communication_seconds(load, cluster, gpus)
     total = loading = read = 0.0
     for _ in range(STEPS):
         reads = rng.choice(load.reads.ravel(), gpus)
-        slowest = reads.max() * (load.frame_bytes / rate + load.read_seconds) + load.sample_seconds
-        total += max(compute + communication, slowest)
+        core_seconds = reads.max() * load.read_seconds + load.sample_seconds
+        slowest = reads.max() * load.frame_bytes / rate + core_seconds / cluster.data_processes
+        total += max(load.seconds + communication, slowest)
         loading += slowest
         read += reads.sum() * load.frame_bytes
     samples = gpus * load.samples
     return Scaled(
         samples * STEPS / total,
-        samples / compute,
+        samples / load.seconds,
         total / STEPS,
         communication,
         loading / STEPS,
@@ -270,15 +283,76 @@ def simulate(load: StepLoad, cluster: Cluster, gpus: int) -> Scaled:
     )
 
 
+# --- preemptions -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spot:
+    """GPUs of which a node is preempted at a fixed interval. A new one is assumed to start at once."""
+
+    gpus: int = 64
+    interval: float = 600.0
+    """Seconds between preemptions."""
+    videos: int = 100_000
+    frames: int = 256
+    """Per video."""
+    clips_in_flight: int = 4
+    """Per GPU in preprocessing, of 64 frames each: the work that a preempted node loses."""
+
+
+def preempted_seconds(
+    steps: int,
+    step: float,
+    checkpoint_every: int,
+    checkpoint: float,
+    restart: float,
+    interval: float,
+    notice: bool,
+) -> float:
+    """Seconds of a training whose workers all restart after each preemption.
+
+    Args:
+        step, checkpoint: seconds of a step and of saving a checkpoint.
+        restart: seconds until the first step after a preemption.
+        interval: seconds between preemptions, from the start of one run to its end.
+        notice: a preemption is announced early enough for a checkpoint; otherwise the steps since the last one are lost.
+
+    Raises:
+        ValueError: no checkpoint can be saved between two preemptions.
+    """
+    done = 0
+    total = 0.0
+    while True:
+        run, first = 0.0, done
+        saved = done
+        while run < interval and done < steps:
+            run += step
+            done += 1
+            if done % checkpoint_every == 0:
+                run += checkpoint
+                saved = done if run <= interval else saved
+        if done == steps and run <= interval:
+            return total + run
+        if notice:
+            saved, run = done, run + checkpoint
+        if saved == first:
+            raise ValueError(
+                f"no checkpoint in {interval:.0f} s; lower checkpoint_every = {checkpoint_every}"
+            )
+        done = saved
+        total += max(run, interval) + restart
+
+
 # --- the page ----------------------------------------------------------------------------------------------------------
 
 
 def load_table(loads: dict[str, StepLoad], memory: dict[str, TrainingMemory]) -> list[str]:
     return [
-        "\n| per GPU and step | samples | TFLOP | communicated | read from storage | CPU time | checkpoint |\n"
-        "|---|---|---|---|---|---|---|",
+        "\n| per GPU and step | samples | TFLOP | H100 | MFU | communicated | read from storage | CPU time | checkpoint |\n"
+        "|---|---|---|---|---|---|---|---|---|",
         *(
-            f"| {name} | {it.samples} | {it.flops / 1e12:.1f} | {it.communicated / 1e9:.2f} GB | {it.bytes_read / 1e6:.1f} MB "
+            f"| {name} | {it.samples} | {it.flops / 1e12:.1f} | {it.seconds * 1e3:.0f} ms "
+            f"| {it.flops / it.seconds / H100_MATMUL_FLOPS:.0%} | {3 * it.gradients / 1e9:.2f} GB | {it.bytes_read / 1e6:.2f} MB "
             f"| {1e3 * it.core_seconds:.0f} ms | {12 * memory[name].trained_parameters / 1e9:.1f} GB |"
             for name, it in loads.items()
         ),
@@ -287,17 +361,13 @@ def load_table(loads: dict[str, StepLoad], memory: dict[str, TrainingMemory]) ->
 
 def simulation_table(name: str, load: StepLoad, cluster: Cluster) -> list[str]:
     lines = [
-        f"\n**{name.capitalize()}; {cluster.name}**\n\n| GPUs | samples per step | samples/s | of ideal | step "
+        f"\n**{name[0].upper()}{name[1:]}; {cluster.name}**\n\n| GPUs | samples per step | samples/s | of ideal | step "
         "| communication | loading | from storage | bottleneck |\n|---|---|---|---|---|---|---|---|---|"
     ]
     for gpus in GPUS:
         it = simulate(load, cluster, gpus)
         reached = it.samples_per_second / it.ideal
-        waits = (
-            "loading"
-            if it.loading_seconds > load.flops / cluster.gpu_peak_flops + it.communication_seconds
-            else "communication"
-        )
+        waits = "loading" if it.loading_seconds > load.seconds + it.communication_seconds else "communication"
         lines.append(
             f"| {gpus} | {gpus * load.samples} | {it.samples_per_second:.0f} | {reached:.0%} | {it.step_seconds * 1e3:.0f} ms "
             f"| {it.communication_seconds * 1e3:.0f} ms | {it.loading_seconds * 1e3:.0f} ms | {it.read_rate / 1e9:.2f} GB/s "
@@ -306,17 +376,39 @@ def simulation_table(name: str, load: StepLoad, cluster: Cluster) -> list[str]:
     return lines
 
 
-def bandwidth_table(loads: dict[str, StepLoad], gpu_peak_flops: float) -> list[str]:
-    """Bandwidths at which communication costs 10 % of the compute time and data loading keeps pace on average."""
+def preemption_table(
+    config: Config, load: dict[int, StepLoad], memory: dict[int, TrainingMemory]
+) -> list[str]:
+    """GPU-hours of both stages for the preset's number of samples, and of preprocessing."""
+    spot, cluster = Spot(), CLUSTERS[1]
     lines = [
-        "\n**Bandwidth at which communication costs 10 % of the compute time and data loading keeps pace**\n",
-        f"| | network per node | {' | '.join(f'storage for {gpus} GPUs' for gpus in GPUS)} |",
-        f"|---|---|{'---|' * len(GPUS)}",
+        f"\n**{spot.videos:,} videos of {spot.frames} frames on {spot.gpus} H100, {cluster.name}; a node is preempted every "
+        f"{spot.interval / 60:.0f} minutes**\n",
+        "| job | work | GPU-hours | preempted, with notice | preempted, without |",
+        "|---|---|---|---|---|",
     ]
-    for name, it in loads.items():
-        compute = it.flops / gpu_peak_flops
-        storage = "".join(f" {gpus * it.bytes_read / compute / 1e9:.1f} GB/s |" for gpus in GPUS)
-        lines.append(f"| {name} | {it.communicated / (0.1 * compute) * 8 / 1e9:.0f} Gb/s |{storage}")
+    seconds = spot.videos * spot.frames / H100_PREPROCESS_FRAMES / spot.gpus
+    lost = cluster.gpus_per_node * (spot.clips_in_flight * 64 / H100_PREPROCESS_FRAMES + RESTART_SECONDS)
+    hours = [spot.gpus * seconds / 3600, (spot.gpus * seconds + seconds / spot.interval * lost) / 3600]
+    lines.append(
+        f"| preprocess | {spot.videos * spot.frames / 1e6:.1f} M frames | {hours[0]:.0f} | {hours[1]:.0f} | {hours[1]:.0f} |"
+    )
+    for stage, it in load.items():
+        settings = config.train.stage1 if stage == 1 else config.train.stage2
+        samples = settings.steps * settings.batch_size
+        steps = -(-samples // (spot.gpus * it.samples))
+        every = max(1, settings.checkpoint_every * steps // settings.steps)
+        step = simulate(it, cluster, spot.gpus).step_seconds
+        checkpoint = 12 * memory[stage].trained_parameters / cluster.storage
+        costs = [
+            preempted_seconds(steps, step, every, checkpoint, RESTART_SECONDS, interval, notice)
+            for interval, notice in ((np.inf, True), (spot.interval, True), (spot.interval, False))
+        ]
+        found = " | ".join(f"{spot.gpus * cost / 3600:.1f}" for cost in costs)
+        lines.append(
+            f"| stage {stage}, {it.samples} per GPU | {steps} steps of {spot.gpus * it.samples}, a checkpoint every {every} "
+            f"| {found} |"
+        )
     return lines
 
 
@@ -331,8 +423,9 @@ def main() -> None:
         cached = (config.train.clip_cache_mb << 20) // frame_bytes
         loads[plan.name] = StepLoad(
             plan.samples,
+            H100[plan.stage, plan.samples],
             plan.samples * flops,
-            3 * memory[plan.name].trained,
+            memory[plan.name].trained,
             frame_bytes,
             read_seconds,
             plan.samples * sample_seconds,
@@ -340,6 +433,7 @@ def main() -> None:
         )
     frame, data = loads[PLANS[0].name], PLANS[0].data
     dataset = data.videos * data.clips * data.clip_frames * frame.frame_bytes
+    chosen = {plan.stage: loads[plan.name] for plan in PLANS[1:]}
     lines = [
         *load_table(loads, memory),
         f"\nA frame is {frame.frame_bytes / 1e3:.0f} kB in a shard; reading it needs {frame.read_seconds * 1e3:.1f} ms of CPU "
@@ -351,7 +445,7 @@ def main() -> None:
             for cluster in CLUSTERS
             for line in simulation_table(name, it, cluster)
         ),
-        *bandwidth_table(loads, CLUSTERS[0].gpu_peak_flops),
+        *preemption_table(config, chosen, {stage: costs for stage, (costs, _) in of_stage.items()}),
     ]
     heading = "## Tables\n"
     page = PAGE.read_text()

@@ -89,11 +89,12 @@ class Job:
                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             if kill_when:
-                while process.poll() is None and not list(kill_when.glob("checkpoint_*/state.json")):
+                while process.poll() is None and not list(kill_when.glob("step_*/state.json")):
                     time.sleep(0.05)
-                os.killpg(process.pid, signal.SIGKILL)
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-        if code and not kill_when:
+        if code != (-signal.SIGKILL if kill_when else 0):
             raise RuntimeError(f"{name}: status {code}\n{log.read_text()[-3000:]}")
         self._report.add(name, f"{time.perf_counter() - began:.0f} s", "killed" if kill_when else "")
 

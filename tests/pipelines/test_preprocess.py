@@ -28,6 +28,7 @@ from pipelines.config.parser import load_config
 from pipelines.dataset import decode_row, read_info
 from pipelines.preprocess.job import preprocess
 from pipelines.preprocess.latents import EncodedFrames
+from pipelines.preprocess.models import PoseAndLatents
 from pipelines.preprocess.sources import list_sources
 from pipelines.puppets.world import Clip, sample_clip, write_clip
 from tcan.errors import UserError
@@ -146,6 +147,18 @@ def test_vae_in_half_precision_yields_float16_latents(pretrained_folder: Path, d
     for latents, reference in zip(EncodedFrames(vae.to(dtype), frames, 2).numpy(), expected, strict=True):
         assert latents.dtype == np.float16 and latents.shape == (3, 4, 8, 8)
         assert np.abs(latents.astype(np.float32) - reference).mean() < 0.05
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_people_found_in_half_precision_stay_within_one_pixel(precision: str) -> None:
+    clip = sample_clip("dance", seed=3, num_frames=4)
+    full, half = (
+        PoseAndLatents(load_config().pretrained, 4, "cpu", precision=p) for p in ("fp32", precision)
+    )
+    expected, found = (np.concatenate(actor.detector.detect(clip.frames)) for actor in (full, half))
+    assert expected.shape == (4, 18, 3) and np.array_equal(expected[..., 2] > 0, found[..., 2] > 0)
+    assert np.abs(expected[..., :2] - found[..., :2]).max() <= 1
+    assert half.vae.dtype == half.detector.network.dtype != torch.float32
 
 
 def test_stored_latents_match_vae_output(job: Preprocessed) -> None:
