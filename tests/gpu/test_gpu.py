@@ -1,4 +1,4 @@
-"""`make gpu` on a machine without a GPU, and its first part at mini size on the CPU."""
+"""`make gpu` on a machine without a GPU, and its parts at mini size on the CPU."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.__main__ import read_results, run_part
+from tests.gpu.parts import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,8 +24,8 @@ def test_part_that_exceeds_its_limit_is_stopped_and_the_failure_reported(tmp_pat
 
 
 @pytest.mark.slow
-def test_training_and_denoising_steps_run_at_mini_size_on_the_cpu(tmp_path: Path) -> None:
-    """The other parts have no test: they take minutes each on a CPU (`python -m tests.gpu --device cpu`)."""
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_runs_at_mini_size_on_the_cpu(part: str, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    assert run_part("steps", "cpu", 500, results) == "finished"
-    assert read_results(results)
+    assert run_part(part, "cpu", 900, results) == "finished"
+    assert {row["part"] for row in read_results(results)} == {part}
