@@ -14,7 +14,7 @@ from pipelines.train.run_file import read_run
 from tcan.errors import UserError
 from tcan.video import write_image
 from tests.pipelines.test_cli import error_of
-from tests.pipelines.test_train import write_dataset
+from tests.training import write_dataset
 
 
 def test_inputs_are_downloaded_once_and_messages_name_the_uri(bucket: str, tmp_path: Path) -> None:

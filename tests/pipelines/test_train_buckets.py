@@ -13,13 +13,12 @@ from pipelines.train.data import Sampler, join_batches
 from pipelines.train.order import VideoOrder
 from tcan.fingerprint import fingerprint
 from tcan.pose import draw_poses
-from tests.pipelines.test_train import (
+from tests.training import (
     changed_clips,
     encoded_value,
     losses,
     make_config,
     make_sampler,
-    pretrained,  # noqa: F401 (a fixture)
     write_dataset,
 )
 
@@ -124,7 +123,7 @@ def test_validation_samples_cover_all_sizes(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> Path:  # noqa: F811
+def clips(tmp_path_factory: pytest.TempPathFactory, pretrained: Path) -> Path:
     vae = fingerprint(AutoencoderKL.from_pretrained(pretrained / "vae"))
     folder = bucket_dataset(tmp_path_factory.mktemp("clips"), vae, videos_per_size=4)
     rng = np.random.default_rng(0)
@@ -144,7 +143,7 @@ def shape_of_step(clips: Path, step: int) -> tuple[int, ...]:
 @pytest.mark.slow
 def test_losses_do_not_depend_on_the_number_of_workers_or_restarts(
     tmp_path: Path,
-    pretrained: Path,  # noqa: F811
+    pretrained: Path,
     clips: Path,
     ray_cluster: None,
 ) -> None:

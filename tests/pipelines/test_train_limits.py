@@ -12,7 +12,7 @@ from pipelines.train.job import train
 from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
 from tests.pipelines.test_cli import error_of
-from tests.pipelines.test_train import write_dataset
+from tests.training import write_dataset
 
 
 @pytest.mark.parametrize(
