@@ -9,10 +9,12 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
 from pipelines.commands import COMMANDS, Command
+from pipelines.config.animate import MetricNetworksConfig
 from pipelines.user_message import user_message
 from tcan.errors import UserError
 
@@ -28,8 +30,16 @@ JOB_ID_HELP = (
     "Id of the job of --submit, for submitters that retry: if the cluster has a job with this id, its log is followed. "
     "Default: chosen by Ray."
 )
-PATH_KEYS = ("--tracking.folder", "--train.deepspeed", "--train.storage")
+PATH_KEYS = (
+    "--tracking.folder",
+    "--train.deepspeed",
+    "--train.storage",
+    "--animate.lora",
+    *(f"--evaluate.networks.{field.name}" for field in fields(MetricNetworksConfig)),
+)
 """Configuration keys whose values are paths."""
+TEXT_ARGUMENTS = ("--person", "--driving_person")
+"""Arguments of submittable commands that are texts, but not paths."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,11 +123,15 @@ def _submit(command: Command, name: str, options: Sequence[str], values: Any, co
     if command.arguments.get("--out", {}).get("default"):  # the job's working directory is temporary
         argv.append(f"--out={values.out}")
     flags = [key for key, settings in command.arguments.items() if settings.get("action") == "store_true"]
-    paths = [key for key, settings in command.arguments.items() if settings.get("type") is str]
+    lists = [key for key, settings in command.arguments.items() if settings.get("nargs") == "+"]
+    texts = {key for key, settings in command.arguments.items() if settings.get("type") is str}
+    paths = texts.difference(TEXT_ARGUMENTS)
     if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         argv.append(f"--tracking.folder={config.tracking.folder}")
-    argv = absolute_paths(argv, [*paths, *PATH_KEYS], flags)
-    return submit(values.submit, argv, values.environment, values.job_id)
+    argv = absolute_paths(argv, [*paths, *PATH_KEYS], flags, lists)
+    computes = command.computes and values.get("pairs") is None  # the pairs of a table are computed by workers
+    device = config.animate.device if computes else None
+    return submit(values.submit, argv, values.environment, values.job_id, device)
 
 
 def _help() -> str:
