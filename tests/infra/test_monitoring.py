@@ -117,7 +117,9 @@ def test_alerts_fire_for_stalled_jobs_only(tmp_path: Path) -> None:
         text = ", ".join(f'{key}="{value}"' for key, value in labels[job].items())
         inputs = [{"series": f"ray_tcan_{key}{{{text}}}", "values": values} for key, values in series.items()]
         alert = {"train": "TrainingStalled", "preprocess": "PreprocessingStalled"}[job]
-        summary = {"train": "r, stage 1: no step for 15 minutes", "preprocess": "d: no frame for 15 minutes"}[job]
+        summary = {"train": "r, stage 1: no step for 15 minutes", "preprocess": "d: no frame for 15 minutes"}[
+            job
+        ]
         fired = {
             "exp_labels": {"severity": "critical", **labels[job]},
             "exp_annotations": {"summary": summary},

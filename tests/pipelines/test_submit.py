@@ -48,7 +48,10 @@ def test_absolute_paths_changes_only_relative_paths(monkeypatch: pytest.MonkeyPa
         "--config", "mini", "--size=64", "s3://x/y", "models:/tcan@latest", 32 * "a",
     ]  # fmt: skip
     argv = ["study", "--model=mini", "--model", "mini", "--questions", "appa", "temporal", "--image", "mini"]
-    assert absolute_paths(argv, ["--model", "--image"], [], ["--questions"]) == [*argv[:-1], f"{tmp_path}/mini"]
+    assert absolute_paths(argv, ["--model", "--image"], [], ["--questions"]) == [
+        *argv[:-1],
+        f"{tmp_path}/mini",
+    ]
 
 
 def test_unreachable_cluster_is_a_user_error() -> None:
@@ -146,7 +149,11 @@ def test_submit_prints_the_log_and_returns_the_exit_status(
 
 @pytest.mark.slow
 def test_animations_and_evaluations_are_submitted_once(
-    cluster: str, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    cluster: str,
+    tmp_path: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """With relative paths, all at the same time; a submission that is repeated after the end computes nothing."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
