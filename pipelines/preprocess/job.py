@@ -152,7 +152,7 @@ def _write(
     if pending:
         try:
             _process(pending, writer, config, run)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
             print(f"{out}: interrupted; rerun the same command to resume", flush=True)
             raise
     # Rejections are written after the videos: if the job dies, no duplicate refers to a video that is missing.
