@@ -27,7 +27,7 @@ POSTGRES = [*Path("/usr/lib/postgresql").glob("*/bin/postgres"), shutil.which("p
 # In requirements.lock of the server, but not in that of this project.
 SERVER_PACKAGES = ("flask-wtf", "psycopg", "psycopg-binary", "wtforms")
 PASSWORD = "correct horse"
-START_SECONDS = 240
+START_SECONDS = 240  # also to stop; on a busy machine
 
 
 def install_server_packages(folder: Path) -> None:
@@ -76,7 +76,7 @@ class Stack:
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0
+        assert self.process.wait(START_SECONDS) == 0
         for port in (self.port, self.postgres_port):
             with pytest.raises(requests.ConnectionError):
                 requests.get(f"http://127.0.0.1:{port}", timeout=5)
