@@ -106,18 +106,19 @@ def stack(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
 
 @pytest.mark.slow
 def test_runs_artifacts_and_models_survive_a_restart_of_server_and_database(
-    stack: Stack,
-    model_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = TrackingConfig(uri=stack.uri)
+    files = {"tcan.json": b"{}", "appa/weights.safetensors": bytes(range(256)) * 4096}  # of a model folder
+    for name, data in files.items():
+        path = tmp_path / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
     with tracking.run("stage1", "stack", config, {"train": {"workers": 2}}, tmp_path) as run:
         for step in range(3):
             run.metrics({"loss": 1 / (step + 1)}, step)
         run.bytes("hand and face: 手".encode(), "notes/text.txt")
-        run.model(model_folder, "stack", "best", load_config().animate)
+        run.model(tmp_path / "model", "stack", "best", load_config().animate)
     assert not list(tmp_path.glob("*.spool"))
     stack.stop()
     stack.start()
@@ -132,8 +133,7 @@ def test_runs_artifacts_and_models_survive_a_restart_of_server_and_database(
     )
     assert Path(note).read_text() == "hand and face: 手"
     model = tracking.local_model("models:/stack@best", config)
-    for name in ("tcan.json", "motion_adapter/diffusion_pytorch_model.safetensors"):
-        assert (model / name).read_bytes() == (model_folder / name).read_bytes()
+    assert {name: (model / name).read_bytes() for name in files} == files
     assert stack.query(f"SELECT status FROM runs WHERE run_uuid = '{run.id}'").strip() == "FINISHED"
     stored = storage.list_files("s3://mlflow/artifacts", recursive=True)
     assert any(name.endswith(f"{run.id}/artifacts/notes/text.txt") for name in stored)
@@ -145,7 +145,7 @@ def test_runs_artifacts_and_models_survive_a_restart_of_server_and_database(
         "evaluate",
         str(tmp_path / "videos"),
         "--model",
-        str(model_folder),
+        str(model),
         "--out",
         str(tmp_path / "out"),
     ]
