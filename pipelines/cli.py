@@ -3,16 +3,19 @@
 The modules of a command are imported when it runs, so that `tcan --help` is fast.
 """
 
+import atexit
 import difflib
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from pipelines.commands import COMMANDS, Command
+from pipelines.config.animate import MetricNetworksConfig
 from pipelines.user_message import user_message
 from tcan.errors import UserError
 
@@ -28,21 +31,41 @@ JOB_ID_HELP = (
     "Id of the job of --submit, for submitters that retry: if the cluster has a job with this id, its log is followed. "
     "Default: chosen by Ray."
 )
-PATH_KEYS = ("--tracking.folder", "--train.deepspeed", "--train.storage")
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit statuses
+PATH_KEYS = (
+    "--tracking.folder",
+    "--train.deepspeed",
+    "--train.storage",
+    "--animate.lora",
+    *(f"--evaluate.networks.{field.name}" for field in fields(MetricNetworksConfig)),
+)
 """Configuration keys whose values are paths."""
+TEXT_ARGUMENTS = ("--person", "--driving_person")
+"""Arguments of submittable commands that are texts, but not paths."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted.
+
+    Args:
+        arguments: None: those of this process, which ends at once after Ctrl-C or SIGTERM.
+    """
+    is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # SystemExit instead of immediate termination, so that runs and files are closed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     _silence_libraries()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch is imported
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
-        return 130
+        if is_program:
+            _end(INTERRUPTED)
+        return INTERRUPTED
+    except SystemExit as end:
+        if is_program and end.code == TERMINATED:
+            _end(TERMINATED)
+        raise
     except Exception as error:
         if message := user_message(error):
             if "pipelines.cluster" in sys.modules:  # avoids importing Ray for an error without it
@@ -56,6 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"tcan: error: {message}", file=sys.stderr)
             return 2
         raise
+
+
+def _end(status: int) -> NoReturn:
+    """End the process after the functions of `atexit`, such as Ray's shutdown; a further signal ends it immediately.
+
+    Python would then wait for the threads of all libraries and free every object, which takes much longer.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(status))
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -113,11 +149,17 @@ def _submit(command: Command, name: str, options: Sequence[str], values: Any, co
     if command.arguments.get("--out", {}).get("default"):  # the job's working directory is temporary
         argv.append(f"--out={values.out}")
     flags = [key for key, settings in command.arguments.items() if settings.get("action") == "store_true"]
-    paths = [key for key, settings in command.arguments.items() if settings.get("type") is str]
+    lists = [key for key, settings in command.arguments.items() if settings.get("nargs") == "+"]
+    texts = {key for key, settings in command.arguments.items() if settings.get("type") is str}
+    paths = texts.difference(TEXT_ARGUMENTS)
     if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         argv.append(f"--tracking.folder={config.tracking.folder}")
-    argv = absolute_paths(argv, [*paths, *PATH_KEYS], flags)
-    return submit(values.submit, argv, values.environment, values.job_id)
+    argv = absolute_paths(argv, [*paths, *PATH_KEYS], flags, lists)
+    computes = (
+        command.computes and values.get("pairs") is None
+    )  # the pairs of a table are computed by workers
+    device = config.animate.device if computes else None
+    return submit(values.submit, argv, values.environment, values.job_id, device)
 
 
 def _help() -> str:

@@ -21,6 +21,8 @@ class Command:
     """Configuration sections that the command uses."""
     submittable: bool = False
     """Whether the command supports `--submit`."""
+    computes: bool = False
+    """Whether the networks run in the process of the command, so that `--submit` reserves a GPU or a CPU for it."""
 
 
 def _path(text: str, **options: Any) -> dict[str, Any]:
@@ -151,6 +153,8 @@ COMMANDS = {
         },
         run_command.animate,
         ("pretrained", "animate", "tracking"),
+        submittable=True,
+        computes=True,
     ),
     "app": Command(
         "Serve a web page on this machine, on which to animate images.",
@@ -203,6 +207,8 @@ COMMANDS = {
         },
         run_command.evaluate,
         ("pretrained", "animate", "evaluate", "tracking"),
+        submittable=True,
+        computes=True,
     ),
     "export": Command(
         "Export a model and its pretrained models to one self-contained folder.",
@@ -234,6 +240,7 @@ COMMANDS = {
         run_command.doctor,
         ("pretrained", "train", "animate", "tracking"),
         submittable=True,
+        computes=True,
     ),
     "demo": Command(
         "Run all steps on rendered puppets, from videos to animated videos.",

@@ -28,7 +28,7 @@ from pipelines.lock import locked
 from pipelines.network_metrics import SetMetrics, image_similarities, set_metrics, video_metrics
 from pipelines.preprocess.sources import list_sources
 from pipelines.protocol import at_protocol_size, check_videos, published
-from pipelines.staging import local_input, original_names
+from pipelines.staging import local_input, local_output
 from tcan.atomic_write import atomic_write
 from tcan.crop import fit_image
 from tcan.errors import UserError
@@ -107,7 +107,7 @@ class Evaluated:
         return self.scored or (self.result, self.truth)
 
 
-def evaluate(videos: str | Path, model: Path, out: Path, config: Config) -> dict[str, Any]:
+def evaluate(videos: str | Path, model: Path, out: str | Path, config: Config) -> dict[str, Any]:
     """Animate the first frame of each video with the video's poses, compute metrics, write OUT and print a table.
 
     A video that is damaged or shows no person is skipped, with a message and an entry in evaluation.json.
@@ -132,6 +132,7 @@ def evaluate(videos: str | Path, model: Path, out: Path, config: Config) -> dict
     files = dataclasses.asdict(config.evaluate.networks)
     networks = load_networks(files, choose_device(config), "evaluate.networks.")
     pipe = load_pipeline(model, config)
+    out = storage.absolute(out)
     with locked(out, "evaluate"):
         return _evaluate(paths, videos, pipe, networks, model, out, config)
 
@@ -142,60 +143,79 @@ def _evaluate(
     pipe: TCANPipeline,
     networks: Networks,
     model: Path,
-    out: Path,
+    out: str,
     config: Config,
 ) -> dict[str, Any]:
-    create_folder(out / "videos")
+    settings = dataclasses.asdict(config)
     parents = {"model": pipe.model_info.get("mlflow_run_id")}
-    with tracking.run(
-        "evaluate", f"evaluate {out.name}", config.tracking, dataclasses.asdict(config), out, parents
-    ) as run:
-        evaluated, rejected = [], []
-        for number, name in enumerate(tqdm(paths, desc="videos", disable=None)):
-            try:
-                path = _local_video(name)
-                evaluated.append(reconstruct(pipe, path, config, number))
-            except UserError as error:
-                rejected.append({"source": name, "reason": str(error)})
-                print(f"skipped: {error}", flush=True)
-                continue
-            write_comparison(evaluated[-1], out / "videos" / f"{len(evaluated) - 1:03d}-{path.stem}.mp4")
-        if not evaluated:
-            raise UserError(f"{videos}: none of the {len(paths)} videos can be used; see the reasons above")
-        compute_metrics(evaluated)
-        sets = compute_network_metrics(evaluated, networks)
-        metrics = means([video.metrics for video in evaluated]) | sets.values
-        report: dict[str, Any] = {
-            "schema_version": 1,
-            "model": str(Path(model).resolve()),
-            "model_run_id": parents["model"],
-            "mlflow_run_id": run.id,
-            "videos": len(evaluated),
-            "frames": sum(len(video.truth) for video in evaluated),
-            "metrics": {key: _json_number(value) for key, value in metrics.items()},
-            "samples": sets.samples,
-            "unavailable": sets.unavailable,
-            "rejected": rejected,
-            "settings": dataclasses.asdict(config),
-        }
-        if config.evaluate.protocol == "tiktok-disco":
-            rows, frames = [video.metrics for video in evaluated], [len(video.truth) for video in evaluated]
-            report["protocol"] = published(rows, frames, sets.values)
-        _write_csv(evaluated, out / "videos.csv")
-        write_image(contact_sheet(evaluated), out / "sheet.png")
-        with atomic_write(out / "evaluation.json") as partial:
-            partial.write_text(json.dumps(report, indent=2) + "\n")
+    name = f"evaluate {out.rpartition('/')[2]}"
+    with tracking.run("evaluate", name, config.tracking, settings, out, parents) as run:
+        with local_output(out) as folder:
+            create_folder(folder / "videos")
+            evaluated, rejected = _reconstruct_all(paths, pipe, folder / "videos", config)
+            if not evaluated:
+                raise UserError(
+                    f"{videos}: none of the {len(paths)} videos can be used; see the reasons above"
+                )
+            compute_metrics(evaluated)
+            sets = compute_network_metrics(evaluated, networks)
+            metrics = means([video.metrics for video in evaluated]) | sets.values
+            report: dict[str, Any] = {
+                "schema_version": 1,
+                "model": str(Path(model).resolve()),
+                "model_run_id": parents["model"],
+                "mlflow_run_id": run.id,
+                "videos": len(evaluated),
+                "frames": sum(len(video.truth) for video in evaluated),
+                "metrics": {key: _json_number(value) for key, value in metrics.items()},
+                "samples": sets.samples,
+                "unavailable": sets.unavailable,
+                "rejected": rejected,
+                "settings": settings,
+            }
+            if config.evaluate.protocol == "tiktok-disco":
+                rows, frames = (
+                    [video.metrics for video in evaluated],
+                    [len(video.truth) for video in evaluated],
+                )
+                report["protocol"] = published(rows, frames, sets.values)
+            _write_csv(evaluated, folder / "videos.csv")
+            write_image(contact_sheet(evaluated), folder / "sheet.png")
+            with atomic_write(folder / "evaluation.json") as partial:
+                partial.write_text(json.dumps(report, indent=2) + "\n")
         run.metrics({key: value for key, value in metrics.items() if np.isfinite(value)})
-        for name in ("evaluation.json", "videos.csv", "sheet.png"):
-            run.file(out / name)
-        run.file(out / "videos", "videos")
+        for file in (
+            "evaluation.json",
+            "videos.csv",
+            "sheet.png",
+        ):  # at their final location, where they stay
+            run.file(f"{out}/{file}")
+        run.file(f"{out}/videos", "videos")
     print(table(metrics))
-    if lines := unavailable_lines(sets.unavailable, dataclasses.asdict(config.evaluate.networks)):
+    if lines := unavailable_lines(sets.unavailable, settings["evaluate"]["networks"]):
         print(lines)
     if "protocol" in report:
         print(protocol_lines(report["protocol"]))
-    print(f"{len(evaluated)} videos, {report['frames']} frames; results: {original_names(str(out))}")
+    print(f"{len(evaluated)} videos, {report['frames']} frames; results: {out}")
     return report
+
+
+def _reconstruct_all(
+    paths: list[str], pipe: TCANPipeline, folder: Path, config: Config
+) -> tuple[list[Evaluated], list[dict[str, str]]]:
+    """Reconstruct the videos and write the comparisons to the folder; returns also the sources without a result."""
+    evaluated: list[Evaluated] = []
+    rejected = []
+    for number, name in enumerate(tqdm(paths, desc="videos", disable=None)):
+        try:
+            path = _local_video(name)
+            evaluated.append(reconstruct(pipe, path, config, number))
+        except UserError as error:
+            rejected.append({"source": name, "reason": str(error)})
+            print(f"skipped: {error}", flush=True)
+            continue
+        write_comparison(evaluated[-1], folder / f"{len(evaluated) - 1:03d}-{path.stem}.mp4")
+    return evaluated, rejected
 
 
 def _local_video(name: str) -> Path:

@@ -39,6 +39,7 @@ class TrainingGauges:
             for name, description in TRAINING.items()
         }
         self._set("steps", steps)
+        self._set("step", 0)  # so that a stage that stalls before its first step is visible
 
     def set(self, metrics: Mapping[str, float], step: int) -> None:
         """Set the exported ones of the metrics of a step."""

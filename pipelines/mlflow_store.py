@@ -21,6 +21,8 @@ DATABASE = "mlflow.db"
 SERVERS, DATABASES = ("http", "https"), ("sqlite", "postgresql", "mysql", "mssql")
 # MLflow's defaults retry a request for minutes. Ours are retried by the spool, which no job waits for.
 LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+# By default, clients transfer artifacts directly from and to the S3 server of an MLflow server, which they may not reach.
+PROXIED = {"MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false", "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false"}
 PROBE_SECONDS = 10
 ADVICE = {
     401: "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
@@ -119,7 +121,7 @@ def connect(config: TrackingConfig) -> "MlflowClient":
             f"tracking.uri = {masked(uri)}: not an MLflow server or database; set e.g. http://HOST:5000 or "
             "sqlite:////FOLDER/mlflow.db"
         )
-    for name, value in LIMITS.items():
+    for name, value in (LIMITS | PROXIED).items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 

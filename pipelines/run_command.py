@@ -5,7 +5,6 @@ The modules of a command are imported when it runs, so that `tcan --help` is fas
 
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +93,10 @@ def pose(arguments: Any, config: Any) -> None:
 
 
 def evaluate(arguments: Any, config: Any) -> None:
-    from pipelines import storage
     from pipelines.evaluate import evaluate
-    from pipelines.lock import locked
-    from pipelines.staging import local_output
     from pipelines.tracking import local_model
 
-    model = local_model(arguments.model, config.tracking)
-    is_remote = storage.is_remote(arguments.out)
-    lock = locked(arguments.out, "evaluate") if is_remote else nullcontext()  # `evaluate` locks local folders
-    with lock, local_output(arguments.out) as out:
-        evaluate(arguments.videos, model, out, config)
+    evaluate(arguments.videos, local_model(arguments.model, config.tracking), arguments.out, config)
 
 
 def export(arguments: Any, config: Any) -> None:
@@ -164,7 +156,7 @@ def jobs(arguments: Any, config: Any) -> int:
 
 
 def track(arguments: Any, config: Any) -> None:
-    from pipelines.tracking import sync
+    from pipelines.recovery import sync
 
     sync(Path(arguments.path), config.tracking)
 

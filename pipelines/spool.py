@@ -29,6 +29,10 @@ class Rejected(Exception):
     """The store will never accept this record."""
 
 
+class InUse(UserError):
+    """Another process uses a spool file."""
+
+
 class Spool:
     """The spool file of one run.
 
@@ -43,7 +47,7 @@ class Spool:
                 other exception if the delivery should be retried; the exceptions concern the first record only.
 
         Raises:
-            UserError: another process uses the file.
+            InUse: another process uses the file.
             OSError: the file cannot be written.
         """
         self.path = path
@@ -179,5 +183,5 @@ def _open(path: Path) -> int:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(file)
-        raise UserError(f"{path}: a running job delivers these records; wait for its end") from None
+        raise InUse(f"{path}: a running job delivers these records; wait for its end") from None
     return file

@@ -43,7 +43,11 @@ START_SECONDS = 60  # for a new cluster to accept jobs
 
 
 def submit(
-    address: str, argv: Sequence[str], environment: str | None = None, job_id: str | None = None
+    address: str,
+    argv: Sequence[str],
+    environment: str | None = None,
+    job_id: str | None = None,
+    device: str | None = None,
 ) -> int:
     """Run `tcan ARGV...` as a job, print its log, and return its exit status.
 
@@ -55,6 +59,8 @@ def submit(
         environment: requirements file for uv, e.g. from `make lock`. Relative paths in it are not valid on the cluster.
         job_id: id of the job; None: Ray chooses one. A job that already has this id is followed instead, so that a submitter
             may retry.
+        device: `animate.device` of a command whose networks run in its own process, on a node with this device; None: on the
+            head node.
 
     Raises:
         UserError: the requirements file does not exist; no Ray cluster responds at the address, or it rejects the job.
@@ -78,7 +84,7 @@ def submit(
         if environment is not None:
             shutil.copy(environment, Path(folder) / REQUIREMENTS)
             runtime["uv"] = _uv()
-        job = _start(client, address, argv, runtime, job_id)
+        job = _start(client, address, argv, runtime, job_id, _resources(address, device))
     print(f"job {job} on {address}", flush=True)
     return _follow_until_interrupted(client, address, job)
 
@@ -127,30 +133,34 @@ def _follow_until_interrupted(client: "JobSubmissionClient", address: str, job: 
         return _stop_or_leave(client, address, job)
 
 
-def absolute_paths(argv: Sequence[str], options: Collection[str], flags: Collection[str]) -> list[str]:
-    """Make the relative paths of a command line absolute; URIs and MLflow run ids do not change.
+def absolute_paths(
+    argv: Sequence[str], options: Collection[str], flags: Collection[str], lists: Collection[str] = ()
+) -> list[str]:
+    """Make the relative paths of a command line absolute; URIs, MLflow run ids and `--model mini` do not change.
 
     Args:
         argv: command, then its arguments. All positional arguments are paths.
         options: options whose values are paths, e.g. `--out`.
         flags: options without a value.
+        lists: options with several values, up to the next option.
     """
     command, *arguments = argv
     result, option = [command], ""
     for token in arguments:
         name, equals, value = token.partition("=")
         if token.startswith("--"):
-            result.append(f"{name}={_absolute(value)}" if equals and name in options else token)
+            result.append(f"{name}={_absolute(value, name)}" if equals and name in options else token)
             option = "" if equals or name in flags else name
         else:
-            result.append(_absolute(token) if option in options or not option else token)
-            option = ""
+            result.append(_absolute(token, option) if option in options or not option else token)
+            option = option if option in lists else ""
     return result
 
 
-def _absolute(path: str) -> str:
-    """Make a path absolute; return URIs and MLflow run ids as they are."""
-    if ":/" in path or re.fullmatch(r"[0-9a-f]{32}", path):
+def _absolute(path: str, option: str) -> str:
+    """Make a path absolute; return URIs, MLflow run ids and the name of the model in this package as they are."""
+    is_mini = option == "--model" and path == "mini"
+    if is_mini or ":/" in path or re.fullmatch(r"[0-9a-f]{32}", path):
         return path
     return os.path.abspath(os.path.expanduser(path))
 
@@ -211,12 +221,29 @@ def _uv() -> dict[str, Any]:
     }
 
 
+def _resources(address: str, device: str | None) -> dict[str, int]:
+    """Resources that the process of the command reserves.
+
+    "auto" is a GPU if a node of the cluster has one. A GPU that is asked for may also be on a node that the cluster has yet
+    to add.
+    """
+    if device is None:
+        return {}
+    if device == "auto":
+        from ray.util.state import list_nodes
+
+        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], limit=10_000)
+        device = "cuda" if any(node.resources_total.get("GPU") for node in nodes) else "cpu"
+    return {"entrypoint_num_cpus": 1, "entrypoint_num_gpus": int(device != "cpu")}
+
+
 def _start(
     client: "JobSubmissionClient",
     address: str,
     argv: Sequence[str],
     runtime: dict[str, Any],
     job_id: str | None,
+    resources: dict[str, int],
 ) -> str:
     """Submit the job and return its id. Retries for `START_SECONDS`, because a new cluster rejects jobs at first."""
     began = time.monotonic()
@@ -226,6 +253,7 @@ def _start(
                 entrypoint=shlex.join(["python", "-m", "pipelines.cli", *argv]),
                 runtime_env=runtime,
                 submission_id=job_id,
+                **resources,
             )
         except RuntimeError as error:
             if job_id is not None and "already exists" in str(error):  # another submitter was faster

@@ -22,7 +22,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,8 @@ from pipelines.mlflow_store import (
     resolve_uri,
     store_errors,
 )
-from pipelines.spool import SUFFIX, Spool, read_header
+from pipelines.recovery import ATTEMPTS, OUT_TAG, recover, spool_path
+from pipelines.spool import Spool
 from pipelines.staging import local_input
 from pipelines.system_metrics import SystemMetrics
 from tcan.errors import UserError
@@ -53,21 +54,21 @@ from tcan.sampling import SamplingConfig
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-FINAL_FAILURES = 3  # failed deliveries in a row after which a job ends without MLflow
-
 
 class Run:
     """An open MLflow run. All methods except `steps` return at once; their records are delivered in order."""
 
-    def __init__(self, config: TrackingConfig, run_id: str, folder: Path) -> None:
+    def __init__(self, config: TrackingConfig, run_id: str, folder: str, local: Path) -> None:
+        """folder: of the job's results. local: of the spool file."""
         self.config = config
         self.id = run_id
-        folder.mkdir(parents=True, exist_ok=True)
+        local.mkdir(parents=True, exist_ok=True)
         header = {
             "run_id": run_id,
+            "folder": folder,
             "config": {**vars(config), "uri": masked(config.uri) if config.uri else None},
         }
-        self.spool = Spool(_spool_path(folder, run_id), header, Delivery(config, run_id))
+        self.spool = Spool(spool_path(local, run_id), header, Delivery(config, run_id))
 
     def _record(self, kind: str, **fields: Any) -> None:
         self.spool.append({"kind": kind, **fields})
@@ -176,7 +177,8 @@ def run(
         kind: job: "preprocess", "stage1", "stage2", "evaluate", "animate" or "study".
         name: display name.
         params: complete resolved configuration, also logged as the artifact `config.yaml`.
-        folder: folder of the job's results, for the spool file; for a bucket, the file is in the local temporary folder.
+        folder: folder of the job's results, for the spool file; for a bucket, the file is in the local temporary folder. An
+            earlier run of the same kind and name whose job was killed is ended.
         parents: runs of the inputs, as {"dataset" | "stage1" | "model": run id or None}.
         run_id: run to reopen; None creates one. If it no longer exists, a new one is created.
 
@@ -184,16 +186,13 @@ def run(
         UserError: the store cannot be used, and `config.required` is set.
     """
     config = resolve(config)
+    folder = storage.absolute(folder)
     local = Path(tempfile.gettempdir()) if storage.is_remote(folder) else Path(folder)
-    if (
-        run_id and (left := _spool_path(local, run_id)).is_file()
-    ):  # by a killed job, or one that ended without MLflow
-        with nullcontext() if config.required else suppress(UserError):
-            sync(left, config)
-    tags = {"tcan.kind": kind, **parent_tags(), **_origin()}
+    recover(folder, local, kind, name, config, run_id)
+    tags = {"tcan.kind": kind, OUT_TAG: masked(folder), **parent_tags(), **_origin()}
     opened, local_id = _open(config, name, tags, run_id)
     is_new = opened != run_id
-    run = Run(config, opened, local)
+    run = Run(config, opened, folder, local)
     if local_id:
         run._record("create", name=name, tags=tags, time=_now(), local_id=local_id)
     if is_new:
@@ -221,7 +220,7 @@ def run(
     finally:
         monitor.finish()
         run.end(status)
-        _close(run, FINAL_FAILURES if status != "KILLED" else 1)
+        _close(run, ATTEMPTS if status != "KILLED" else 1)
 
 
 def _open(
@@ -289,41 +288,6 @@ def _close(run: Run, failures: int) -> None:
     if rejections := run.spool.rejections:
         print(f"tracking: {uri} rejected {len(rejections)} records, such as: {rejections[0]}", flush=True)
     run.spool.close()
-
-
-def sync(path: Path, config: TrackingConfig) -> None:
-    """Deliver the spool files at a path, or in the folder and the folders below it.
-
-    The store is that of `config` or MLFLOW_TRACKING_URI if one is set, else the one of the job.
-
-    Raises:
-        UserError: there are no records, another process delivers them, or the store is not available.
-    """
-    files = sorted(path.rglob(f"tracking-*{SUFFIX}")) if path.is_dir() else [path]
-    if not files or not path.exists():
-        raise UserError(
-            f"{path}: no undelivered records here; pass the OUT folder of the job, or a .spool file"
-        )
-    given = resolve(config).uri
-    for file in files:
-        header = read_header(file)
-        stored = TrackingConfig(**header["config"])
-        store = resolve(TrackingConfig(**{**vars(stored), "uri": given or stored.uri}))
-        connect(store)  # reports a store that is not available
-        spool = Spool(file, header, Delivery(store, header["run_id"]))
-        left = spool.drain(FINAL_FAILURES)
-        error, rejections = spool.error, spool.rejections
-        spool.close()
-        if left:
-            raise UserError(
-                f"{file}: {left} records are not delivered ({error}); check the store and rerun the command"
-            )
-        rejected = f"; {len(rejections)} rejected, such as: {rejections[0]}" if rejections else ""
-        print(f"{file}: delivered to {masked(resolve_uri(store))}{rejected}", flush=True)
-
-
-def _spool_path(folder: Path, run_id: str) -> Path:
-    return folder / f"tracking-{run_id}{SUFFIX}"
 
 
 def _now() -> int:

@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from pipelines import storage, tracking
+from pipelines.cluster import connect
 from pipelines.config import Config
 from pipelines.dataset import DUPLICATE, INFO_FILE, SCHEMA_VERSION, read_info
 from pipelines.gauges import PreprocessingCounters
@@ -151,7 +152,7 @@ def _write(
     if pending:
         try:
             _process(pending, writer, config, run)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
             print(f"{out}: interrupted; rerun the same command to resume", flush=True)
             raise
     # Rejections are written after the videos: if the job dies, no duplicate refers to a video that is missing.
@@ -242,6 +243,7 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
         min_person_height=settings.min_person_height,
         validation_fraction=settings.validation_fraction,
     )
+    connect()  # Ray exports only metrics that are set after its start
     counters = PreprocessingCounters(os.path.basename(writer.folder), len(pending))
     progress = _Progress(len(pending), run, counters)
     try:

@@ -1,6 +1,6 @@
 """`make bench`: ratios to named baselines, measured side by side in one run, written to RESULTS.md in this folder.
 
-python -m tests.benchmarks [animation] [training] [sd15]    # default: all
+python -m tests.benchmarks [animation] [training] [sd15] [dataset]    # default: all
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 from diffusers.utils import logging
 
 from tcan.weights import load_pretrained
-from tests.benchmarks import animation, sd15, training
+from tests.benchmarks import animation, dataset, sd15, training
 from tests.benchmarks.timing import Row
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -26,6 +26,7 @@ def main(names: list[str]) -> None:
         "animation": _animation,
         "training": _training,
         "sd15": _sd15,
+        "dataset": lambda: dataset.bucket(clips=100_000),
     }
     if unknown := set(names) - sections.keys():
         raise SystemExit(f"unknown section: {', '.join(unknown)}; use {', '.join(sections)}")

@@ -22,6 +22,7 @@ from tests.pipelines.test_preprocess import write_video
 FOLDER = Path(__file__).parents[2] / "infra" / "monitoring"
 DASHBOARDS = sorted((FOLDER / "grafana").glob("*.json"))
 RULES = FOLDER / "rules.yaml"
+STALLED = "stalled"
 
 
 def expressions(dashboard: Path) -> list[str]:
@@ -76,9 +77,70 @@ def test_prometheus_accepts_the_configuration_and_every_expression(tmp_path: Pat
         assert result.returncode == 0, result.stdout + result.stderr
 
 
+ALERTS = {
+    # name: series at one sample per minute, alerts after 10 and after 25 minutes
+    "no first step": ({"train_step": "0x30", "train_steps": "9x30"}, [], ["TrainingStalled"]),
+    "steps": ({"train_step": "0+1x30", "train_steps": "99x30"}, [], []),
+    "no second step": ({"train_step": "0 0 1x30", "train_steps": "9x30"}, [], ["TrainingStalled"]),
+    "last step": ({"train_step": "9x30", "train_steps": "9x30"}, [], []),
+    "no first clip": ({"preprocess_videos_to_process": "9x30"}, [], ["PreprocessingStalled"]),
+    "clips of the first video": (
+        {"preprocess_videos_to_process": "9x30", "preprocess_frames_total": "_x8 0+64x22"}, [], []
+    ),
+    "no second video": (
+        {
+            "preprocess_videos_to_process": "9x30",
+            "preprocess_frames_total": "_ 64x30",
+            "preprocess_videos_total": "_ 1x30",
+        },
+        [],
+        ["PreprocessingStalled"],
+    ),
+    "last video": (
+        {
+            "preprocess_videos_to_process": "9x30",
+            "preprocess_frames_total": "_ 64x30",
+            "preprocess_videos_total": "_ 9x30",
+        },
+        [],
+        [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="requires promtool (Debian package prometheus)")
+def test_alerts_fire_for_stalled_jobs_only(tmp_path: Path) -> None:
+    labels = {"train": {"run": "r", "stage": "1"}, "preprocess": {"dataset": "d"}}
+    tests = []
+    for name, (series, *expected) in ALERTS.items():
+        job = next(iter(series)).partition("_")[0]
+        text = ", ".join(f'{key}="{value}"' for key, value in labels[job].items())
+        inputs = [{"series": f"ray_tcan_{key}{{{text}}}", "values": values} for key, values in series.items()]
+        alert = {"train": "TrainingStalled", "preprocess": "PreprocessingStalled"}[job]
+        summary = {"train": "r, stage 1: no step for 15 minutes", "preprocess": "d: no frame for 15 minutes"}[
+            job
+        ]
+        fired = {
+            "exp_labels": {"severity": "critical", **labels[job]},
+            "exp_annotations": {"summary": summary},
+        }
+        checks = [
+            {"eval_time": time, "alertname": alert, "exp_alerts": [fired] * len(alerts)}
+            for time, alerts in zip(("10m", "25m"), expected, strict=True)
+        ]
+        tests.append({"name": name, "interval": "1m", "input_series": inputs, "alert_rule_test": checks})
+    file = tmp_path / "tests.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": tests}))
+    result = subprocess.run(["promtool", "test", "rules", file], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.fixture
 def exported(ray_cluster: None) -> Iterator[dict[str, set[str]]]:
-    """Metrics on the endpoint of the local Ray -> their label names, collected while the test runs."""
+    """Metrics on the endpoint of the local Ray -> their label names, collected while the test runs.
+
+    The steps of stalled trainings are under `STALLED`.
+    """
     import ray
 
     node = ray.nodes()[0]
@@ -91,6 +153,8 @@ def exported(ray_cluster: None) -> Iterator[dict[str, set[str]]]:
             for family in text_string_to_metric_families(requests.get(url, timeout=30).text):
                 for sample in family.samples:
                     found.setdefault(sample.name, set()).update(sample.labels)
+                    if sample.name == "ray_tcan_train_step" and sample.labels["run"] == STALLED:
+                        found.setdefault(STALLED, set()).add(str(sample.value))
 
     thread = threading.Thread(target=scrape)
     thread.start()
@@ -113,11 +177,13 @@ def test_every_metric_of_the_dashboards_and_alerts_is_exported(
     train(tmp_path / "dataset", tmp_path / "run", config)
     # This training has no validation clips, and the peak of a CPU is unknown.
     TrainingGauges("run", 1, "id", steps=1).set({"validation_loss": 1.0, "mfu": 0.5}, step=1)
-    expected = metric_names() - gpu_metrics()
+    TrainingGauges(STALLED, 1, "other id", steps=1)  # before its first step
+    expected = (metric_names() - gpu_metrics()) | {STALLED}
     deadline = time.monotonic() + 60  # Ray exports every few seconds
     while not exported.keys() >= expected and time.monotonic() < deadline:
         time.sleep(1)
     assert exported.keys() >= expected, expected - exported.keys()
+    assert exported[STALLED] == {"0.0"}
     for expression in all_expressions():
         for name, labels in re.findall(r"\b(ray_\w+)\{([^}]*)\}", expression):
             assert set(re.findall(r"(\w+)\s*(?:=|!)", labels)) <= exported.get(name, set()), expression

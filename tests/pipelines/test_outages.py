@@ -2,12 +2,14 @@
 
 import dataclasses
 import http.server
+import json
 import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +20,11 @@ import numpy as np
 import pytest
 import requests
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
-from pipelines import cli, tracking
+from pipelines import cli, evaluate, storage, tracking
 from pipelines.config import TrackingConfig
+from pipelines.puppets.world import sample_clip, write_clip
 from tcan.errors import UserError
 from tests.pipelines.test_tracking import free_port
 
@@ -139,6 +143,78 @@ def test_records_left_at_the_end_are_delivered_by_track_sync(
     assert history(server.uri, run.id) == [(1, 0.5), (2, 0.25)]
     assert client.get_run(run.id).info.status == "FINISHED"
     assert [item.path for item in client.list_artifacts(run.id, "results")] == ["results/result.txt"]
+
+
+KILLED_JOB = """
+import os, signal, sys
+from pipelines import tracking
+from pipelines.config import TrackingConfig
+config = TrackingConfig(uri=sys.argv[1])
+with (
+    tracking.run("evaluate", "evaluate results", config, {}, sys.argv[2]) as remote,
+    tracking.run("evaluate", "evaluate others", config, {}, sys.argv[2]),
+    tracking.run("evaluate", "evaluate local", config, {}, sys.argv[3]) as local,
+):
+    for run in (remote, local):
+        run.metrics({"loss": 0.5}, 1)
+        run.spool.drain(failures=9)
+    local.metrics({"loss": 0.25}, 2)  # delivered by the next job at the latest
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_evaluation_in_a_bucket_survives_kills_and_outages(
+    server: Server, bucket: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next job ends the runs of killed ones. Records of an evaluation that ends without MLflow are delivered later."""
+    out = f"{bucket}/results"
+    temporary = {name: tmp_path / name for name in ("machine1", "machine2")}
+    for folder in temporary.values():
+        folder.mkdir()
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_JOB, server.uri, out, tmp_path / "local"],
+        env=os.environ | {"TMPDIR": str(temporary["machine1"]), "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    client = MlflowClient(server.uri)
+
+    def runs() -> dict[tuple[str, str], Run]:
+        found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+        return {(run.info.run_name, run.info.status): run for run in found if "evaluate" in run.info.run_name}
+
+    assert [status for _, status in runs()] == 3 * ["RUNNING"]
+    config = TrackingConfig(uri=server.uri)
+    with tracking.run("evaluate", "evaluate local", config, {}, tmp_path / "local"):
+        pass
+    local = runs()["evaluate local", "KILLED"]
+    assert history(server.uri, local.info.run_id) == [(1, 0.5), (2, 0.25)]
+    assert ("evaluate local", "FINISHED") in runs() and not list((tmp_path / "local").glob("*.spool"))
+
+    write_clip(sample_clip("dance", 2, 3), tmp_path / "held-out" / "dance")
+    measure = evaluate.compute_metrics
+
+    def measure_and_kill_server(videos: list[evaluate.Evaluated]) -> None:
+        assert runs().keys() >= {("evaluate results", "KILLED"), ("evaluate others", "RUNNING")}
+        server.kill()
+        measure(videos)
+
+    monkeypatch.setattr(evaluate, "compute_metrics", measure_and_kill_server)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary["machine2"]))
+    options = ["--animate.steps=1", "--animate.guidance_scale=1", f"--tracking.uri={server.uri}"]
+    command = ["evaluate", str(tmp_path / "held-out"), "--model", str(model_folder), "--out", out, *options]
+    assert cli.main(command) == 0
+    report = json.loads(storage.read_bytes(f"{out}/evaluation.json"))
+    server.start()
+    assert cli.main(["track", "sync", str(temporary["machine2"])]) == 0
+    finished = runs()["evaluate results", "FINISHED"]
+    assert finished.info.run_id == report["mlflow_run_id"]
+    assert finished.data.metrics["psnr"] == report["metrics"]["psnr"]
+    artifacts = {item.path for item in client.list_artifacts(finished.info.run_id)}
+    assert artifacts >= {"evaluation.json", "videos.csv", "sheet.png", "videos"}
+    assert [item.path for item in client.list_artifacts(finished.info.run_id, "videos")] == [
+        "videos/000-dance.mp4"
+    ]
 
 
 def test_job_without_required_tracking_starts_without_a_server(

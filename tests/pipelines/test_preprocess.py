@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,12 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines import cli
 from pipelines.config import Config
 from pipelines.config.parser import load_config
 from pipelines.dataset import decode_row, read_info
+from pipelines.mlflow_store import resolve_uri
 from pipelines.preprocess.job import preprocess
 from pipelines.preprocess.latents import EncodedFrames
 from pipelines.preprocess.models import PoseAndLatents
@@ -400,41 +402,70 @@ def test_videos_of_three_aspect_ratios_enter_three_buckets(
         preprocess(str(tmp_path / "videos"), str(out), load_config(store))
 
 
+END_SECONDS = 60  # for the end of a job after a signal, on a busy machine
+
+
 @pytest.fixture
-def driver(tmp_path: Path, pretrained_folder: Path) -> Iterator[subprocess.Popen]:
-    """Preprocessing job in a separate process with its own Ray instance; commits each video once it is finished."""
+def drivers(tmp_path: Path, pretrained_folder: Path) -> Iterator[Callable[[], subprocess.Popen]]:
+    """Starts preprocessing jobs with their own Ray; they commit each video once it is finished. Their output is in `log`."""
     for i in range(12):
         write_video(tmp_path / "videos" / f"{i}.mp4", 48, seed=20 + i)
     # A copy of the last video in the sorted list, which is not finished when the job is killed.
     shutil.copyfile(tmp_path / "videos" / "9.mp4", tmp_path / "videos" / "9 again.mp4")
-    script = tmp_path / "driver.py"
-    script.write_text(
-        "import sys\nfrom pipelines.config.parser import load_config\nfrom pipelines.preprocess.job import preprocess\n"
-        "preprocess(sys.argv[1], sys.argv[2], load_config(*sys.argv[3:]))\n"
-    )
     options = [
         *OPTIONS,
         f"--pretrained.vae={pretrained_folder}",
         f"--pretrained.pose={pretrained_folder / 'pose'}",
+        f"--tracking.folder={tmp_path / 'mlflow'}",
+        "--preprocess.commit_seconds=0",
     ]
-    options += [f"--tracking.folder={tmp_path / 'mlflow'}", "--preprocess.commit_seconds=0"]
-    command = [sys.executable, str(script), str(tmp_path / "videos"), str(tmp_path / "out"), *options]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-        yield process
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "preprocess",
+        tmp_path / "videos",
+        tmp_path / "out",
+        *options,
+    ]
+    started = []
+
+    def start() -> subprocess.Popen:
+        with (tmp_path / "log").open("w") as log:
+            started.append(
+                subprocess.Popen(
+                    command, cwd=Path(__file__).parents[2], stdout=log, stderr=log, start_new_session=True
+                )
+            )
+        return started[-1]
+
+    yield start
+    for process in started:
         process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
-def test_rerun_after_kill_completes_the_dataset(
-    driver: subprocess.Popen, tmp_path: Path, pretrained_folder: Path, ray_cluster: None
+def test_rerun_after_interrupt_and_kill_completes_the_dataset(
+    drivers: Callable[[], subprocess.Popen], tmp_path: Path, pretrained_folder: Path, ray_cluster: None
 ) -> None:
     out = tmp_path / "out"
-    while not list(out.glob("clips/*.parquet")):
-        assert driver.poll() is None, "the job ended before it could be killed"
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        committed = set(out.glob("clips/*.parquet"))
+        job = drivers()
+        while set(out.glob("clips/*.parquet")) <= committed:
+            assert job.poll() is None, "the job ended before its signal"
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            os.killpg(job.pid, number)  # Ctrl-C reaches all processes of a terminal
+        else:
+            job.send_signal(number)
+        assert job.wait(END_SECONDS) == status
+        assert not (out / "dataset.json").exists()
+        if number != signal.SIGKILL:
+            output = (tmp_path / "log").read_text()
+            assert f"{out}: interrupted; rerun the same command to resume\n" in output
+            assert "Traceback" not in output and not (out / ".lock").exists(), output
     survived = {
         name: file for name, file in files_of(out).items() if ".partial" not in name and name != ".lock"
     }
@@ -456,3 +487,6 @@ def test_rerun_after_kill_completes_the_dataset(
         a, b = decode_row(row), decode_row(other)
         assert all(np.allclose(a[name], b[name], atol=2e-3) for name in a), row["clip_id"]
     assert json.loads((out / "dataset.json").read_text())["counts"]["clips"] == 36
+    client = MlflowClient(resolve_uri(config.tracking))
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert Counter(run.info.status for run in runs) == {"KILLED": 3, "FINISHED": 2}

@@ -18,7 +18,9 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.dataset import read_info
-from pipelines.submit import absolute_paths
+from pipelines.puppets.world import sample_clip, write_clip
+from pipelines.submit import _resources, absolute_paths
+from tcan.video import read_video, write_image
 from tests.pipelines.test_preprocess import write_video
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +47,11 @@ def test_absolute_paths_changes_only_relative_paths(monkeypatch: pytest.MonkeyPa
         "animate", f"--image={tmp_path}/a.png", "--out", f"{tmp_path}/b.mp4", "--side_by_side", f"{tmp_path}/c",
         "--config", "mini", "--size=64", "s3://x/y", "models:/tcan@latest", 32 * "a",
     ]  # fmt: skip
+    argv = ["study", "--model=mini", "--model", "mini", "--questions", "appa", "temporal", "--image", "mini"]
+    assert absolute_paths(argv, ["--model", "--image"], [], ["--questions"]) == [
+        *argv[:-1],
+        f"{tmp_path}/mini",
+    ]
 
 
 def test_unreachable_cluster_is_a_user_error() -> None:
@@ -138,6 +145,46 @@ def test_submit_prints_the_log_and_returns_the_exit_status(
     assert "1 videos in 1 clips (20 frames)" in succeeded.stdout
     assert read_info(tmp_path / "out")["counts"]["videos"] == 1
     assert (tmp_path / "tcan-mlflow").is_dir()
+
+
+@pytest.mark.slow
+def test_animations_and_evaluations_are_submitted_once(
+    cluster: str,
+    tmp_path: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """With relative paths, all at the same time; a submission that is repeated after the end computes nothing."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    write_clip(sample_clip("dance", 2, 3), tmp_path / "held-out" / "dance")
+    write_image(sample_clip("dance", 1, 1).frames[0], tmp_path / "hero.png")
+    (tmp_path / "pairs.csv").write_text("image,driving,out\nhero.png,held-out/dance.mp4,pair.mp4\n")
+    os.symlink(model_folder, "model")
+    inputs = ["--image", "hero.png", "--driving=held-out/dance.mp4", "--person", "largest", "--side_by_side"]
+    jobs = {
+        "one": ["animate", *inputs, "--out", "one.mp4"],
+        "pairs": ["animate", "--pairs", "pairs.csv"],
+        "evaluation": ["evaluate", "held-out", "--out=evaluation"],
+    }
+    options = ["--model", "model", "--animate.steps=1", "--animate.guidance_scale=1", "--submit", cluster]
+    commands = {name: [*job, *options, f"--job_id=same-{name}"] for name, job in jobs.items()}
+    python = [sys.executable, "-m", "pipelines.cli"]
+    submitters = [subprocess.Popen([*python, *command]) for command in commands.values()]
+    assert [submitter.wait(300) for submitter in submitters] == [0, 0, 0], capfd.readouterr().out
+    results = [tmp_path / "one.mp4", tmp_path / "pair.mp4", tmp_path / "evaluation" / "evaluation.json"]
+    written = [path.stat().st_mtime_ns for path in results]
+    assert [len(read_video(path)[0]) for path in results[:2]] == [3, 3]
+    capfd.readouterr()
+    for name, command in commands.items():
+        assert main(command) == 0
+        assert f"job same-{name} on {cluster}: already submitted, succeeded" in capfd.readouterr().out
+    assert written == [path.stat().st_mtime_ns for path in results]
+    cpu, gpu = ({"entrypoint_num_cpus": 1, "entrypoint_num_gpus": number} for number in (0, 1))
+    assert _resources(cluster, "auto") == _resources(cluster, "cpu") == cpu  # this cluster has no GPU
+    assert _resources(cluster, "cuda:0") == gpu and _resources(cluster, None) == {}
 
 
 @pytest.mark.slow
