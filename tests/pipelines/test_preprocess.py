@@ -399,9 +399,8 @@ def write_two_puppets(folder: Path) -> np.ndarray:
     first, second = (sample_clip("dance", seed, num_frames=12) for seed in (5, 2))
     frames = np.pad(first.frames, ((0, 0), (0, 0), (96, 96), (0, 0)), mode="edge")
     frames[:, :, 192:][second.mask] = second.frames[second.mask]
-    truth = np.stack([first.keypoints + [96, 0, 0], second.keypoints + [192, 0, 0]], axis=1).astype(
-        np.float32
-    )
+    truth = np.stack([first.keypoints, second.keypoints], axis=1)
+    truth[:, :, :, 0] += np.array([96, 192], np.float32)[:, None]
     folder.mkdir()
     write_clip(Clip(frames, truth[:, 0], np.zeros(frames.shape[:3], bool)), folder / "duo")
     return truth
