@@ -18,7 +18,7 @@ Schema versions:
   in dataset.json;
 - 3: index; latents and keypoints are not compressed.
 
-OPTIONAL_COLUMNS were added later without other changes.
+OPTIONAL_COLUMNS were added later without other changes. `tracked_people` adds an axis to `keypoints`.
 """
 
 import hashlib
@@ -63,7 +63,9 @@ CLIP_SCHEMA = pa.schema(
         ("crop", pa.list_(pa.float32())),  # x0, y0, x1, y1 of the canvas in source pixels
         ("latent_mean", pa.binary()),  # float16 [F, C, height/8, width/8], not scaled
         ("latent_logvar", pa.binary()),  # float16, same shape
-        ("keypoints", pa.binary()),  # float32 [F, 18, 3]: x, y in canvas pixels, score; the main person
+        # float32 [F, 18, 3]: x, y in canvas pixels, score; the main person. With `tracked_people`, [F, P, 18, 3]: the tracked
+        # people, the main person first; all 0 where a person is not detected
+        ("keypoints", pa.binary()),
         ("people_per_frame", pa.list_(pa.int32())),  # [F]
         ("people", pa.binary()),  # float32 [sum(people_per_frame), 18, 3]: all people, frame by frame
         ("main_person", pa.list_(pa.int32())),  # [F]: index of the main person in the frame; -1: not detected
@@ -72,13 +74,14 @@ CLIP_SCHEMA = pa.schema(
     ]
 )
 
-# Keypoints of all people in `people`: x, y in canvas pixels, score, in OpenPose's order; all 0 if not detected. Clips have a
-# column if the dataset's identity has its key.
+# Clips have a column if the dataset's identity has its key. Hands and faces are those of all people in `people`: x, y in canvas
+# pixels, score, in OpenPose's order; all 0 if not detected.
 OPTIONAL_COLUMNS = {
     # float32 [sum(people_per_frame), 2, 21, 3]: left hand, right hand
     "hand_fingerprint": pa.field("hands", pa.binary()),
     # float32 [sum(people_per_frame), 70, 3]
     "face_fingerprint": pa.field("faces", pa.binary()),
+    "people": pa.field("tracked_people", pa.int32()),  # P, the same for all clips of a video
 }
 
 REJECTED_SCHEMA = pa.schema(
@@ -195,17 +198,18 @@ def decode_row(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     Returns:
         Of the columns in the row: latent_mean, latent_logvar (float16 `[F, C, h, w]`, C: channels of the VAE), keypoints
-        (float32 `[F, 18, 3]`), people (float32 `[sum(people_per_frame), 18, 3]`), hands (`[..., 2, 21, 3]`), faces
+        (float32 `[F, 18, 3]`; `[F, P, 18, 3]` if the row has tracked_people), people (float32 `[sum(people_per_frame), 18, 3]`), hands (`[..., 2, 21, 3]`), faces
         (`[..., 70, 3]`), reference_latent_mean (float16 `[C, h, w]`) and reference_keypoints (float32 `[18, 3]`).
 
     Raises:
         ValueError: the number of bytes does not match the shape.
     """
     latent = (-1, row["height"] // LATENT_STRIDE, row["width"] // LATENT_STRIDE)
+    bodies = () if row.get("tracked_people") is None else (row["tracked_people"],)
     layout = {
         "latent_mean": ("<f2", (row["num_frames"], *latent)),
         "latent_logvar": ("<f2", (row["num_frames"], *latent)),
-        "keypoints": ("<f4", (row["num_frames"], NUM_JOINTS, 3)),
+        "keypoints": ("<f4", (row["num_frames"], *bodies, NUM_JOINTS, 3)),
         "people": ("<f4", (-1, NUM_JOINTS, 3)),
         "hands": ("<f4", (-1, 2, 21, 3)),
         "faces": ("<f4", (-1, 70, 3)),

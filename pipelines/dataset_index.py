@@ -7,7 +7,6 @@ contiguous range of bytes in its file, and the index contains the position of it
 `position + f * bytes per frame`. The files remain ordinary Parquet.
 """
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.dataset import CLIP_SCHEMA, LATENT_STRIDE, NUM_JOINTS, clip_files
+from pipelines.dataset import CLIP_SCHEMA, LATENT_STRIDE, NUM_JOINTS, OPTIONAL_COLUMNS, clip_files
 from tcan.errors import UserError
 
 INDEX_FILE = "index.parquet"
@@ -35,6 +34,7 @@ INDEX_SCHEMA = pa.schema(
     [
         *(CLIP_SCHEMA.field(name) for name in CLIP_COLUMNS),
         ("channels", pa.int32()),  # of the latents
+        ("tracked_people", pa.int32()),  # in the keypoints
         ("file", pa.string()),  # relative to the dataset's folder
         ("row_group", pa.int32()),
         ("row", pa.int32()),  # in the row group
@@ -45,7 +45,8 @@ INDEX_SCHEMA = pa.schema(
 # One page: without a limit on its size. Dictionaries and compression would make positions unknown.
 _LISTS = ("crop", "people_per_frame", "main_person")
 _COMPRESSED = [
-    f"{name}.list.element" if name in _LISTS else name for name in [*CLIP_SCHEMA.names, "hands", "faces"]
+    f"{name}.list.element" if name in _LISTS else name
+    for name in (*CLIP_SCHEMA.names, *(field.name for field in OPTIONAL_COLUMNS.values()))
 ]
 WRITER_OPTIONS: dict[str, Any] = {
     "compression": {name: "NONE" if name in POSITIONED else "ZSTD" for name in _COMPRESSED},
@@ -54,10 +55,10 @@ WRITER_OPTIONS: dict[str, Any] = {
 }
 
 
-def frame_shape(column: str, height: int, width: int, channels: int) -> tuple[int, ...]:
-    """Shape of a frame's value of a column of POSITIONED."""
+def frame_shape(column: str, height: int, width: int, channels: int, people: int) -> tuple[int, ...]:
+    """Shape of a frame's value of a column of POSITIONED. Keypoints of one person have no axis for the people."""
     if column == "keypoints":
-        return NUM_JOINTS, 3
+        return (people, NUM_JOINTS, 3) if people > 1 else (NUM_JOINTS, 3)
     return channels, height // LATENT_STRIDE, width // LATENT_STRIDE
 
 
@@ -118,7 +119,10 @@ def index_of_file(folder: str, name: str) -> pa.Table:
         row = np.arange(len(row_group)) - np.searchsorted(row_group, row_group)
         channels = _channels(file, height, width)
         area = (height // LATENT_STRIDE) * (width // LATENT_STRIDE)
-        latent_bytes, keypoint_bytes = 2 * channels * area, 4 * math.prod(frame_shape("keypoints", 0, 0, 0))
+        people = np.ones(len(row), np.int32)
+        if "tracked_people" in file.schema_arrow.names:
+            people = file.read(["tracked_people"])["tracked_people"].to_numpy()
+        latent_bytes, keypoint_bytes = 2 * channels * area, people * (4 * NUM_JOINTS * 3)
         sizes = {
             "latent_mean": latent_bytes * frames,
             "latent_logvar": latent_bytes * frames,
@@ -127,7 +131,7 @@ def index_of_file(folder: str, name: str) -> pa.Table:
         }
         positions = {key: _positions(file, key, size, row_group) for key, size in sizes.items()}
     columns: dict[str, Any] = {key: clips[key] for key in CLIP_COLUMNS}
-    columns |= {"channels": np.full(len(row), channels), "file": [name] * len(row)}
+    columns |= {"channels": np.full(len(row), channels), "tracked_people": people, "file": [name] * len(row)}
     return pa.table(columns | {"row_group": row_group, "row": row} | positions).cast(INDEX_SCHEMA)
 
 

@@ -129,11 +129,10 @@ def _image_box(
     """
     if config.animate.fit == "pad":
         return pad_box(*sizes)
-    if len(characters) > 1:
-        return crop_box(*sizes)
-    box = person_box(characters[0], *sizes)
+    people = np.stack(characters)
+    box = person_box(people, *sizes)
     if box != crop_box(*sizes):
-        logger.warning("%s: %s", source, describe_crop(characters[0], box))
+        logger.warning("%s: %s", source, describe_crop(people, box))
     return box
 
 

@@ -41,7 +41,7 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
 
 
 def float_to_uint8(image: np.ndarray, source: str) -> NDArray[np.uint8]:
-    """Float values in [0, 1] -> uint8, of any shape.
+    """Float values in [0, 1] -> uint8, of any shape. Rounding errors, up to 0.5 gray levels outside, are accepted.
 
     Args:
         source: name of the image in error messages.
@@ -52,7 +52,7 @@ def float_to_uint8(image: np.ndarray, source: str) -> NDArray[np.uint8]:
     if not np.isfinite(image).all():
         raise UserError(f"{source}: float values contain NaN or inf; pass float values in [0, 1], or uint8")
     low, high = image.min(), image.max()
-    if low < 0 or high > 1:
+    if low * 255 < -0.5 or high * 255 >= 255.5:
         raise UserError(
             f"{source}: float values from {low:g} to {high:g}; scale them to [0, 1], or pass uint8"
         )
@@ -93,6 +93,8 @@ def pil_to_uint8(image: Image.Image, source: str) -> NDArray[np.uint8]:
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Convert the colors of an image with an ICC profile to sRGB; an unusable profile is ignored, as browsers do."""
     profile = image.info.get("icc_profile")
+    if profile and image.mode in ("P", "PA"):  # the profile refers to the colors of the palette
+        image = image.convert("RGBA")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return image
     try:

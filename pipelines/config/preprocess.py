@@ -27,6 +27,10 @@ class PreprocessConfig:
     off-center person in a wide video is fully visible. centre: the center of the video. With person, the models process
     full frames: 1.8 times the work for squares of a 16:9 video, no difference if the aspect ratios are equal."""
 
+    people: Literal["main", "all"] = "main"
+    """People whose poses training draws. main: the main person. all: also the other people who are detected in 50% of the
+    frames and are not much smaller; the crop holds as many of them as fit. The filters apply to the main person."""
+
     clip_frames: int = 64
     """Maximum number of frames of a clip (>= `min_clip_frames`). A clip is one dataset row and is held in memory."""
 

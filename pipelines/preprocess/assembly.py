@@ -10,7 +10,7 @@ import numpy as np
 
 from pipelines import storage
 from pipelines.preprocess.person_crop import Crop, crop_around
-from pipelines.preprocess.pose import main_person, person_height, unpack_people
+from pipelines.preprocess.pose import person_height, tracked_people, unpack_people
 from pipelines.preprocess.shards import ShardWriter, reason_kind
 from pipelines.preprocess.sources import Source
 
@@ -33,12 +33,14 @@ class VideoAssembler:
         min_person_fraction: float,
         min_person_height: float,
         validation_fraction: float,
+        only_main: bool = True,
     ) -> None:
         self.writer = writer
         self.sources = {source.video_id: source for source in sources}
         self.min_person_fraction = min_person_fraction
         self.min_person_height = min_person_height
         self.validation_fraction = validation_fraction
+        self.only_main = only_main
         self.finished: set[str] = set()
         self._clips: dict[str, dict[int, dict[str, Any]]] = {}  # video_id -> start -> clip without latents
         self._latents: dict[str, _Latents] = {}
@@ -72,10 +74,10 @@ class VideoAssembler:
             frame for clip in clips for frame in unpack_people(clip["people_per_frame"], clip["people"])
         ]
         height, width = clips[0]["height"], clips[0]["width"]
-        keypoints, main_indices = main_person(people, height, width)
+        keypoints, main_indices = tracked_people(people, height, width, self.only_main)
         canvas_height, canvas_width = clips[0]["canvas"]
         crop = crop_around(keypoints, height, width, (canvas_height, canvas_width))
-        if reason := self._filter_person(keypoints, crop):
+        if reason := self._filter_person(keypoints[:, 0], crop):
             return self._reject(video_id, "pose", reason)
         self.writer.add_video(self._rows(clips, keypoints, main_indices, crop))
         self._finish(video_id)
@@ -98,7 +100,10 @@ class VideoAssembler:
     def _rows(
         self, clips: list[dict[str, Any]], keypoints: np.ndarray, main_indices: list[int], crop: Crop
     ) -> Iterator[dict[str, Any]]:
-        """Rows of the writer's schema, cropped; one clip's latents are in memory at a time."""
+        """Rows of the writer's schema, cropped; one clip's latents are in memory at a time.
+
+        keypoints: `[F, P, 18, 3]` in pixels of the full frames, the main person first.
+        """
         first, video_id = clips[0], clips[0]["video_id"]
         height, width = first["height"], first["width"]
         keypoints = crop.crop_keypoints(keypoints)
@@ -110,7 +115,8 @@ class VideoAssembler:
             "height": crop.height,
             "width": crop.width,
             "reference_latent_mean": mean[: len(mean) // first["num_frames"]],
-            "reference_keypoints": keypoints[0].tobytes(),
+            "reference_keypoints": keypoints[0, 0].tobytes(),
+            "tracked_people": keypoints.shape[1],
         }
         offset = 0
         for clip in clips:

@@ -59,7 +59,7 @@ def print_info(dataset: str) -> None:
         print("\n".join(_bucket_lines(index, clip_sizes(info))))
     for reason, count in contents.histogram().items():
         print(f"  {count:6d}  {reason}")
-    settings = info["identity"] | {"mlflow_run_id": info["mlflow_run_id"]}
+    settings = {"people": "main"} | info["identity"] | {"mlflow_run_id": info["mlflow_run_id"]}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
 
 
@@ -195,9 +195,14 @@ def _row_problems(row: dict[str, Any], info: dict[str, Any]) -> Iterator[str]:
         yield "hands or faces do not match the number of people"
     ends = np.cumsum(counts)
     for frame, (main, keypoints) in enumerate(zip(row["main_person"], arrays["keypoints"], strict=True)):
-        expected = arrays["people"][ends[frame] - counts[frame] + main] if main >= 0 else np.zeros((18, 3))
-        if main >= counts[frame] or not np.array_equal(keypoints, expected):
+        found = arrays["people"][ends[frame] - counts[frame] : ends[frame]]
+        expected = found[main] if 0 <= main < counts[frame] else np.zeros((18, 3))
+        first, *others = keypoints.reshape(-1, 18, 3)
+        if main >= counts[frame] or not np.array_equal(first, expected):
             yield f"frame {frame}: keypoints differ from those of the main person"
+            return
+        if not all((body == found).all(axis=(1, 2)).any() for body in others if body.any()):
+            yield f"frame {frame}: keypoints of a tracked person are not among the people"
             return
 
 

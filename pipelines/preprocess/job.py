@@ -26,6 +26,7 @@ from pipelines import storage, tracking
 from pipelines.cluster import connect
 from pipelines.config import Config
 from pipelines.dataset import DUPLICATE, INFO_FILE, SCHEMA_VERSION, read_info
+from pipelines.dataset_index import read_index
 from pipelines.gauges import PreprocessingCounters
 from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.models import load_models, load_part_detectors
@@ -79,6 +80,7 @@ def preprocess(
     identity = dataset_identity(config, fingerprint(vae), detector.fingerprint)
     # These keys exist only if the parts are enabled, so that the identity of datasets without them is stable.
     identity |= {"precision": config.preprocess.precision} if config.preprocess.precision != "fp32" else {}
+    identity |= {"people": config.preprocess.people} if config.preprocess.people != "main" else {}
     identity |= {f"{name.removesuffix('s')}_fingerprint": part.fingerprint for name, part in parts.items()}
 
     with writing(folder):
@@ -163,7 +165,7 @@ def _write(
 
 def _is_finished(folder: str) -> bool:
     try:
-        return bool(read_info(folder))
+        return bool(read_info(folder) and read_index(folder))
     except UserError:
         return False
 
@@ -242,6 +244,7 @@ def _process(pending: list[Source], writer: ShardWriter, config: Config, run: tr
         min_person_fraction=settings.min_person_fraction,
         min_person_height=settings.min_person_height,
         validation_fraction=settings.validation_fraction,
+        only_main=settings.people == "main",
     )
     connect()  # Ray exports only metrics that are set after its start
     counters = PreprocessingCounters(os.path.basename(writer.folder), len(pending))

@@ -1,4 +1,4 @@
-"""The crop around the main person, the same for all frames of a video.
+"""The crop around the tracked people, the same for all frames of a video.
 
 One crop per video is required because training pairs a reference with a target from another clip, and stage 2 spans several
 clips; the scene must not jump between them.
@@ -58,22 +58,25 @@ class Crop:
 
 
 def crop_around(keypoints: np.ndarray, height: int, width: int, canvas: Size) -> Crop:
-    """The crop with the most joints of a person over all frames.
+    """The crop with the most joints of the main person over all frames, and among these with the most joints of all people.
 
-    Among crops with the same number of joints (up to CENTERING_LOSS), the one centered on the person is chosen. Without
+    Among crops with the same number of joints (up to CENTERING_LOSS), the one centered on the people is chosen. Without
     any detected joint, the crop is at the center.
 
     Args:
-        keypoints: `[F, 18, 3]` in pixels.
+        keypoints: `[F, 18, 3]`, or of several people `[F, P, 18, 3]` with the main person first, in pixels.
         height, width: size of the frames.
         canvas: size of the crop; one side is that of the frames.
     """
     axis = int(height > canvas[0])
     side, longer = (canvas[0], height) if axis else (canvas[1], width)
     corners = np.arange(0, longer - side + 1, LATENT_STRIDE)
-    positions = np.sort(keypoints[keypoints[..., 2] > 0][:, axis])
+    people = keypoints.reshape(len(keypoints), -1, *keypoints.shape[-2:])
     center = longer / 2
-    if len(positions):
+    for joints in (people[:, 0], people):
+        positions = np.sort(joints[joints[..., 2] > 0][:, axis])
+        if not len(positions):
+            continue
         num_inside = np.searchsorted(positions, corners + side) - np.searchsorted(positions, corners)
         corners = corners[num_inside >= (1 - CENTERING_LOSS) * num_inside.max()]
         candidate = corners[len(corners) // 2]

@@ -1,8 +1,12 @@
-"""Serialization of the detected people of each frame, and selection of the main person of a video."""
+"""Serialization of the detected people of each frame, and selection of the people of a video."""
 
 import numpy as np
 
-from tcan.pose.tracking import track_people, track_poses
+from tcan.pose.tracking import numbered_people, track_poses
+
+MIN_PRESENCE = (
+    0.5  # fraction of the frames in which a person must be detected to be tracked next to the main person
+)
 
 People = list[np.ndarray]
 """The people of each frame: float32 `[P, 18, 3]`; P may be 0."""
@@ -19,15 +23,19 @@ def unpack_people(counts: list[int], packed: bytes) -> People:
     return np.split(keypoints, np.cumsum(counts)[:-1])
 
 
-def main_person(people: People, height: int, width: int) -> tuple[np.ndarray, list[int]]:
-    """The main person of a video, tracked over all frames.
+def tracked_people(people: People, height: int, width: int, only_main: bool) -> tuple[np.ndarray, list[int]]:
+    """The people of a video, tracked over all frames, the main person first.
+
+    Other people are those with a number in `tcan pose` who are detected in MIN_PRESENCE of the frames.
 
     Returns:
-        Keypoints `[F, 18, 3]`, and the index of the main person in each frame's people, -1 where not detected.
+        Keypoints `[F, P, 18, 3]`, all 0 where a person is not detected, and the index of the main person in each frame's
+        people, -1 where not detected.
     """
-    tracks = track_people(people, height, width)
-    indices = tracks[0] if tracks else np.full(len(people), -1)
-    return track_poses(people, indices), indices.tolist()
+    tracks = numbered_people(people, height, width) or [np.full(len(people), -1)]
+    others = [] if only_main else [track for track in tracks[1:] if np.mean(track >= 0) >= MIN_PRESENCE]
+    poses = [track_poses(people, track) for track in (tracks[0], *others)]
+    return np.stack(poses, axis=1), tracks[0].tolist()
 
 
 def person_height(keypoints: np.ndarray) -> float:

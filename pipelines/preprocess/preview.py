@@ -19,7 +19,7 @@ def contact_sheet(
 ) -> np.ndarray:
     """uint8 RGB: one row per randomly chosen clip, with evenly spaced frames; narrower rows are padded.
 
-    The main person's pose is drawn in color and other people's in gray. Hands and faces, if the dataset has them, are drawn
+    The poses that training draws are in color, those of other people in gray. Hands and faces, if the dataset has them, are drawn
     as white dots.
     """
     lines = [_draw_clip(row, vae, stick_width, num_frames) for row in _random_clips(folder, num_clips, seed)]

@@ -81,7 +81,7 @@ class ClipStore:
         self._disk = DiskCache(disk_bytes) if disk_bytes and storage.is_remote(dataset) else None
         index = read_index(dataset)
         index = index.filter(pc.field("split") == split)
-        numbers = ("start", "num_frames", "height", "width", "channels", *POSITIONED)
+        numbers = ("start", "num_frames", "height", "width", "channels", "tracked_people", *POSITIONED)
         self._columns = {name: index[name].to_numpy() for name in numbers}
         files = index["file"].combine_chunks().dictionary_encode()
         self._files, self._file_names = files.indices.to_numpy(), files.dictionary.to_pylist()
@@ -139,7 +139,9 @@ class ClipStore:
         positions: Sequence[int] | np.ndarray,
         columns: Iterable[str] = tuple(FRAME_COLUMNS),
     ) -> dict[str, np.ndarray]:
-        """Arrays of these positions: latent_mean, latent_logvar `[n, 4, h, w]` (unscaled), keypoints `[n, 18, 3]`."""
+        """Arrays of these positions: latent_mean, latent_logvar `[n, 4, h, w]` (unscaled), keypoints `[n, 18, 3]`, or
+        `[n, P, 18, 3]` of a video with P > 1 tracked people.
+        """
         located = list(video.locate(positions))
         return {column: np.stack(self._values([(column, *frame) for frame in located])) for column in columns}
 
@@ -172,7 +174,7 @@ class ClipStore:
 
     def _layout(self, column: str, row: int) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and type of the value of a frame."""
-        size = (int(self._columns[name][row]) for name in ("height", "width", "channels"))
+        size = (int(self._columns[name][row]) for name in ("height", "width", "channels", "tracked_people"))
         return frame_shape(column, *size), np.dtype(POSITIONED[column])
 
     def _read(self, first: Frame, count: int) -> Iterator[np.ndarray]:

@@ -31,16 +31,21 @@ class PoseErrors:
     jitter: float = 0.0
     """Standard deviation of Gaussian noise on x and y, as a fraction of the shorter image side."""
     outliers: float = 0.0
-    """Probability that a frame is unusable, in [0, 1]: all joints are permuted or removed, with equal probability."""
+    """Probability that a person's pose in a frame is unusable, in [0, 1]: all joints are permuted or removed, with equal
+    probability."""
 
     def apply(self, keypoints: Keypoints, side: int, rng: np.random.Generator) -> Keypoints:
-        """Return a copy of keypoints `[F, 18, 3]` of an image whose shorter side has `side` pixels, with errors added."""
-        corrupted = keypoints.copy()
-        frames, joints = keypoints.shape[:2]
-        _move(corrupted, np.arange(frames), self.jitter * side, rng)
-        _spoil(corrupted, np.flatnonzero(rng.random(frames) < self.outliers), rng)
-        corrupted[(rng.random((frames, joints)) < self.dropout) | (keypoints[..., 2] <= 0)] = 0
-        return corrupted
+        """Return a copy of keypoints `[F, 18, 3]` or `[F, P, 18, 3]` with errors added.
+
+        side: of the shorter image side, in pixels.
+        """
+        bodies = keypoints.reshape(-1, *keypoints.shape[-2:])
+        corrupted = bodies.copy()
+        count, joints = bodies.shape[:2]
+        _move(corrupted, np.arange(count), self.jitter * side, rng)
+        _spoil(corrupted, np.flatnonzero(rng.random(count) < self.outliers), rng)
+        corrupted[(rng.random((count, joints)) < self.dropout) | (bodies[..., 2] <= 0)] = 0
+        return corrupted.reshape(keypoints.shape)
 
 
 def corrupt_poses(

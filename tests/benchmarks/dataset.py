@@ -40,7 +40,8 @@ def write_index(folder: Path, clips: int) -> None:
         "video_id": [f"{i // CLIPS_PER_VIDEO * 2654435761 % 2**64:016x}" for i in range(clips)],
         "split": ["train"] * clips, "start": number % CLIPS_PER_VIDEO * 64, "num_frames": np.full(clips, 64),
         "fps": np.full(clips, 30.0), "height": np.full(clips, 512), "width": np.full(clips, 512),
-        "channels": np.full(clips, 4), "file": [f"clips/clips-{i // CLIPS_PER_FILE:032x}.parquet" for i in range(clips)],
+        "channels": np.full(clips, 4), "tracked_people": np.ones(clips),
+        "file": [f"clips/clips-{i // CLIPS_PER_FILE:032x}.parquet" for i in range(clips)],
         "row_group": number % CLIPS_PER_FILE, "row": np.zeros(clips, int), **dict.fromkeys(POSITIONED, number % CLIPS_PER_FILE * 4_200_000),
     }  # fmt: skip
     table = pa.table(columns).cast(INDEX_SCHEMA)

@@ -164,6 +164,33 @@ def test_videos_are_stored_completely_in_any_row_order(tmp_path: Path) -> None:
     ).all()
 
 
+def test_people_in_half_of_the_frames_are_stored_next_to_the_main_person(tmp_path: Path) -> None:
+    """The filters apply to the main person: the others are too small and in too few frames."""
+    main, dancer, bystander = person(32, 40), person(50, 20), person(10, 20)
+    frames = [np.stack(bodies) for bodies in [[dancer, main]] * 3 + [[main, bystander]] * 2]
+    identity = {"people": "all"}
+    with writing(str(tmp_path)):
+        writer = ShardWriter(str(tmp_path), identity, 2**30, 1e9)
+        assembler = VideoAssembler(
+            writer, [Source("/a", "a" * 16, "1-1")], min_person_fraction=0.9, min_person_height=0.6,
+            validation_fraction=0.1, only_main=False,
+        )  # fmt: skip
+        assembler.add(encoded_row("a" * 16, 0, frames[:2]))
+        assembler.add(encoded_row("a" * 16, 2, frames[2:]))
+        assert assembler.add(end_row("a" * 16, 2)) == "kept"
+        writer.commit()
+    rows = read_clips(tmp_path)
+    assert [row["tracked_people"] for row in rows] == [2, 2]
+    stored = np.concatenate([decode_row(row)["keypoints"] for row in rows])
+    # Read with pyarrow and numpy alone.
+    np.testing.assert_array_equal(
+        stored, np.frombuffer(b"".join(r["keypoints"] for r in rows), "<f4").reshape(5, 2, 18, 3)
+    )
+    np.testing.assert_array_equal(stored[:, 0], np.stack([main] * 5))
+    np.testing.assert_array_equal(stored[:, 1], np.stack([dancer] * 3 + [np.zeros((18, 3))] * 2))
+    assert [row["main_person"] for row in rows] == [[1, 1], [1, 0, 0]]
+
+
 def test_square_covers_most_joints_of_the_person() -> None:
     """Images are 128 x 64 and 64 x 128. Bodies are lines, so the joints inside the square are easy to count."""
 
@@ -180,6 +207,12 @@ def test_square_covers_most_joints_of_the_person() -> None:
         assert corner([70.0] * 10, tall) == 40  # centred, up to the grid of the latents
         assert corner([20.0] * 4 + [110.0] * 6, tall) == 64  # the person moves: the position with more frames
         assert corner([40.0] * 199 + [120.0], tall) == 8  # one frame with a false detection
+    # As many people as fit, but always the main person, who is the first one.
+    near, far = (np.stack([[person(70, 40), person(x, 40)]] * 4) for x in (110, 10))
+    assert [crop_around(people, 64, 128, (64, 64)).x for people in (near, near[:, :1])] == [56, 40]
+    assert crop_around(far[:, [0, 1, 1]], 64, 128, (64, 64)).x == 8
+    apart = np.stack([[person(5, 40), person(120, 40), person(120, 40)]] * 4)
+    assert crop_around(apart, 64, 128, (64, 64)).x == 0
     no_person = np.zeros((4, 18, 3), np.float32)
     assert crop_around(no_person, 64, 128, (64, 64)) == Crop(32, 0, 64, 64)
 

@@ -70,6 +70,18 @@ def test_crop_of_a_person_who_does_not_fit_contains_the_head() -> None:
     assert "who does not fit: 4 of 18 joints are outside; use a size of" in describe_crop(keypoints, box)
 
 
+def test_two_people_at_the_side_of_a_wide_image_are_in_the_crop() -> None:
+    """The centered square ends at x = 400. Two people who do not fit have their heads in the crop."""
+    people = np.stack([person(400, 30, 150), person(490, 60, 120)])
+    x0, y0, x1, y1 = person_box(people, 200, 600, 64, 64)
+    assert inside(people.reshape(-1, 3), (x0, y0, x1, y1)).all()
+    assert describe_crop(people, (x0, y0, x1, y1)) == f"cropped to {x0:.0f},0,{x1:.0f},200 around the people"
+    apart = np.stack([person(360, 10, 180), person(530, 10, 180)])
+    box = person_box(apart, 200, 600, 64, 64)
+    assert inside(apart[:, [0, 1, 14, 15, 16, 17]].reshape(-1, 3), box).all()
+    assert "around the people, who do not fit: " in describe_crop(apart, box)
+
+
 def test_undetected_joints_and_joints_outside_the_image_do_not_move_the_crop() -> None:
     keypoints = person(300, 30, 150)
     keypoints[10] = 0

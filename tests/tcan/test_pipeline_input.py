@@ -91,15 +91,19 @@ def test_colors_with_an_icc_profile_are_converted_to_srgb(tmp_path: Path) -> Non
     red, green = srgb.index(b"rXYZ"), srgb.index(b"gXYZ")
     srgb[red : red + 4], srgb[green : green + 4] = b"gXYZ", b"rXYZ"
     pixels = np.full((4, 4, 3), (200, 40, 90), np.uint8)
-    for alpha in (False, True):
-        image = Image.fromarray(pixels)
-        if alpha:
-            image.putalpha(255)
+    palette = Image.new("P", (4, 4))
+    palette.putpalette(pixels[0, 0].tobytes())
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels).convert("RGBA"), palette):
         image.save(tmp_path / "image.png", icc_profile=bytes(srgb))
         for found in (read_image(tmp_path / "image.png"), to_image(Image.open(tmp_path / "image.png"))):
             np.testing.assert_allclose(found, pixels[..., [1, 0, 2]], atol=2)
     Image.fromarray(pixels).save(tmp_path / "broken.png", icc_profile=b"no profile")
     np.testing.assert_array_equal(read_image(tmp_path / "broken.png"), pixels)
+
+
+def test_rounding_errors_of_float_images_are_accepted() -> None:
+    image = np.array([[[-0.001, 0.5, 1.001]]], np.float32)
+    np.testing.assert_array_equal(to_image(image), [[[0, 128, 255]]])
 
 
 def test_transparent_pixels_of_pil_images_are_white() -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("ffmpeg") is None, reason="requires the program ffmpeg (Debian package ffmpeg)"
 )
 QUICK = zoo.NAMES[::2]
-FPS = 30.0
+RATES = (30.0, 2.0, 25.0, 60.0)
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +44,15 @@ def test_frames_times_aspect_and_colors_equal_ffmpeg(folder: Path, name: str) ->
     limit = 3 if name in zoo.ROUNDED else 0.1
     assert max(difference(a, b) for (_, a), b in zip(frames, truth.frames, strict=True)) < limit
 
-    # Frame k is the one that ffmpeg shows at k / FPS.
-    resampled = list(VideoFrames(folder / name, FPS))
+    # Frame k is the one that ffmpeg shows at k / fps.
     times = [time for time, _ in frames] if name in zoo.LATE else truth.times
-    shown = np.searchsorted(times, np.arange(len(resampled)) / FPS + 2e-3, side="right") - 1
-    for image, index in zip(resampled, shown, strict=True):
-        assert difference(image, truth.frames[index]) < limit
-    assert len(resampled) / FPS == pytest.approx(truth.times[-1], abs=0.6)
-    assert len(resampled) / FPS > truth.times[-1]
+    for fps in RATES if name in zoo.GROUPS else RATES[:1]:
+        resampled = list(VideoFrames(folder / name, fps))
+        shown = np.searchsorted(times, np.arange(len(resampled)) / fps + 2e-3, side="right") - 1
+        for image, index in zip(resampled, shown, strict=True):
+            assert difference(image, truth.frames[index]) < limit
+        assert len(resampled) / fps == pytest.approx(truth.times[-1], abs=0.6)
+        assert len(resampled) / fps > truth.times[-1]
 
 
 @pytest.fixture
