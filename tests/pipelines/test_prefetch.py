@@ -10,7 +10,7 @@ from pipelines.config.parser import load_config
 from pipelines.train.data import Batch
 from pipelines.train.prefetch import StepBatches, data_processes, prefetched
 from tcan.errors import UserError
-from tests.pipelines.test_train import SIZE, make_sampler, write_dataset
+from tests.training import SIZE, make_sampler, write_dataset
 
 STEPS = range(3, 8)
 
