@@ -39,7 +39,7 @@ def prefetched(
     """Context with an iterator over the batches of these steps, in their order.
 
     Args:
-        processes: number of processes, each of which creates whole steps, two in advance. They do not compete with the training
+        processes: number of processes, each of which creates complete steps, two in advance. They do not compete with the training
             loop for Python's interpreter lock, as a thread does. 0: a thread, one step in advance.
         pinned: copy the batches to pinned memory, from which a GPU copies them without making the host wait.
     """
