@@ -42,6 +42,7 @@ from tcan.metrics import (
     part_colours,
     pose_metrics,
     psnr_uint8_overflow,
+    region_metrics,
     ssim_disco,
     warping_error,
 )
@@ -59,6 +60,8 @@ SHEET_CELL = 128  # pixels
 TABLE = (
     ("L1 (0 to 1)", "l1", 1, ".4f"),
     ("PSNR, dB", "psnr", 1, ".2f"),
+    ("  face", "psnr_face", 1, ".2f"),
+    ("  hands", "psnr_hands", 1, ".2f"),
     ("SSIM", "ssim", 1, ".4f"),
     ("LPIPS (AlexNet)", "lpips_alex", 1, ".4f"),
     ("LPIPS (VGG)", "lpips_vgg", 1, ".4f"),
@@ -277,10 +280,12 @@ def compute_metrics(evaluated: list[Evaluated]) -> None:
         height, width = video.truth.shape[1:3]
         m = video.metrics
         result, truth = video.pair
-        m |= all_image_metrics(result, truth)
+        m |= all_image_metrics(result, truth) | region_metrics(video.result, video.truth, video.poses)
         if len(truth) > 1:  # the first frame equals the still: PSNR inf
             still = np.broadcast_to(truth[:1], truth[1:].shape)
             m |= _suffixed(all_image_metrics(still, truth[1:]), "still")
+            still = np.broadcast_to(video.truth[:1], video.truth[1:].shape)
+            m |= _suffixed(region_metrics(still, video.truth[1:], video.poses[1:]), "still")
 
         m |= pose_metrics(video.found, video.poses, height)
         m |= _suffixed(
