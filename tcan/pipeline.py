@@ -72,9 +72,9 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
 
     Device memory depends on the window and the frame size, not on the number of frames. Host memory grows with the
     number of frames, because each denoising step visits all windows before the next step starts. It contains all poses,
-    all latents (16 bytes per 8 x 8 pixels: 64 KiB per frame at 512 x 512) with the scheduler's working copies, and one
-    temperature map per window (4 bytes per pixel). Pose images are drawn per window, frames are decoded per batch, and
-    `tcan.window_inputs.CACHED_WINDOWS` bounds the cached pose embeddings. The output's `frames` are all frames at once; for a long video
+    and all latents (16 bytes per 8 x 8 pixels: 64 KiB per frame at 512 x 512) with the scheduler's working copies. Pose images
+    are drawn per window, frames are decoded per batch, and `tcan.window_inputs.CACHED_WINDOWS` bounds the cached pose
+    embeddings and temperature maps. The output's `frames` are all frames at once; for a long video
     request "latent" and iterate over `decode`.
     """
 
@@ -263,6 +263,7 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         latents = self.first_latents(
             scheduler, noise, reference.float().cpu() if sampling.start_from_reference else None
         )
+        del noise  # of the size of the latents
         # Stochastic schedulers draw noise at every step.
         stochastic = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": on_cpu(generator)} if stochastic else {}

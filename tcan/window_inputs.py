@@ -13,8 +13,8 @@ from tcan.temperature import temperature_map
 from tcan.windows import Windows
 
 CACHED_WINDOWS = 64
-"""Windows whose pose embeddings are cached in host memory (2.5 MiB per frame at 512 x 512 in half precision). Those of
-further windows are recomputed at each step."""
+"""Windows whose pose embeddings (2.5 MiB per frame at 512 x 512 in half precision) and temperature maps (1 MiB per window) are
+cached in host memory. Those of further windows are recomputed at each step."""
 
 
 class WindowInputs:
@@ -34,37 +34,41 @@ class WindowInputs:
         sampling: SamplingConfig,
         device: torch.device,
     ) -> None:
-        self._tcan, self._draw_poses, self._device = tcan, draw, device
+        self._tcan, self._draw_poses, self._sampling, self._device = tcan, draw, sampling, device
         self.windows = Windows(len(poses), sampling.window, sampling.overlap, sampling.loop)
         self._padded = poses[self.windows.source.numpy()]
         self._embeddings: dict[int, Tensor] = {}
-        self._temperatures = [
-            temperature_map(self._draw(frames).movedim(-1, -3), sampling.ptm_strength)
-            if sampling.ptm
-            else None
-            for frames in self.windows.indices
-        ]
+        self._temperatures: dict[int, Tensor] = {}
 
     @property
     def num_padded_frames(self) -> int:
         return len(self._padded)
 
-    def _draw(self, frames: Tensor) -> Tensor:
-        """Pose images uint8 `[F, H, W, 3]`, drawn on demand: for all windows they would need far more memory than the
-        latents."""
-        return torch.from_numpy(self._draw_poses(self._padded[frames.numpy()]))
+    def _draw(self, index: int) -> Tensor:
+        """Pose images of a window, uint8 `[F, H, W, 3]`, drawn on demand: for all windows they would need far more memory
+        than the latents."""
+        return torch.from_numpy(self._draw_poses(self._padded[self.windows.indices[index].numpy()]))
+
+    def _cached(self, cache: dict[int, Tensor], index: int, compute: Callable[[int], Tensor]) -> Tensor:
+        """A value of a window on the device: from the cache, else computed."""
+        if index in cache:
+            return cache[index].to(self._device)
+        value = compute(index)
+        if index < CACHED_WINDOWS:
+            cache[index] = value.cpu()
+        return value.to(self._device)
 
     def pose_embedding(self, index: int) -> Tensor:
         """The ControlNet's embedding of a window's pose images, `[1, F, C_0, h, w]`."""
-        if index in self._embeddings:
-            return self._embeddings[index].to(self._device)
-        drawn = self._draw(self.windows.indices[index])[None].to(self._device)
-        embedding = self._tcan.embed_pose(to_controlnet_input(drawn))
-        if index < CACHED_WINDOWS:
-            self._embeddings[index] = embedding.cpu()
-        return embedding
+        return self._cached(self._embeddings, index, self._embed)
+
+    def _embed(self, index: int) -> Tensor:
+        drawn = self._draw(index)[None].to(self._device)
+        return self._tcan.embed_pose(to_controlnet_input(drawn))
 
     def temperature(self, index: int) -> Tensor | None:
         """The temperature map of a window, `[H, W]`; None if disabled."""
-        temperature = self._temperatures[index]
-        return None if temperature is None else temperature.to(self._device)
+        return self._cached(self._temperatures, index, self._map) if self._sampling.ptm else None
+
+    def _map(self, index: int) -> Tensor:
+        return temperature_map(self._draw(index).movedim(-1, -3), self._sampling.ptm_strength)

@@ -64,4 +64,4 @@ class Windows:
             total[:, window] += prediction
             count[window] += 1
         assert total is not None
-        return total / count.to(total).view(-1, *[1] * (total.ndim - 2))
+        return total.div_(count.to(total).view(-1, *[1] * (total.ndim - 2)))

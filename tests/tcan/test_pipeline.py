@@ -118,9 +118,13 @@ def baseline_latents(
     [(7, 64, 64, False), (5, 64, 128, False), (1, 128, 64, False), (7, 64, 64, True)],
 )
 def test_latents_equal_two_full_passes_per_window(
-    pipe: TCANPipeline, num_frames: int, height: int, width: int, start: bool
+    pipe: TCANPipeline, num_frames: int, height: int, width: int, start: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With temperature map; square and rectangular, clips and a single frame, from noise or from the reference."""
+    """With temperature map; square and rectangular, clips and a single frame, from noise or from the reference.
+
+    The cache holds the inputs of the first window; those of the others are computed again at each step.
+    """
+    monkeypatch.setattr("tcan.window_inputs.CACHED_WINDOWS", 1)
     image, poses = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8), dance(num_frames)
     options = dict(steps=2, guidance_scale=3.0, window=4, overlap=2, height=height, width=width)
     options |= dict(start_from_reference=start, generator=torch.Generator().manual_seed(5))
