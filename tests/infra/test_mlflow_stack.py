@@ -1,5 +1,6 @@
 """The MLflow server of infra/mlflow without containers: PostgreSQL, an S3 server (moto), basic authentication."""
 
+import json
 import os
 import re
 import shutil
@@ -141,18 +142,10 @@ def test_runs_artifacts_and_models_survive_a_restart_of_server_and_database(
     assert "/presigned" not in (stack.folder / "log").read_text()  # a job may not reach the S3 server
 
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / "a.mp4").touch()
-    command = [
-        "evaluate",
-        str(tmp_path / "videos"),
-        "--model",
-        str(model),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    waiting = tmp_path / f"tracking-{run.id}.spool"
+    waiting.write_text(json.dumps({"run_id": run.id, "config": vars(config)}) + "\n")
     capsys.readouterr()
-    assert cli.main([*command, f"--tracking.uri={stack.uri}"]) == 2
+    assert cli.main(["track", "sync", str(waiting)]) == 2
     error = capsys.readouterr().err
     assert (
         error.startswith(f"tcan: error: MLflow store {stack.uri}: cannot be used") and error.count("\n") == 1
