@@ -32,7 +32,6 @@ from tests.user_errors import (  # noqa: F401  (pytest finds hooks by their name
     pytest_terminal_summary,
 )
 
-
 LONGEST = (
     "train", "study", "demo", "preprocess", "engines", "faults", "submit", "train_buckets", "buckets", "animate",
     "weights", "pipeline", "fake_cuda", "acceleration",
