@@ -19,13 +19,14 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/tcan demo --out demo
 
-# Tests run in two processes, each with modules of its own; in alphabetical order, since the module with the fewest tests is not the
-# shortest.
+# Tests run in two processes, each with modules of its own, in the order of tests/conftest.py.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not cluster" -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not cluster" $(PARALLEL)
 
 test-all: test
-	$(BIN)/pytest -m slow -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(PARALLEL)
 
 # Needs root: the machines are namespaces.
 test-cluster: $(STAMP)

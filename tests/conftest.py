@@ -27,11 +27,26 @@ import pytest
 
 from tests.user_errors import (  # noqa: F401  (pytest finds hooks by their name here)
     pytest_addoption,
-    pytest_collection_modifyitems,
     pytest_configure,
     pytest_runtest_logstart,
     pytest_terminal_summary,
 )
+
+LONGEST = (
+    "train", "study", "demo", "preprocess", "engines", "faults", "submit", "train_buckets", "buckets", "animate",
+    "weights", "pipeline", "fake_cuda", "acceleration",
+)  # fmt: skip
+"""Modules that take minutes, without their prefix `test_`. They start first, so that the processes of `make test` end at the
+same time."""
+LAST = "user_errors"  # checks the errors that all other tests have provoked
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def position(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST) + (name == LAST)
+
+    items.sort(key=position)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +95,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def pretrained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pretrained models of the mini preset's sizes with random weights, including the pose network."""
+    """A folder of small pretrained models with random weights, including the pose network of the mini preset's size."""
     from tests.pretrained import write_random_pretrained
 
     folder = tmp_path_factory.mktemp("pretrained")

@@ -45,7 +45,9 @@ TERMS = {
     r"whole": "complete; verified; entire",
     r"he|his|him|whoever": "it; the name",
 }
-PATTERN = re.compile("|".join(rf"(?<![\w-])(?:{term})(?![\w-])" for term in TERMS), re.IGNORECASE)
+PATTERN = re.compile(
+    rf"(?<![\w-])(?:{'|'.join(TERMS)})(?![\w-])"
+)  # of lower case: faster than ignoring the case
 
 
 def tracked_files() -> list[Path]:
@@ -64,7 +66,8 @@ def occurrences(text: str) -> list[tuple[int, str]]:
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", line).replace("_", " ")
-        found += [(number, match[0]) for candidate in {line, words} for match in PATTERN.finditer(candidate)]
+        candidates = {line.lower(), words.lower()}
+        found += [(number, match[0]) for candidate in candidates for match in PATTERN.finditer(candidate)]
     return found
 
 

@@ -40,10 +40,6 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     current_test["name"] = nodeid
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name == "test_user_errors.py")
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not config.getoption("user_errors"):
         return

@@ -16,7 +16,7 @@ from pipelines.puppets.examples import write_examples
 from pipelines.puppets.ship import ship
 from tcan.metrics.pose import mean_pose, pose_metrics
 from tcan.pixels import to_uint8
-from tcan.video import read_image, read_video
+from tcan.video import read_image, read_video, write_video
 from tcan.weights import MINI_MODEL
 from tests.pipelines.test_cli import error_of
 
@@ -27,13 +27,20 @@ INPUTS = ["--image", f"{EXAMPLES}/dancer.png", "--driving", f"{EXAMPLES}/dance.m
 def test_animate_without_model_uses_the_shipped_one_and_names_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*INPUTS, "--animate.steps=1", "--animate.guidance_scale=1"]
+    frames, fps = read_video(EXAMPLES / "dance.mp4")
+    write_video(frames[:4], tmp_path / "dance.mp4", fps)
+    options = [
+        *INPUTS[:2],
+        f"--driving={tmp_path}/dance.mp4",
+        "--animate.steps=1",
+        "--animate.guidance_scale=1",
+    ]
     assert cli.main(["animate", *options, f"--out={tmp_path}/default"]) == 0
     assert "model: mini, the one in this package" in capsys.readouterr().out
     assert cli.main(["animate", *options, f"--out={tmp_path}/named", f"--model={MINI_MODEL}"]) == 0
     assert "in this package" not in capsys.readouterr().out
     images = {folder: sorted((tmp_path / folder).iterdir()) for folder in ("default", "named")}
-    assert len(images["default"]) == 24
+    assert len(images["default"]) == 4
     for default, named in zip(images["default"], images["named"], strict=True):
         np.testing.assert_array_equal(read_image(default), read_image(named))
 

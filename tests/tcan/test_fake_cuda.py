@@ -32,48 +32,58 @@ from tcan.pose.hands import FaceDetector, HandDetector
 from tcan.pose.network import BodyPoseNetwork
 from tcan.pose.openpose import OpenPose
 from tcan.schedule import sampler
+from tests.tiny import LATENT, tiny_tcan
 
 PACKAGE = Path(tcan.__file__).parent
 FRAMES = {1: 1, 2: 4}  # by stage
-SIZES = {"mini": 16, "sd15": 64}  # side of the latents
+SIZES = {"tiny": LATENT, "sd15": 64}  # side of the latents
 
 
 class Networks:
-    """The networks of a preset with fake weights, on one device."""
+    """The networks of `tests.tiny` or of the preset sd15 with fake weights, on one device."""
 
-    def __init__(self, preset: str, dtype: torch.dtype, device: str, mode: FakeTensorMode):
-        folder = PACKAGE / preset
-
-        def build(network: Any, part: str, **options: Any) -> Any:
-            return network.from_config({**network.load_config(folder / part), **options})
-
-        self.latent_size = SIZES[preset]
-        self.channels: int = UNet2DConditionModel.load_config(folder / "unet")["in_channels"]
-        self.scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"))
-        with unset_fake_temporarily(), torch.device("meta"):
-            unet = build(UNet2DConditionModel, "unet")
-            model = TCAN(
-                unet,
-                build(ControlNetModel, "controlnet"),
-                build(MotionAdapter, "motion_adapter", use_motion_mid_block=False),
-                torch.zeros(1, 77, unet.config.cross_attention_dim),
-                4,
-                4,
-            ).to(dtype)
-            vae = build(AutoencoderKL, "vae").to(dtype).eval().requires_grad_(False)
+    def __init__(self, size: str, dtype: torch.dtype, device: str, mode: FakeTensorMode):
+        self.latent_size = SIZES[size]
+        self.scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(PACKAGE / "sd15" / "scheduler"))
         with unset_fake_temporarily():
-            self.tcan: TCAN = to_fake(model, torch.device(device), mode)
+            model, vae = tiny_networks() if size == "tiny" else sd15_networks()
+            vae = vae.to(dtype).eval().requires_grad_(False)
+            self.tcan: TCAN = to_fake(model.to(dtype), torch.device(device), mode)
             self.vae: AutoencoderKL = to_fake(vae, torch.device(device), mode)
 
 
+def tiny_networks() -> tuple[TCAN, AutoencoderKL]:
+    """The smallest TCAN, and a VAE with the factor of SD1.5, on the meta device."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4,
+        )  # fmt: skip
+    return tiny_tcan().to("meta"), vae
+
+
+def sd15_networks() -> tuple[TCAN, AutoencoderKL]:
+    """TCAN and VAE at SD1.5's size, on the meta device."""
+
+    def build(network: Any, part: str, **options: Any) -> Any:
+        return network.from_config({**network.load_config(PACKAGE / "sd15" / part), **options})
+
+    with torch.device("meta"):
+        unet = build(UNet2DConditionModel, "unet")
+        controlnet = build(ControlNetModel, "controlnet")
+        adapter = build(MotionAdapter, "motion_adapter", use_motion_mid_block=False)
+        model = TCAN(unet, controlnet, adapter, torch.zeros(1, 77, unet.config.cross_attention_dim), 4, 4)
+        return model, build(AutoencoderKL, "vae")
+
+
 def training_batch(networks: Networks, stage: int, size: int = 2) -> Batch:
-    frames, side, channels = FRAMES[stage], networks.latent_size, networks.channels
+    frames, side = FRAMES[stage], networks.latent_size
     return Batch(
-        latents=torch.zeros(size, frames, channels, side, side),
-        noise=torch.zeros(size, frames, channels, side, side),
+        latents=torch.zeros(size, frames, 4, side, side),
+        noise=torch.zeros(size, frames, 4, side, side),
         timestep=torch.zeros(size, dtype=torch.int64),
         pose=torch.zeros(size, frames, side * 8, side * 8, 3, dtype=torch.uint8),
-        reference=torch.zeros(size, channels, side, side),
+        reference=torch.zeros(size, 4, side, side),
         reference_mask=torch.ones(size, dtype=torch.bool),
     )
 
@@ -96,29 +106,27 @@ def fake() -> Iterator[FakeTensorMode]:
         yield mode
 
 
-CASES = [("mini", torch.float16), ("sd15", torch.bfloat16)]
+CASES = [("tiny", torch.float16), ("sd15", torch.bfloat16)]
 
 
 @pytest.mark.parametrize(
-    ("stage", "preset", "dtype"),
+    ("stage", "size", "dtype"),
     [
-        (1, "mini", torch.bfloat16),
-        (2, "mini", torch.float16),
+        (1, "tiny", torch.bfloat16),
+        (2, "tiny", torch.float16),
         (1, "sd15", torch.bfloat16),
         (2, "sd15", torch.bfloat16),
     ],
 )
 def test_training_loss_runs_on_cuda_without_host_synchronization(
-    stage: int, preset: str, dtype: torch.dtype
+    stage: int, size: str, dtype: torch.dtype
 ) -> None:
     with fake() as mode:
-        networks = Networks(preset, dtype, "cuda", mode)
+        networks = Networks(size, dtype, "cuda", mode)
         networks.tcan.set_stage(stage)
         batch = training_batch(networks, stage)
         masks = (
-            [[True, True], [True, False], [False, False]]
-            if (stage, preset) == (1, "mini")
-            else [[True, False]]
+            [[True, True], [True, False], [False, False]] if (stage, size) == (1, "tiny") else [[True, False]]
         )
         for mask in masks:
             loss = loss_of(networks, batch, "cuda", mask, gamma=5.0)
@@ -128,7 +136,7 @@ def test_training_loss_runs_on_cuda_without_host_synchronization(
 @pytest.mark.parametrize(("stage", "checkpointing"), [(1, False), (2, True)])
 def test_backward_and_optimizer_step_need_no_host_synchronization(stage: int, checkpointing: bool) -> None:
     with fake() as mode:
-        networks = Networks("mini", torch.bfloat16, "cpu", mode)
+        networks = Networks("tiny", torch.bfloat16, "cpu", mode)
         networks.tcan.set_stage(stage)
         networks.tcan.train()
         if checkpointing:
@@ -149,14 +157,14 @@ def test_optimizer_step_with_ema_runs_on_cuda() -> None:
         assert optimizer.state[weight]["ema"].device.type == "cuda"
 
 
-@pytest.mark.parametrize(("preset", "dtype"), CASES)
-def test_denoising_step_runs_on_cuda_without_host_synchronization(preset: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("size", "dtype"), CASES)
+def test_denoising_step_runs_on_cuda_without_host_synchronization(size: str, dtype: torch.dtype) -> None:
     frames = 4
     with fake() as mode:
-        networks = Networks(preset, dtype, "cuda", mode)
+        networks = Networks(size, dtype, "cuda", mode)
         side = networks.latent_size
         tcan_model, cuda = networks.tcan, torch.device("cuda")
-        noisy = torch.zeros(1, frames, networks.channels, side, side, dtype=dtype, device=cuda)
+        noisy = torch.zeros(1, frames, 4, side, side, dtype=dtype, device=cuda)
         timestep = torch.zeros(1, dtype=torch.int64, device=cuda)
         with torch.no_grad():
             pose = tcan_model.embed_pose(torch.zeros(1, frames, 3, side * 8, side * 8, device=cuda))
@@ -167,15 +175,15 @@ def test_denoising_step_runs_on_cuda_without_host_synchronization(preset: str, d
         assert rows.shape == (2, *noisy.shape[1:]) and rows.device.type == "cuda" and rows.dtype == dtype
 
 
-@pytest.mark.parametrize(("preset", "dtype"), CASES)
-def test_vae_runs_on_cuda_from_uint8_to_pixels(preset: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("size", "dtype"), CASES)
+def test_vae_runs_on_cuda_from_uint8_to_pixels(size: str, dtype: torch.dtype) -> None:
     with fake() as mode:
-        networks = Networks(preset, dtype, "cuda", mode)
+        networks = Networks(size, dtype, "cuda", mode)
         side = networks.latent_size * 8
         frames = torch.zeros(2, side, side, 3, dtype=torch.uint8).to("cuda")
         with torch.no_grad():
             latents = encode_batch(networks.vae, frames)
-            assert latents.shape == (2, 2, networks.channels, side // 8, side // 8)
+            assert latents.shape == (2, 2, 4, side // 8, side // 8)
             assert latents.device.type == "cuda" and latents.dtype == torch.float16
             pixels = from_vae_output(networks.vae.decode(latents[0].to(dtype)).sample)
         assert pixels.shape == (2, side, side, 3) and pixels.dtype == torch.float32
@@ -256,26 +264,24 @@ class HostBoundary:
         return type("Copy", (), {"numpy": lambda self: array})()
 
 
-@pytest.mark.parametrize(("preset", "dtype"), CASES)
+@pytest.mark.parametrize(("size", "dtype"), CASES)
 def test_preprocessing_actor_copies_frames_to_cuda_and_two_results_back(
-    preset: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    size: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From uint8 frames to the columns of a clip: latents in one copy, and the pose network's maps in one per batch."""
-    side = SIZES[preset] * 8
+    side = SIZES[size] * 8
     with fake() as mode:
         actor = object.__new__(PoseAndLatents)
-        networks = Networks(preset, dtype, "cuda", mode)
-        actor.vae, channels = networks.vae, networks.channels
-        actor.detector = pose_detectors(torch.float32, mode)["body" if preset == "sd15" else "mini"]
+        networks = Networks(size, dtype, "cuda", mode)
+        actor.vae = networks.vae
+        actor.detector = pose_detectors(torch.float32, mode)["body" if size == "sd15" else "mini"]
         actor.parts, actor.batch_frames = {}, 2
         boundary = HostBoundary(monkeypatch)
         columns = actor.encode(np.zeros((4, side, side, 3), np.uint8))
     assert columns["people_per_frame"] == [0] * 4
-    assert (
-        len(columns["latent_mean"]) == len(columns["latent_logvar"]) == 4 * channels * SIZES[preset] ** 2 * 2
-    )
+    assert len(columns["latent_mean"]) == len(columns["latent_logvar"]) == 4 * (4 * SIZES[size] ** 2) * 2
     assert boundary.uploads == [(2, side, side, 3)] * 2 + [(2, 184, 184, 3)] * 2
-    assert boundary.downloads == [(2, 4, channels, side // 8, side // 8)] + [(2, 56, 23, 23)] * 2
+    assert boundary.downloads == [(2, 4, 4, side // 8, side // 8)] + [(2, 56, 23, 23)] * 2
 
 
 def test_every_scheduler_steps_after_training_used_its_schedule() -> None:
