@@ -78,6 +78,9 @@ def preprocess(
         config.pretrained.pose, config.preprocess.hands, config.preprocess.face, "cpu"
     )
     identity = dataset_identity(config, fingerprint(vae), detector.fingerprint)
+    # These keys exist only if the parts are enabled, so that the identity of datasets without them is stable.
+    identity |= {"precision": config.preprocess.precision} if config.preprocess.precision != "fp32" else {}
+    identity |= {"people": config.preprocess.people} if config.preprocess.people != "main" else {}
     identity |= {f"{name.removesuffix('s')}_fingerprint": part.fingerprint for name, part in parts.items()}
 
     with writing(folder):
@@ -190,8 +193,6 @@ def dataset_identity(config: Config, vae_fingerprint: str, pose_fingerprint: str
         "schema_version": SCHEMA_VERSION,
         **sizes,
         "crop": settings.crop,
-        "people": settings.people,
-        "precision": settings.precision,
         "clip_frames": settings.clip_frames,
         "min_clip_frames": settings.min_clip_frames,
         "fps": settings.fps,

@@ -456,7 +456,7 @@ def test_training_draws_all_people_at_their_true_positions(
     assert inside(truth, row["crop"]).all()
     assert min(covered["all"]) > 0.95
     assert max(covered["main"]) > 0.95 and min(covered["main"]) < 0.1
-    with pytest.raises(UserError, match="created with people all, not main"):
+    with pytest.raises(UserError, match="created with people all, not None"):
         preprocess(
             str(tmp_path / "videos"),
             str(out),
