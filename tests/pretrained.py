@@ -1,4 +1,4 @@
-"""Pretrained models of the mini preset's sizes with random weights, for tests."""
+"""Small pretrained models with random weights and the architecture of the mini preset, for tests."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tcan.pose.network import BodyPoseNetwork
 
-CHANNELS = (48, 96, 128, 128)
+CHANNELS = (16, 32, 32, 32)
 
 
 def write_random_pretrained(folder: Path) -> None:
@@ -27,7 +27,7 @@ def write_random_pretrained(folder: Path) -> None:
         sample_size=16,
         layers_per_block=1,
         block_out_channels=CHANNELS,
-        norm_num_groups=16,
+        norm_num_groups=8,
         attention_head_dim=4,
         cross_attention_dim=64,
     )
@@ -36,7 +36,7 @@ def write_random_pretrained(folder: Path) -> None:
         motion_layers_per_block=1,
         motion_mid_block_layers_per_block=1,
         motion_num_attention_heads=4,
-        motion_norm_num_groups=16,
+        motion_norm_num_groups=8,
         motion_max_seq_length=32,
         use_motion_mid_block=False,
     )

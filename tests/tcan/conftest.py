@@ -1,4 +1,4 @@
-"""Random pretrained models of mini size in float64, and TCAN models built from them."""
+"""Small random pretrained models in float64, and TCAN models built from them."""
 
 import os
 
@@ -18,24 +18,24 @@ from tcan.model import TCAN
 def pretrained() -> dict:
     """Arguments of `TCAN`: unet, controlnet, motion_adapter, empty_prompt."""
     torch.manual_seed(0)
-    channels = (48, 96, 128, 128)
+    channels = (16, 32, 32, 32)
     unet = UNet2DConditionModel(
         sample_size=16,
         layers_per_block=1,
         block_out_channels=channels,
-        norm_num_groups=16,
+        norm_num_groups=8,
         attention_head_dim=4,
         cross_attention_dim=64,
     ).double()
     controlnet = ControlNetModel.from_unet(unet).double()
     for parameter in controlnet.parameters():
         if not parameter.any():  # the output convolutions are initialized with zeros
-            nn.init.normal_(parameter, std=0.05)
+            nn.init.normal_(parameter, std=0.1)
     adapter = MotionAdapter(
         block_out_channels=channels,
         motion_layers_per_block=1,
         motion_num_attention_heads=4,
-        motion_norm_num_groups=16,
+        motion_norm_num_groups=8,
         use_motion_mid_block=False,
     ).double()
     prompt = torch.randn(1, 4, 64, dtype=torch.float64)

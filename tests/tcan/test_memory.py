@@ -26,11 +26,18 @@ oneDNN, and more with other implementations. Only the lower bound is therefore s
 
 
 def build(pretrained: dict) -> dict:
-    """Return new arguments of `TCAN` with the architecture of `pretrained`."""
+    """Return new arguments of `TCAN` with the architecture of `pretrained` and the widths of mini.
+
+    The scratch of convolutions is too large a fraction at the smaller widths of `pretrained`.
+    """
+    widths = {"block_out_channels": (48, 96, 128, 128)}
+    groups = {"norm_num_groups": 16}
     return {
-        "unet": UNet2DConditionModel.from_config(pretrained["unet"].config),
-        "controlnet": ControlNetModel.from_config(pretrained["controlnet"].config),
-        "motion_adapter": MotionAdapter.from_config(pretrained["motion_adapter"].config),
+        "unet": UNet2DConditionModel.from_config({**pretrained["unet"].config, **widths, **groups}),
+        "controlnet": ControlNetModel.from_config({**pretrained["controlnet"].config, **widths, **groups}),
+        "motion_adapter": MotionAdapter.from_config(
+            {**pretrained["motion_adapter"].config, **widths, "motion_norm_num_groups": 16}
+        ),
         "empty_prompt": torch.zeros(1, 4, 64),
     }
 

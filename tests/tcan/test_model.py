@@ -134,7 +134,7 @@ def test_down_blocks_run_once_for_both_guidance_rows(model: TCAN, batch) -> None
 def test_precomputed_pose_embeddings_produce_identical_residuals(model: TCAN, batch) -> None:
     inputs = batch(2, 3)
     embedded = model.embed_pose(inputs["pose"])
-    assert embedded.shape == (2, 3, 48, 8, 16)
+    assert embedded.shape == (2, 3, 16, 8, 16)
     for timestep in (inputs["timestep"], (inputs["timestep"] + 100) % 1000):
         cached = model.pose_residuals(inputs["noisy"], timestep, embedded)
         encoded = model.pose_residuals(inputs["noisy"], timestep, inputs["pose"])
