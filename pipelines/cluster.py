@@ -2,7 +2,9 @@
 
 import os
 import re
+import signal
 import socket
+import threading
 
 import ray
 
@@ -43,6 +45,9 @@ def connect() -> None:
             f"RAY_ADDRESS = {address}: cannot be joined ({first_line(error)}); start the cluster with the same versions of "
             "Ray and Python, or unset RAY_ADDRESS to run on this machine"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put its own handler before that of Python. It prints a stack and aborts the process 3 s after SIGTERM.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _start_local() -> str:

@@ -191,6 +191,7 @@ def test_evaluation_in_a_bucket_survives_kills_and_outages(
     assert history(server.uri, local.info.run_id) == [(1, 0.5), (2, 0.25)]
     assert ("evaluate local", "FINISHED") in runs() and not list((tmp_path / "local").glob("*.spool"))
 
+    (tmp_path / "held-out").mkdir()
     write_clip(sample_clip("dance", 2, 3), tmp_path / "held-out" / "dance")
     measure = evaluate.compute_metrics
 

@@ -159,6 +159,7 @@ def test_animations_and_evaluations_are_submitted_once(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "held-out").mkdir()
     write_clip(sample_clip("dance", 2, 3), tmp_path / "held-out" / "dance")
     write_image(sample_clip("dance", 1, 1).frames[0], tmp_path / "hero.png")
     (tmp_path / "pairs.csv").write_text("image,driving,out\nhero.png,held-out/dance.mp4,pair.mp4\n")
