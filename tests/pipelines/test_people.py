@@ -18,7 +18,7 @@ from tests.pipelines.test_preprocess import inside, read_clips
 
 
 def write_two_puppets(folder: Path) -> np.ndarray:
-    """Write duo.mp4: two puppets of different characters at the right of a video of 320 x 128 pixels, the left one larger.
+    """Write duo.mp4: two puppets of different characters at the right of a video of 320 x 128 pixels.
 
     Returns the ground-truth keypoints `[12, 2, 18, 3]`.
     """
@@ -36,7 +36,7 @@ def write_two_puppets(folder: Path) -> np.ndarray:
 def test_training_draws_all_people_at_their_true_places(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """The crop of 224 pixels holds both puppets, which are at most 193 pixels apart."""
+    """The crop of 224 pixels holds both puppets, whose joints span 197 pixels."""
     truth = write_two_puppets(tmp_path / "videos")
     covered = {}
     for people in ("main", "all"):
