@@ -165,7 +165,7 @@ def test_videos_are_stored_completely_in_any_row_order(tmp_path: Path) -> None:
     ).all()
 
 
-def test_people_in_half_of_the_frames_are_stored_next_to_the_main_person(tmp_path: Path) -> None:
+def test_people_in_50_percent_of_the_frames_are_stored_next_to_the_main_person(tmp_path: Path) -> None:
     """The filters apply to the main person: the others are too small and in too few frames."""
     main, dancer, bystander = person(32, 40), person(50, 20), person(10, 20)
     frames = [np.stack(bodies) for bodies in [[dancer, main]] * 3 + [[main, bystander]] * 2]

@@ -33,7 +33,7 @@ def write_two_puppets(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_training_draws_all_people_at_their_true_places(
+def test_training_draws_all_people_at_their_true_positions(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """The crop of 224 pixels holds both puppets, whose joints span 197 pixels."""
