@@ -198,8 +198,9 @@ def decode_row(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     Returns:
         Of the columns in the row: latent_mean, latent_logvar (float16 `[F, C, h, w]`, C: channels of the VAE), keypoints
-        (float32 `[F, 18, 3]`; `[F, P, 18, 3]` if the row has tracked_people), people (float32 `[sum(people_per_frame), 18, 3]`), hands (`[..., 2, 21, 3]`), faces
-        (`[..., 70, 3]`), reference_latent_mean (float16 `[C, h, w]`) and reference_keypoints (float32 `[18, 3]`).
+        (float32 `[F, 18, 3]`; `[F, P, 18, 3]` if the row has tracked_people), people (float32
+        `[sum(people_per_frame), 18, 3]`), hands (`[..., 2, 21, 3]`), faces (`[..., 70, 3]`), reference_latent_mean
+        (float16 `[C, h, w]`) and reference_keypoints (float32 `[18, 3]`).
 
     Raises:
         ValueError: the number of bytes does not match the shape.

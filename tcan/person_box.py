@@ -55,7 +55,8 @@ def describe_crop(keypoints: np.ndarray, box: Box) -> str:
     text = f"cropped to {','.join(f'{value:.0f}' for value in box)} around the {'people' if several else 'person'}"
     detected = int((keypoints[..., 2] > 0).sum())
     if outside := detected - int(_joints_inside(keypoints, box).sum()):
-        text += f", who {'do' if several else 'does'} not fit: {outside} of {detected} joints are outside; use a size of the image's aspect ratio"
+        verb = "do" if several else "does"
+        text += f", who {verb} not fit: {outside} of {detected} joints are outside; use a size of the image's aspect ratio"
     return text
 
 

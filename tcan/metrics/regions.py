@@ -60,7 +60,7 @@ def hand_boxes(pose: np.ndarray) -> Iterator[Box]:
     for elbow, wrist in ARMS:
         if pose[elbow, 2] > 0 and pose[wrist, 2] > 0:
             forearm = pose[wrist, :2] - pose[elbow, :2]
-            yield _square(pose[wrist, :2] + HAND_CENTER * forearm, HAND_SIDE * np.linalg.norm(forearm))
+            yield _square(pose[wrist, :2] + HAND_CENTER * forearm, HAND_SIDE * float(np.linalg.norm(forearm)))
 
 
 def _square(center: np.ndarray, side: float) -> Box:

@@ -14,6 +14,7 @@ import torch
 from pipelines import cli
 from pipelines.config.parser import load_config
 from pipelines.dataset import CLIP_SCHEMA, decode_row
+from pipelines.dataset_index import write_index
 from pipelines.preprocess.assembly import VideoAssembler
 from pipelines.preprocess.models import PoseAndLatents
 from pipelines.preprocess.person_crop import Crop, crop_around
@@ -21,6 +22,7 @@ from pipelines.preprocess.pose import pack_people, unpack_people
 from pipelines.preprocess.schemas import DECODED_SCHEMA, ENCODED_SCHEMA
 from pipelines.preprocess.shards import ShardWriter, read_contents, writing
 from pipelines.preprocess.sources import Source
+from pipelines.train.clips import ClipStore
 from tcan.errors import UserError
 from tcan.pose.hands import FaceDetector
 from tcan.pose.openpose_loading import open_pose_module
@@ -164,7 +166,7 @@ def test_videos_are_stored_completely_in_any_row_order(tmp_path: Path) -> None:
     ).all()
 
 
-def test_people_of_enough_frames_are_stored_next_to_the_main_person(tmp_path: Path) -> None:
+def test_people_in_50_percent_of_the_frames_are_stored_next_to_the_main_person(tmp_path: Path) -> None:
     """The filters apply to the main person: the others are too small and in too few frames."""
     main, dancer, bystander = person(32, 40), person(50, 20), person(10, 20)
     frames = [np.stack(bodies) for bodies in [[dancer, main]] * 3 + [[main, bystander]] * 2]
@@ -189,6 +191,9 @@ def test_people_of_enough_frames_are_stored_next_to_the_main_person(tmp_path: Pa
     np.testing.assert_array_equal(stored[:, 0], np.stack([main] * 5))
     np.testing.assert_array_equal(stored[:, 1], np.stack([dancer] * 3 + [np.zeros((18, 3))] * 2))
     assert [row["main_person"] for row in rows] == [[1, 1], [1, 0, 0]]
+    write_index(str(tmp_path))
+    store = ClipStore(tmp_path)
+    np.testing.assert_array_equal(store.frames(store.video(0), [4, 0, 2])["keypoints"], stored[[4, 0, 2]])
 
 
 def test_square_covers_most_joints_of_the_person() -> None:

@@ -113,7 +113,7 @@ of `ten_bits.mp4`, the library of PyAV 18 is 2.5 off."""
 LATE = {"packed.avi": 1 / 24}
 """ffmpeg's times omit the chunks without a frame that the container counts: seconds of difference."""
 GROUPS = ("mpeg2.mpg", "mpeg2.ts", "offset.ts", "wmv2.wmv", "cut_long.mp4")
-"""Read at several rates: seeking to a frame of them gives one of another key frame."""
+"""Read at several rates: seeking to a frame of them gives one of another GOP."""
 NAMES = [*BASE, *FILES, *DERIVED, *BYTES]
 
 
