@@ -1,4 +1,4 @@
-"""Files that were saved in the place of weights: Git LFS pointers and HTML pages."""
+"""Files that were saved in the place of weights: Git LFS pointers, HTML pages, JSON messages."""
 
 from pathlib import Path
 
@@ -17,4 +17,7 @@ def impostor(path: Path) -> str | None:
         return "a Git LFS pointer, not the file itself; run git lfs pull, or download the file"
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(HTML):
         return "an HTML page, not a weights file; download the file itself, not its web page"
+    # A safetensors file may begin with this byte, too: that of a number of 8 bytes, of which the last ones are 0.
+    if path.suffix != ".json" and start.startswith(b"{") and b"\0" not in start:
+        return "a JSON text, not a weights file, perhaps a server's error message; read it, and download the file again"
     return None

@@ -224,11 +224,12 @@ def test_merges_with_other_text_encoder_keys_load(
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_lfs_pointers_and_html_pages_are_named(tmp_path: Path, suffix: str) -> None:
+def test_lfs_pointers_html_pages_and_json_messages_are_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model.{suffix}"
     for text, reason in (
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
         ("\n<!DOCTYPE html><html></html>", "an HTML page"),
+        ('{"error": "Repository not found"}', "a JSON text"),
     ):
         path.write_text(text)
         for load in (
