@@ -40,9 +40,10 @@ def test_limit_follows_the_motion_modules(
 ) -> None:
     config = MotionAdapter.load_config(pretrained_folder / "motion_adapter")
     MotionAdapter.from_config({**config, "motion_max_seq_length": 24}).save_pretrained(tmp_path / "short")
+    parts = ("unet", "controlnet", "text_encoder")
     message = error_of(
         capsys, "memory", "--stage", "1", "--size", "64", "--train.clip_frames", "25",
-        "--pretrained.motion_adapter", str(tmp_path / "short"),
+        f"--pretrained.motion_adapter={tmp_path / 'short'}", *(f"--pretrained.{part}={pretrained_folder}" for part in parts),
     )  # fmt: skip
     assert "have 24 positions; set at most 24" in message
     assert (
