@@ -70,12 +70,11 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         pipe = TCANPipeline.from_pretrained("runs/model").to("cuda")
         frames = pipe(image, driving_frames, generator=torch.Generator().manual_seed(0)).frames
 
-    Device memory depends on the window and the frame size, not on the number of frames. Host memory grows with the
-    number of frames, because each denoising step visits all windows before the next step starts. It contains all poses,
-    and all latents (16 bytes per 8 x 8 pixels: 64 KiB per frame at 512 x 512) with the scheduler's working copies. Pose images
-    are drawn per window, frames are decoded per batch, and `tcan.window_inputs.CACHED_WINDOWS` bounds the cached pose
-    embeddings and temperature maps. The output's `frames` are all frames at once; for a long video
-    request "latent" and iterate over `decode`.
+    Device memory depends on the window and the frame size, not on the number of frames. Host memory grows with the number of
+    frames, because each denoising step visits all windows before the next step starts. It contains all poses, and all latents
+    (16 bytes per 8 x 8 pixels: 64 KiB per frame at 512 x 512) with the scheduler's working copies. Pose images are drawn per
+    window, frames are decoded per batch, and `tcan.window_inputs.CACHED_WINDOWS` bounds the cached pose embeddings and
+    temperature maps. The output's `frames` are all frames: for a long video, request "latent" and iterate over `decode`.
     """
 
     scheduler: SchedulerMixin  # set by register_modules
