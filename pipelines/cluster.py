@@ -31,6 +31,7 @@ def connect() -> None:
     if not _is_local:
         _probe(address)
     _connected = True
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             "local" if _is_local else address,
@@ -46,8 +47,8 @@ def connect() -> None:
             "Ray and Python, or unset RAY_ADDRESS to run on this machine"
         ) from None
     if threading.current_thread() is threading.main_thread():
-        # Ray has put its own handler before that of Python. It prints a stack and aborts the process 3 s after SIGTERM.
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        # Ray's handlers exit with status 15, and print a stack and abort the process 3 s after SIGTERM.
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _start_local() -> str:
