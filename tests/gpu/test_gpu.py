@@ -23,8 +23,10 @@ def test_part_that_exceeds_its_limit_is_stopped_and_the_failure_reported(tmp_pat
     assert run_part("parity", "cpu", 0.5, tmp_path / "results.jsonl") == "stopped after 0 s"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(name, marks=pytest.mark.cluster if name == "jobs" else pytest.mark.slow) for name in PARTS],
+)
 def test_every_part_runs_at_mini_size_on_the_cpu(part: str, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     assert run_part(part, "cpu", 900, results) == "finished"
