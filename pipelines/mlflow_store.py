@@ -1,11 +1,12 @@
 """Connection to an MLflow store. Everything that can be wrong with a store is a `UserError` here, without credentials."""
 
 import dataclasses
+import fcntl
 import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,12 +131,20 @@ def connect(config: TrackingConfig) -> "MlflowClient":
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line per retry
     if scheme in SERVERS:
         _probe(uri)
-    with store_errors(config):
-        if config.uri is None and scheme == "sqlite":
-            Path(resolve(config).folder).mkdir(parents=True, exist_ok=True)
+    is_local = config.uri is None and scheme == "sqlite"
+    with store_errors(config), _one_at_a_time(resolve(config).folder) if is_local else nullcontext():
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     return client
+
+
+@contextmanager
+def _one_at_a_time(folder: str) -> Iterator[None]:
+    """Create the folder of a store and lock it: MLflow fails if two processes create the tables at the same time."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}/.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _probe(uri: str) -> None:

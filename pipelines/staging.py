@@ -40,7 +40,8 @@ def _download(uri: str, root: str) -> Path:
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
             raise UserError(f"{uri}: no such file or folder; check the URI")
-        local.parent.mkdir(parents=True, exist_ok=True)
+        # `copy_files` creates subfolders, but not the folder itself.
+        (local if info.type == pafs.FileType.Directory else local.parent).mkdir(parents=True, exist_ok=True)
         pafs.copy_files(
             path, str(local), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem()
         )
