@@ -155,9 +155,8 @@ def _submit(command: Command, name: str, options: Sequence[str], values: Any, co
     if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         argv.append(f"--tracking.folder={config.tracking.folder}")
     argv = absolute_paths(argv, [*paths, *PATH_KEYS], flags, lists)
-    computes = (
-        command.computes and values.get("pairs") is None
-    )  # the pairs of a table are computed by workers
+    # Workers compute the pairs of a table.
+    computes = command.computes and values.get("pairs") is None
     device = config.animate.device if computes else None
     return submit(values.submit, argv, values.environment, values.job_id, device)
 

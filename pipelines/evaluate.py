@@ -187,11 +187,8 @@ def _evaluate(
             with atomic_write(folder / "evaluation.json") as partial:
                 partial.write_text(json.dumps(report, indent=2) + "\n")
         run.metrics({key: value for key, value in metrics.items() if np.isfinite(value)})
-        for file in (
-            "evaluation.json",
-            "videos.csv",
-            "sheet.png",
-        ):  # at their final location, where they stay
+        # At their final location, where they stay until they are delivered.
+        for file in ("evaluation.json", "videos.csv", "sheet.png"):
             run.file(f"{out}/{file}")
         run.file(f"{out}/videos", "videos")
     print(table(metrics))

@@ -4,9 +4,8 @@ import numpy as np
 
 from tcan.pose.tracking import numbered_people, track_poses
 
-MIN_PRESENCE = (
-    0.5  # fraction of the frames in which a person must be detected to be tracked next to the main person
-)
+MIN_PRESENCE = 0.5
+"""Fraction of the frames in which a person must be detected to be tracked next to the main person."""
 
 People = list[np.ndarray]
 """The people of each frame: float32 `[P, 18, 3]`; P may be 0."""

@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from tests.runs import Stage1, workers_of
 
 FIRST_STEPS = 5
@@ -42,8 +44,8 @@ def restart_seconds(dataset: Path, folder: Path) -> float:
         driver.wait()
 
 
-def _check(driver: object, training: Stage1) -> None:
-    if driver.poll() is not None:  # type: ignore[attr-defined]
+def _check(driver: psutil.Popen, training: Stage1) -> None:
+    if driver.poll() is not None:
         raise RuntimeError(f"the training has ended: {training.output()[-2000:]}")
     time.sleep(0.2)
 
