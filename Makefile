@@ -50,7 +50,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 lock: $(UV)
-	$(UV) pip compile --universal --generate-hashes --no-emit-index-url --extra app --extra dev --python-version 3.11 \
+	$(UV) pip compile --universal --generate-hashes --no-emit-index-url --extra app --extra onnx --extra dev --python-version 3.11 \
 		pyproject.toml -o requirements.lock
 
 # deepspeed is distributed as source only; building it takes about 30 s.
