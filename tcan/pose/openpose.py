@@ -29,6 +29,8 @@ from tcan.pose.skeleton import STRIDE
 from tcan.transfer import HostCopy, upload
 
 PADDING_VALUE = 128  # gray
+CLOSE_UP_ZOOMS = (0.75, 0.6, 0.5)
+UPPER_BODY = [*range(8), *range(14, 18)]  # nose, neck, arms, eyes, ears
 PAF_MAPS, JOINT_MAPS = 38, 18
 
 
@@ -66,16 +68,24 @@ def find_people(
 ) -> tuple[list[NDArray[np.float32]], int, int]:
     """Detect people in a stream of frames `[H, W, 3]` of equal size, with `batch_size` frames in memory at a time.
 
+    A single frame is an image, which can be a close-up: its joints are larger than in the images on which the network was
+    trained. It is detected at the zooms of `CLOSE_UP_ZOOMS`, too; the people with the highest scores above the hips are returned.
+
     Returns:
         Keypoints `[P, 18, 3]` of each frame, H and W. H and W are 0 if there are no frames.
     """
     people: list[NDArray[np.float32]] = []
-    height, width = 0, 0
+    batch = np.empty((0, 0, 0, 3), np.uint8)
     iterator = iter(frames)
-    while batch := list(islice(iterator, batch_size)):
-        height, width = batch[0].shape[:2]
-        people += detector.detect(np.stack(batch), batch_size)
-    return people, height, width
+    while upcoming := list(islice(iterator, batch_size)):
+        batch = np.stack(upcoming)
+        people += detector.detect(batch, batch_size)
+    if len(people) == 1:
+        zoomed = [detector.detect(batch, zoom=zoom)[0] for zoom in CLOSE_UP_ZOOMS]
+        people = [
+            max(people[0], *zoomed, key=lambda found: found[:, UPPER_BODY, 2].sum(axis=1).max(initial=0))
+        ]
+    return people, *batch.shape[1:3]
 
 
 class OpenPose:
