@@ -5,8 +5,6 @@ the final status are set; models and runs are looked up before they are created.
 """
 
 import base64
-import dataclasses
-import platform
 import re
 import tempfile
 from collections.abc import Sequence
@@ -16,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import storage
 from pipelines.config import TrackingConfig
+from pipelines.mlflow_model import save_model
 from pipelines.mlflow_store import connect, experiment_id, reason
 from pipelines.spool import Record, Rejected
 from pipelines.staging import local_input
-from tcan import __version__
-from tcan.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.models import ModelSignature
 
 LOCAL_ID = "tcan.local_id"  # tag of a run that was begun while the store was not reachable
 _MAX_PER_BATCH = 100  # parameters per MLflow call
@@ -125,7 +121,9 @@ class Delivery:
         path = _existing(local)
         found = self._client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
         if not found:
-            self._save_model(path, sampling)
+            with tempfile.TemporaryDirectory() as folder:
+                save_model(path, Path(folder) / "model", sampling)
+                self._client.log_artifacts(self.run_id, f"{folder}/model", "model")
             try:
                 self._client.create_registered_model(name)
             except MlflowException as error:
@@ -134,27 +132,6 @@ class Delivery:
             source = f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
             found = [self._client.create_model_version(name, source, self.run_id)]
         self._client.set_registered_model_alias(name, re.sub(r"\W", "-", alias), found[0].version)
-
-    def _save_model(self, local: Path, sampling: dict[str, Any]) -> None:
-        import mlflow.pyfunc
-
-        with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / "model"
-            mlflow.pyfunc.save_model(
-                str(saved),
-                loader_module="pipelines.mlflow_model",
-                data_path=str(local),
-                signature=_signature(sampling),
-                # Complete; otherwise MLflow looks for pip in this environment and warns that it is missing.
-                conda_env={
-                    "dependencies": [
-                        f"python={platform.python_version()}",
-                        "pip",
-                        {"pip": [f"tcan=={__version__}"]},
-                    ]
-                },
-            )
-            self._client.log_artifacts(self.run_id, str(saved), "model")
 
     def _link(self, key: str, parent: str) -> None:
         """Tag the run with its parent, and link both in their descriptions.
@@ -199,26 +176,6 @@ def find_run(client: "MlflowClient", experiment: str, local_id: str) -> str | No
     """Id of the run that was begun without a connection under a local id."""
     found = client.search_runs([experiment], f"tags.`{LOCAL_ID}` = '{local_id}'", max_results=1)
     return found[0].info.run_id if found else None
-
-
-def _signature(sampling: dict[str, Any]) -> "ModelSignature":
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
-    inputs = Schema([ColSpec("string", name) for name in ("image", "driving")])
-    types = {bool: "boolean", int: "long", float: "double"}
-    # MLflow passes only declared params to `predict`, and a declared param needs a default of its type.
-    declared = [
-        ParamSpec(item.name, types[item.type], item.type(sampling[item.name]))
-        for item in dataclasses.fields(SamplingConfig)
-        if isinstance(item.type, type) and item.default is not None
-    ]
-    return ModelSignature(
-        inputs,
-        params=ParamSchema(
-            [*declared, ParamSpec("seed", "long", 0), ParamSpec("retarget", "string", "robust")]
-        ),
-    )
 
 
 def _markdown(run: Any) -> str:

@@ -1,10 +1,14 @@
 """`tcan animate` and `tcan pose`: output, memory, and one-line user errors."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from pipelines.config import Config
 from pipelines.config.parser import load_config
 from pipelines.inference import choose_device, load_pipeline
 from pipelines.match import output_size
+from pipelines.mlflow_model import save_model
 from pipelines.pose import number_labels, overlay, pose
 from pipelines.puppets.world import sample_clip, write_clip
 from tcan.crop import fit_image
@@ -28,6 +33,7 @@ from tcan.pixels import to_uint8
 from tcan.pose import draw_poses, read_poses, write_poses
 from tcan.sampling import SamplingConfig
 from tcan.video import VideoFrames, read_image, read_video, write_image, write_video
+from tcan.weights import MINI_MODEL
 from tests.pipelines.test_cli import error_of
 
 STEP = ("--animate.steps", "1", "--animate.guidance_scale", "1")
@@ -156,6 +162,31 @@ def test_registered_model_predicts_with_sampling_params(
     np.testing.assert_allclose(first, np.asarray(frames) * 255, atol=0.5001)
     assert first.dtype == np.uint8 and first.shape == (6, 64, 64, 3)
     assert not np.array_equal(first, unguided) and not np.array_equal(first, not_retargeted)
+
+
+@pytest.mark.slow
+def test_registered_model_predicts_in_an_environment_of_its_own_requirements(
+    puppets: Path, tmp_path: Path
+) -> None:
+    uv = Path(sys.prefix, "uv/bin/uv")
+    if not uv.exists():
+        pytest.skip("needs the environment of `make install`, which contains uv")
+    save_model(MINI_MODEL, tmp_path / "model", asdict(SamplingConfig(steps=1, guidance_scale=1.0)))
+    code = f"""
+import mlflow.pyfunc, sys
+row = {{"image": {str(puppets / "hero.png")!r}, "driving": {str(puppets / "dance.mp4")!r}}}
+frames = mlflow.pyfunc.load_model("model").predict([row])[0]
+import tcan
+assert frames.shape == (6, 128, 128, 3) and tcan.__file__.startswith({str(tmp_path)!r}) and "ray" not in sys.modules
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    for command in (
+        [uv, "venv", "--python", sys.executable, "environment"],
+        [uv, "pip", "install", "--python", "environment/bin/python", "-r", "model/requirements.txt"],
+        ["environment/bin/python", "-c", code],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_poses_from_file_without_retargeting_are_only_cropped(
