@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from pipelines import storage, tracking
 from pipelines.animate import Animation, read_inputs, render_animation
-from pipelines.cluster import connect
+from pipelines.cluster import connect, is_local
 from pipelines.config import Config
 from pipelines.inference import find_model, load_pipeline
 from pipelines.lock import locked
@@ -236,7 +236,12 @@ def _on_workers(
     config = dataclasses.replace(config, tracking=resolve(config.tracking))
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    Worker = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(Animator)
+    device = config.animate.device
+    if device.startswith("cuda") and not gpus:  # an autoscaling cluster adds nodes
+        if is_local():
+            raise UserError(f"animate.device = {device}: this machine has no GPU; use auto or cpu")
+        gpus = 1
+    Worker = ray.remote(num_cpus=1, num_gpus=1 if gpus and device != "cpu" else 0)(Animator)
     waiting, deaths = deque(pending), dict.fromkeys(map(id, pending), 0)
     running: dict[Any, tuple[Any, Outcome | None]] = {}  # task -> worker, pair (None: loading the model)
 
@@ -244,7 +249,7 @@ def _on_workers(
         worker = Worker.remote(model, config, options)
         running[worker.load.remote()] = worker, None
 
-    for _ in range(min(len(pending), config.animate.workers or gpus or cpus)):
+    for _ in range(min(len(pending), config.animate.workers or (device != "cpu" and gpus) or cpus)):
         start()
     while waiting or any(pair is not None for _, pair in running.values()):
         (result,), _ = ray.wait(list(running))

@@ -91,8 +91,8 @@ class AnimateConfig(SamplingConfig):
     """Source of the pretrained models. model: the sources named in the model folder. config: the keys of `pretrained`."""
 
     workers: int = 0
-    """Number of workers of --pairs (>= 0), each with a GPU if the cluster has GPUs, else with a CPU core. 0: as many as
-    the cluster has room for."""
+    """Number of workers of --pairs (>= 0), each with a GPU if the cluster has GPUs or if `device` is cuda, else with a CPU core.
+    If they do not fit, an autoscaling cluster adds nodes. 0: as many as the cluster has room for at the start of the job."""
 
     prefix: ClassVar[str] = "animate."
 

@@ -72,8 +72,15 @@ class PreprocessConfig:
     """Compilation of the body pose network and the VAE encoder with torch.compile: faster after a start of minutes. auto: on
     GPUs."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the pose network and the VAE. auto: the GPUs of the cluster at the start of the job, else its CPUs."""
+
+    actors: int | Literal["auto"] = "auto"
+    """Number of actors (pose network and VAE), >= 1. auto: as many as fit into the cluster at the start of the job. If a number
+    needs more CPUs or GPUs than the cluster has, an autoscaling cluster adds nodes."""
+
     gpus_per_actor: float = 1.0
-    """GPUs reserved per actor (pose network and VAE), > 0; fractions share a GPU. Ignored if the cluster has no GPUs."""
+    """GPUs reserved per actor, > 0; fractions share a GPU. Ignored on CPUs."""
 
     hands: bool = False
     """Hand keypoints (21 per hand) of all people, detected with OpenPose's hand_pose_model.pth in the folder of the body
@@ -108,6 +115,8 @@ class PreprocessConfig:
             )
         check(self, "preprocess.", between(0, 255), cut_threshold=27)
         check(self, "preprocess.", at_least(1), batch_frames=16, shard_megabytes=256)
+        if self.actors != "auto":
+            check(self, "preprocess.", at_least(1), actors=8)
         check(self, "preprocess.", ABOVE_0, fps=25, max_seconds=600, gpus_per_actor=1, decode_timeout=120)
         check(self, "preprocess.", at_least(0), min_seconds=0, commit_seconds=60)
         if self.max_seconds is not None and self.min_seconds > self.max_seconds:

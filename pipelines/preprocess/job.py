@@ -118,7 +118,7 @@ def preprocess(
 def _contact_sheet(folder: str, vae: AutoencoderKL, config: Config) -> np.ndarray:
     """The contact sheet, decoded on a GPU of the cluster if there is one: at SD1.5 size a CPU takes minutes for it."""
     gpus = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
-    if not gpus:
+    if not gpus or config.preprocess.device == "cpu":
         return contact_sheet(folder, vae, config.train.stick_width)
 
     def decode_on_gpu(vae: AutoencoderKL) -> np.ndarray:

@@ -9,13 +9,14 @@ import ray
 import ray.data
 import torch
 
-from pipelines.cluster import connect
-from pipelines.config import Config
+from pipelines.cluster import connect, is_local
+from pipelines.config import Config, PreprocessConfig
 from pipelines.preprocess.decode import decode
 from pipelines.preprocess.models import PoseAndLatents
 from pipelines.preprocess.quarantine import Quarantine, count_attempts
 from pipelines.preprocess.sources import Source
 from tcan.acceleration import is_compiled
+from tcan.errors import UserError
 
 # Small blocks let the models start while a video is still being decoded, and limit the data in flight. A square clip of 64
 # frames is 3 MiB at 128 px, and 48 MiB (one block) at 512 px.
@@ -42,7 +43,7 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
     naming its videos.
     """
     connect()
-    num_cpus, num_gpus, num_actors = _resources(config.preprocess.gpus_per_actor)
+    num_cpus, num_gpus, num_actors = _resources(config.preprocess)
     resources = {
         "num_cpus": num_cpus,
         "runtime_env": {
@@ -85,22 +86,36 @@ def encoded_clips(pending: list[Source], config: Config) -> Generator[dict[str, 
             yield from block.to_pylist()
 
 
-def _resources(gpus_per_actor: float) -> tuple[float, float, int]:
-    """CPUs per operator process, GPUs per actor, and number of actors on this cluster.
+def _resources(settings: PreprocessConfig) -> tuple[float, float, int]:
+    """CPUs per operator process, GPUs per actor, and number of actors.
 
-    With GPUs, the models are the bottleneck: the number of actors is the number that fits on the GPUs. Decoding tasks use
-    the remaining CPUs on all nodes, because one decoder is too slow for a GPU if videos are large.
+    With GPUs, the models are the bottleneck: by default, the number of actors is the number that fits on the GPUs. Decoding
+    tasks use the remaining CPUs on all nodes, because one decoder is too slow for a GPU if videos are large.
 
-    Without GPUs, there is one actor per CPU. Both operators then request the same resources, so Ray Data fuses them: each
-    actor reads from its own decoder process, which works on the next clip meanwhile, and no frame enters the object store.
+    Without GPUs, there is by default one actor per CPU. Both operators then request the same resources, so Ray Data fuses them:
+    each actor reads from its own decoder process, which works on the next clip meanwhile, and no frame enters the object store.
+
+    Raises:
+        UserError: `preprocess.device` is cuda, and neither has the cluster a GPU nor can it be asked for one.
     """
     cluster = ray.cluster_resources()
     cpus, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
-    num_gpus = gpus_per_actor if gpus else 0.0
-    num_actors = max(1, int(gpus / num_gpus if num_gpus else cpus))
+    if settings.device == "cuda" and not gpus:
+        if is_local():
+            raise UserError("preprocess.device = cuda: this machine has no GPU; use auto or cpu")
+        if settings.actors == "auto":
+            raise UserError(
+                "preprocess.device = cuda: the cluster has no GPU yet; set preprocess.actors, for which it adds nodes"
+            )
+    on_gpu = settings.device == "cuda" or (settings.device == "auto" and gpus > 0)
+    num_gpus = settings.gpus_per_actor if on_gpu else 0.0
+    if settings.actors != "auto" and not is_local():
+        return 1.0, num_gpus, settings.actors
+    fitting = max(1, int(gpus / num_gpus if on_gpu else cpus))
+    num_actors = fitting if settings.actors == "auto" else min(settings.actors, fitting)
     # One CPU per actor (it feeds its GPU, or computes on the CPU) and per decoder (it uses one thread). If there are too few
     # CPUs for all actors and one decoder, each gets less: without a decoder the pipeline would not progress.
-    num_cpus = min(1.0, cpus / (num_actors + 1)) if num_gpus else min(1.0, cpus)
+    num_cpus = min(1.0, cpus / (num_actors + 1)) if on_gpu else min(1.0, cpus)
     return num_cpus, num_gpus, num_actors
 
 
