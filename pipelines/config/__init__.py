@@ -59,7 +59,8 @@ class PretrainedConfig:
     """Source of the noise schedule (config of a DDIMScheduler); sd15 is the schedule of SD1.5."""
 
     pose: str
-    """Source of the pose network: mini, a local folder or file, or a hub id with body_pose_model.pth."""
+    """Source of the pose network: mini, a local folder or file, or a hub id with body_pose_model.pth; or a local folder with the
+    ONNX files of a YOLOX person detector and an RTMPose or DWPose network."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from torch import nn
 
 from pipelines.doctor.finding import Finding
 from pipelines.doctor.subject import Subject
+from tcan.pose.onnx import OnnxPose
 from tcan.weights import load_part, load_pose_detector, portable_source
 from tcan.weights.pretrained import NETWORKS, check_compatible, load_scheduler, pretrained_fingerprint
 
@@ -41,6 +42,8 @@ def _load(part: str, source: str) -> Any:
 def _describe(part: str, network: Any) -> tuple[str, str]:
     if part == "scheduler":
         return f"{network.config.num_train_timesteps} timesteps, {network.config.prediction_type}", ""
+    if isinstance(network, OnnxPose):
+        return "ONNX files", network.fingerprint
     fingerprint = network.fingerprint if part == "pose" else pretrained_fingerprint(part, network)
     module: nn.Module = network.network if part == "pose" else network
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters", fingerprint

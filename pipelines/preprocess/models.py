@@ -21,11 +21,12 @@ from tcan.acceleration import compile_for_frames, use_fast_formats
 from tcan.errors import UserError
 from tcan.pose import OpenPose
 from tcan.pose.hands import FaceDetector, HandDetector
+from tcan.pose.onnx import OnnxPose
 from tcan.weights import load_part, load_pose_detector
 from tcan.weights.common import quiet
 
 
-def load_models(pretrained: PretrainedConfig, device: str) -> tuple[OpenPose, AutoencoderKL]:
+def load_models(pretrained: PretrainedConfig, device: str) -> tuple[OpenPose | OnnxPose, AutoencoderKL]:
     """Load the pose detector and the VAE (float32).
 
     Raises:
@@ -78,17 +79,19 @@ class PoseAndLatents:
     ) -> None:
         torch.set_num_threads(1)  # Ray reserves one CPU; torch would use all CPUs of the node
         self.detector, self.vae = load_models(pretrained, device)
+        # ONNX files have their own precision, formats and compilation.
+        networks = [self.detector.network] if isinstance(self.detector, OpenPose) else []
         if precision != "fp32":
             with quiet():
-                self.vae.to(DTYPES[precision])
-                self.detector.network.to(DTYPES[precision])
+                for network in (self.vae, *networks):
+                    network.to(DTYPES[precision])
         self.parts = load_part_detectors(pretrained.pose, hands, face, device)
         self.batch_frames = batch_frames
         self._of_thread = threading.local()
-        use_fast_formats(self.vae.device, self.vae, self.detector.network)
+        use_fast_formats(self.vae.device, self.vae, *networks)
         if compiled:
-            compile_for_frames(self.vae.encoder)
-            compile_for_frames(self.detector.network)
+            for network in (self.vae.encoder, *networks):
+                compile_for_frames(network)
             self.encode(np.zeros((min(2, batch_frames), *WARM_UP_SIZE, 3), np.uint8))
 
     def __call__(self, clips: pa.Table) -> pa.Table:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.pose import OpenPose
+from tcan.pose.onnx import OnnxPose, describe_onnx
 from tcan.pose.openpose_loading import (
     FACE_FILE,
     HAND_FILE,
@@ -64,6 +65,8 @@ def describe(path: Path) -> str:
         raise UserError(f"{path}: no such file or folder; check the path")
     if (path / MODEL_FILE).is_file():
         return _describe_model_folder(path)
+    if OnnxPose.is_in(path):
+        return f"pose detector in ONNX files, fingerprint {OnnxPose.from_folder(path).fingerprint}"
     if (path / OPENPOSE_FILE).is_file():
         files = (path / name for name in (OPENPOSE_FILE, HAND_FILE, FACE_FILE))
         return "; ".join(_describe_file(file) for file in files if file.is_file())
@@ -71,6 +74,8 @@ def describe(path: Path) -> str:
 
 
 def _describe_file(path: Path) -> str:
+    if path.suffix == ".onnx":
+        return describe_onnx(path)
     descriptions, problem = [], ""
     parts = split_parts(path, open_weights(path))
     for part, weights in parts.items():
@@ -127,7 +132,11 @@ def _describe_parts(
     """Load the parts one at a time, check that they are compatible, and compare fingerprints with `trained_on`."""
     descriptions, configs, prompt_width = [], {}, None
     for part, source in sources.items():
-        network: Any = load_pose_detector(source).network if part == "pose" else load_part(part, source)
+        network: Any = load_pose_detector(source) if part == "pose" else load_part(part, source)
+        if isinstance(network, OnnxPose):
+            descriptions.append("pose (ONNX)")
+            continue
+        network = network.network if part == "pose" else network
         limit = f", up to {network.config.motion_max_seq_length} frames" if part == "motion_adapter" else ""
         descriptions.append(f"{part} ({_millions(network.state_dict().values())}{limit})")
         if trained_on and part != "pose":

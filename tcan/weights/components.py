@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
 
 from tcan.model import TCAN
-from tcan.pose import OpenPose
+from tcan.pose import PoseDetector
 from tcan.schedule import noise_schedule
 from tcan.weights.common import quiet
 from tcan.weights.model_folder import check_fingerprint, load_model, read_model_info
@@ -74,6 +74,6 @@ class Pose(ModelMixin):
     """Loader of the pose network."""
 
     @classmethod
-    def from_pretrained(cls, folder: Folder, **unused: Any) -> OpenPose:
+    def from_pretrained(cls, folder: Folder, **unused: Any) -> PoseDetector:
         """Load the pose network that the model folder names."""
         return load_pose_detector(read_model_info(folder)["pretrained"]["pose"]["source"])

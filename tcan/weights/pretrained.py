@@ -16,6 +16,7 @@ from transformers import CLIPTextModel
 from tcan.errors import UserError, first_line
 from tcan.fingerprint import fingerprint
 from tcan.pose import OpenPose
+from tcan.pose.onnx import OnnxPose
 from tcan.weights.common import check_keys, quiet
 from tcan.weights.original import SD15, SUFFIXES, check_positions, load_original
 from tcan.weights_file import impostor
@@ -261,16 +262,24 @@ def load_scheduler(source: str) -> DDIMScheduler:
         ) from None
 
 
-def load_pose_detector(source: str, device: torch.device | str = "cpu") -> OpenPose:
-    """Load the pose network from "mini", a folder with the subfolder pose, or a source of `OpenPose.from_pretrained`.
+def load_pose_detector(source: str, device: torch.device | str = "cpu") -> OpenPose | OnnxPose:
+    """Load the pose network from "mini", a folder with the subfolder pose or with two ONNX files, or a source of
+    `OpenPose.from_pretrained`.
 
     Raises:
-        UserError: as `OpenPose.from_pretrained`.
+        UserError: as `OpenPose.from_pretrained` and `OnnxPose.from_folder`.
     """
     folder = MINI if source == "mini" else Path(source).expanduser()
     is_subfolder = (folder / "pose").is_dir() or source == "mini"
+    folder = folder / "pose" if is_subfolder else folder
+    if folder.suffix == ".onnx":
+        raise UserError(
+            f"pose network {source}: a single ONNX file; give a folder with two: of a person detector and of a pose network"
+        )
+    if OnnxPose.is_in(folder):
+        return OnnxPose.from_folder(folder, device)
     with quiet():
-        return OpenPose.from_pretrained(folder / "pose" if is_subfolder else source, device=device)
+        return OpenPose.from_pretrained(folder if is_subfolder else source, device=device)
 
 
 def encode_empty_prompt(text_encoder: CLIPTextModel) -> Tensor:

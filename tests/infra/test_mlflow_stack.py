@@ -110,7 +110,10 @@ def test_runs_artifacts_and_models_survive_a_restart_of_server_and_database(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = TrackingConfig(uri=stack.uri)
-    files = {"tcan.json": b"{}", "appa/weights.safetensors": bytes(range(256)) * 4096}  # of a model folder
+    files = {
+        "tcan.json": b'{"schema_version": 1, "pretrained": {}}',
+        "appa/weights.safetensors": bytes(range(256)) * 4096,
+    }  # of a model folder
     for name, data in files.items():
         path = tmp_path / "model" / name
         path.parent.mkdir(parents=True, exist_ok=True)

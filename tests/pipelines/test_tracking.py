@@ -1,6 +1,7 @@
 """Logged data is read back from a real store with the MLflow client."""
 
 import dataclasses
+import json
 import shutil
 import signal
 import socket
@@ -40,14 +41,15 @@ def test_registered_models_resolve_by_alias_version_and_run(config: Config, tmp_
     for number in (1, 2):
         folder = tmp_path / f"out{number}" / "model"
         folder.mkdir(parents=True)
-        (folder / "tcan.json").write_text(str(number))
+        info = {"schema_version": 1, "pretrained": {}, "number": number}
+        (folder / "tcan.json").write_text(json.dumps(info))
         with tracking.run("stage2", "stage 2", config.tracking, {}, config.tracking.folder) as run:
             run.model(folder, "tcan", f"out.{number}", config.animate)
         contents |= {f"models:/tcan@out-{number}": number, f"models:/tcan/{number}": number, run.id: number}
     contents["models:/tcan@latest"] = 2
     for reference, number in contents.items():
         found = tracking.local_model(reference, config.tracking)
-        assert (found / "tcan.json").read_text() == str(number), reference
+        assert json.loads((found / "tcan.json").read_text())["number"] == number, reference
     assert tracking.local_model("some/folder", config.tracking) == Path("some/folder")
     for unknown in ("models:/tcan@other", "models:/nothing@latest", "0" * 32):
         with pytest.raises(UserError, match=f"{unknown}: not found in .*--tracking.folder"):

@@ -292,7 +292,7 @@ class KnownPoses:
             for pose, found in zip(poses, detected, strict=True)
         ]
 
-    def detect(self, frames: np.ndarray, batch_size: int = 16) -> list[np.ndarray]:
+    def detect(self, frames: np.ndarray, batch_size: int = 16, zoom: float = 1.0) -> list[np.ndarray]:
         return self.people
 
 
