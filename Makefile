@@ -28,7 +28,7 @@ test: $(STAMP)
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(PARALLEL)
 
-# Needs root: the machines are namespaces. Also the jobs of `make gpu`, on the CPU.
+# Needs root: the machines are namespaces. Also an autoscaling cluster, and the jobs of `make gpu` on the CPU.
 test-cluster: $(STAMP)
 	$(BIN)/pytest -m cluster
 

@@ -230,6 +230,9 @@ def _on_workers(
     """Assign each pair to the next idle worker; yield the outcomes in order of completion.
 
     A worker that dies is replaced, and its pair is retried. The pair fails after `MAX_WORKER_DEATHS` deaths.
+
+    Raises:
+        UserError: `animate.device` is a GPU, and Ray runs on this machine alone, which has none.
     """
     connect()
     # Workers may look for the model in MLflow.
@@ -237,11 +240,11 @@ def _on_workers(
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     device = config.animate.device
-    if device.startswith("cuda") and not gpus:  # an autoscaling cluster adds nodes
-        if is_local():
-            raise UserError(f"animate.device = {device}: this machine has no GPU; use auto or cpu")
-        gpus = 1
-    Worker = ray.remote(num_cpus=1, num_gpus=1 if gpus and device != "cpu" else 0)(Animator)
+    requires_gpu = device.startswith("cuda")  # an autoscaling cluster may have none yet
+    if requires_gpu and not gpus and is_local():
+        raise UserError(f"animate.device = {device}: this machine has no GPU; use auto or cpu")
+    on_gpu = requires_gpu or (device == "auto" and gpus > 0)
+    Worker = ray.remote(num_cpus=1, num_gpus=int(on_gpu))(Animator)
     waiting, deaths = deque(pending), dict.fromkeys(map(id, pending), 0)
     running: dict[Any, tuple[Any, Outcome | None]] = {}  # task -> worker, pair (None: loading the model)
 
@@ -249,7 +252,7 @@ def _on_workers(
         worker = Worker.remote(model, config, options)
         running[worker.load.remote()] = worker, None
 
-    for _ in range(min(len(pending), config.animate.workers or (device != "cpu" and gpus) or cpus)):
+    for _ in range(min(len(pending), config.animate.workers or (max(gpus, 1) if on_gpu else cpus))):
         start()
     while waiting or any(pair is not None for _, pair in running.values()):
         (result,), _ = ray.wait(list(running))

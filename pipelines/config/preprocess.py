@@ -77,7 +77,7 @@ class PreprocessConfig:
 
     actors: int | Literal["auto"] = "auto"
     """Number of actors (pose network and VAE), >= 1. auto: as many as fit into the cluster at the start of the job. If a number
-    needs more CPUs or GPUs than the cluster has, an autoscaling cluster adds nodes."""
+    needs more CPUs or GPUs than the cluster has, an autoscaling cluster adds nodes; a single machine runs as many as fit."""
 
     gpus_per_actor: float = 1.0
     """GPUs reserved per actor, > 0; fractions share a GPU. Ignored on CPUs."""

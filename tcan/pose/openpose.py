@@ -69,7 +69,8 @@ def find_people(
     """Detect people in a stream of frames `[H, W, 3]` of equal size, with `batch_size` frames in memory at a time.
 
     A single frame is an image, which can be a close-up: its joints are larger than in the images on which the network was
-    trained. It is detected at the zooms of `CLOSE_UP_ZOOMS`, too; the people with the highest scores above the hips are returned.
+    trained. `OpenPose` detects it at the zooms of `CLOSE_UP_ZOOMS`, too; the people with the highest scores above the hips are
+    returned.
 
     Returns:
         Keypoints `[P, 18, 3]` of each frame, H and W. H and W are 0 if there are no frames.
@@ -80,7 +81,7 @@ def find_people(
     while upcoming := list(islice(iterator, batch_size)):
         batch = np.stack(upcoming)
         people += detector.detect(batch, batch_size)
-    if len(people) == 1:
+    if len(people) == 1 and isinstance(detector, OpenPose):
         zoomed = [detector.detect(batch, zoom=zoom)[0] for zoom in CLOSE_UP_ZOOMS]
         people = [
             max(people[0], *zoomed, key=lambda found: found[:, UPPER_BODY, 2].sum(axis=1).max(initial=0))
