@@ -192,6 +192,9 @@ COMMANDS = {
                 "Image of a person. Instead of a pose file, check whether the poses match it, and write a preview of "
                 "animate.height x animate.width (default: size)."
             ),
+            "--detector": _path(
+                "Pose detector, in the forms of `pretrained.pose`. Default: `pretrained.pose`."
+            ),
             "--person": PERSON,
             "--driving_person": DRIVING_PERSON,
         },

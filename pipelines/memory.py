@@ -25,6 +25,7 @@ from tcan.memory import (
     preprocess_memory,
     training_memory,
 )
+from tcan.pose.onnx import OnnxPose
 from tcan.weights.original import SD15
 from tcan.weights.pretrained import locate
 
@@ -190,6 +191,8 @@ def _print_preprocess(config: Config) -> None:
     batch = config.preprocess.batch_frames
     print(f"preprocess: frames of {width} x {height}, fp32, GiB")
     print("\n".join(_phases(estimates.get(batch) or estimates[16])))
+    if OnnxPose.is_in(Path(config.pretrained.pose).expanduser()):
+        print("  The memory of ONNX networks is not estimated; that of OpenPose's network is shown instead.")
     options = {f"batch_frames {batch}": estimate.peak() for batch, estimate in estimates.items()}
     print("\n".join(_fitting(options)) + "\n", flush=True)
 

@@ -80,6 +80,8 @@ def pose(arguments: Any, config: Any) -> None:
     from pipelines.pose import match, pose
     from pipelines.staging import local_input, local_output
 
+    if arguments.detector is not None:
+        config.pretrained.pose = arguments.detector
     source = local_input(arguments.source)
     if arguments.match is not None:
         with local_output(arguments.out or "match.png") as out:

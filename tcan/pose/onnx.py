@@ -181,10 +181,10 @@ def _session(file: Path, device: torch.device) -> "InferenceSession":
         ) from None
     if problem := impostor(file):
         raise UserError(f"{file}: {problem}")
-    providers = ["CPUExecutionProvider"]
+    providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
         else:
             logger.warning("%s: runs on the CPU; install onnxruntime-gpu instead of onnxruntime", file)
     options = onnxruntime.SessionOptions()

@@ -138,10 +138,11 @@ HEATMAPS = {"hands": 22, "face": 71}
 """Output channels of the hand and face networks, which have the same keys."""
 TITLES = {layout.part: layout.title for layout in LAYOUTS}
 # Allowed and ignored in Stable Diffusion checkpoints: tables of the noise schedule, EMA copies of the UNet, textual
-# inversions, and text encoders of other layouts.
+# inversions, text encoders of other layouts, and LoRAs of the text encoder.
 UNUSED = (
     r"model_ema\..*|betas|logvar|scale_factor|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])"
+    r"|denoiser\.(log_)?sigmas|lora_te_.*"
     r"|(cond_stage_model|embedding_manager)\..*|logit_scale|text_projection(\.weight)?"
 )
 POSITIONS = (".pos_encoder.pe", ".pos_embed.pe")

@@ -203,7 +203,8 @@ def test_merges_with_other_text_encoder_keys_load(
     """Renamed keys still give the text encoder; unusable ones do not prevent loading the UNet."""
     start, text = PREFIX["text_encoder"], "cond_stage_model.transformer.text_model."
     extra = {"cond_stage_model.logit_scale": (), "embedding_manager.embedder.x": (3,), "logit_scale": ()}
-    extra |= {"cond_stage_model.transformer.text_projection.weight": (3, 3)}
+    extra |= {"cond_stage_model.transformer.text_projection.weight": (3, 3), "denoiser.sigmas": (9,)}
+    extra |= {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (4, 768)}
     unused = files.tensors(extra)
     others = {name: tensor for name, tensor in checkpoint[1].items() if not name.startswith(start)}
     renamed = {

@@ -136,12 +136,11 @@ def test_networks_with_selection_and_fixed_batch(tmp_path: Path, points: int, ba
     np.testing.assert_allclose(found[0, [0, 1, 2, 5], :2], truth[0], atol=1.5)
 
 
-def test_folder_is_a_source_of_the_pose_network(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("option", ["--pretrained.pose", "--detector"])
+def test_folder_is_a_source_of_the_pose_network(folder: Path, tmp_path: Path, option: str) -> None:
     frame, truth = draw(300, 500, [(250, 150)])
     write_image(frame, tmp_path / "person.png")
-    options = [str(tmp_path / "person.png"), "--out", str(tmp_path / "person.json"), "--pretrained.pose"]
+    options = [str(tmp_path / "person.png"), "--out", str(tmp_path / "person.json"), option]
     assert cli.main(["pose", *options, str(folder)]) == 0
     pose = read_poses(tmp_path / "person.json").people[0][0]
     np.testing.assert_allclose(pose[[0, 1, 2, 5], :2], truth[0], atol=1.5)
