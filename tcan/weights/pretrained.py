@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DConditionModel
-from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -234,13 +233,17 @@ def _existing_variant(files: list[Path], preferred: str | None) -> str | None:
 
 
 def pretrained_fingerprint(part: str, network: Any) -> str:
-    """Fingerprint of a network returned by `load_part`; for the text encoder, of its output for the empty prompt."""
-    if part == "text_encoder":
-        return fingerprint({"empty_prompt": encode_empty_prompt(network)})
-    weights = network.state_dict()
-    for name, tensor in weights.items():
-        if name.endswith(".pos_embed.pe"):  # computed tables; a file in half precision contains rounded ones
-            weights[name] = SinusoidalPositionalEmbedding(tensor.shape[-1], tensor.shape[1]).pe
+    """Fingerprint of the stored weights of a network returned by `load_part`.
+
+    Values that are computed from them are not part of it, because their last bits depend on the processor: a model must also load
+    on other machines than that of its training.
+    """
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        if part == "text_encoder":
+            name = name.removeprefix("text_model.")  # only in transformers < 5.6
+        is_computed = name.endswith(".pos_embed.pe")
+        weights[name] = torch.zeros_like(tensor) if is_computed else tensor
     return fingerprint(weights)
 
 
