@@ -23,7 +23,8 @@ from pipelines.animate import Animation, animate
 from pipelines.config import Config, TrackingConfig
 from pipelines.evaluate import evaluate, table
 from pipelines.preprocess.job import preprocess
-from pipelines.puppets.world import FPS, Distribution, sample_clip, write_clip
+from pipelines.puppets.variations import HeldOut, sample_held_out
+from pipelines.puppets.world import FPS, write_clip
 from pipelines.train.job import train
 from tcan.video import read_video, write_image
 
@@ -79,14 +80,12 @@ def demo(out: Path, config: Config) -> None:
     print(f"Runs in MLflow: tcan ui --tracking.folder {tracking.folder}")
 
 
-def render(
-    folder: Path, distribution: Distribution, first_seed: int, clips: int, frames: int, size: int
-) -> None:
+def render(folder: Path, kind: HeldOut, first_seed: int, clips: int, frames: int, size: int) -> None:
     """Render clips as mp4, each with its ground-truth keypoints (JSON) and its first frame (PNG)."""
     missing = [i for i in range(clips) if not (folder / f"{i:02}.png").exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for i in tqdm(missing, desc=f"rendering {folder}", disable=None):
-        clip = sample_clip(distribution, first_seed + i, frames, size)
+        clip = sample_held_out(kind, first_seed + i, frames, size)
         write_clip(clip, folder / f"{i:02}", FPS)
         # Written last: marks the clip as complete.
         write_image(clip.frames[0], folder / f"{i:02}.png")

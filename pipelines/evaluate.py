@@ -238,7 +238,15 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config, number: int = 0)
     protocol = config.evaluate.protocol == "tiktok-disco"
     frames, fps = read_video(path, None if protocol else config.evaluate.frames)
     truth = np.stack([fit_image(frame, pipe.height, pipe.width) for frame in frames])
-    poses = pipe.detect_poses(truth, str(path), config.animate.smoothing_window)
+    true_poses = read_true_poses(path.with_suffix(".json"), pipe, len(truth))
+    if config.evaluate.poses == "detected":
+        poses = pipe.detect_poses(truth, str(path), config.animate.smoothing_window)
+    elif true_poses is not None:
+        poses = true_poses
+    else:
+        raise UserError(
+            f"{path.with_suffix('.json')}: no such file; evaluate.poses = true requires the poses of each video"
+        )
     driving = driving_poses(poses, pipe.height, config, number)
     frames_01, _ = pipe(
         truth[0],
@@ -254,7 +262,6 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config, number: int = 0)
     found = track_main_person(
         people, pipe.height, pipe.width
     )  # without gap filling: undetected joints count as misses
-    true_poses = read_true_poses(path.with_suffix(".json"), pipe, len(truth))
     scored = (at_protocol_size(result), at_protocol_size(frames)) if protocol else None
     return Evaluated(path, fps, truth, poses, pipe.draw(driving), result, found, true_poses, scored)
 

@@ -143,6 +143,10 @@ class EvaluateConfig:
     videos: int = 0
     """Maximum number of videos, sorted by name (>= 0). 0: all videos."""
 
+    poses: Literal["detected", "true"] = "detected"
+    """Driving poses. detected: those that the pose network finds in the video. true: those of the pose file next to each
+    video, with its name and .json."""
+
     protocol: Literal["none", "tiktok-disco"] = "none"
     """Protocol of published results. tiktok-disco: all frames of the 10 test videos of DisCo, at 256 x 256, with its
     conventions of the metrics; `evaluate.frames` and `evaluate.videos` have no effect."""

@@ -5,7 +5,9 @@ from typing import Literal
 
 from pipelines.config.rules import at_least, between, check
 
-QuestionName = Literal["appa", "temporal_controlnet", "ptm", "controlnet", "cost", "sampling"]
+QuestionName = Literal[
+    "appa", "temporal_controlnet", "ptm", "controlnet", "scenes", "detectors", "cost", "sampling"
+]
 
 
 @dataclass

@@ -31,12 +31,13 @@ class Clip:
 
     `frames`: uint8 RGB `[F, H, W, 3]`. `keypoints`: float32 `[F, 18, 3]`, x and y in pixels and a score; the score of eyes
     and ears that are turned away is 0, otherwise 1, and the positions are always valid. `mask`: bool `[F, H, W]` of the
-    puppet.
+    puppet. `others`: keypoints like `keypoints` of each further puppet.
     """
 
     frames: np.ndarray
     keypoints: np.ndarray
     mask: np.ndarray
+    others: tuple[np.ndarray, ...] = ()
 
 
 def sample_clip(
@@ -91,7 +92,9 @@ def write_clip(clip: Clip, path: str | os.PathLike, fps: int = FPS) -> None:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
 
-    points = clip.keypoints.reshape(num_frames, -1).round(3).tolist()
-    people = [{"people": [{"pose_keypoints_2d": values}]} for values in points]
+    points = np.stack([clip.keypoints, *clip.others], axis=1).reshape(num_frames, -1, 18 * 3)
+    people = [
+        {"people": [{"pose_keypoints_2d": values} for values in frame]} for frame in points.round(3).tolist()
+    ]
     with atomic_write(path.with_name(path.name + ".json")) as partial:
         partial.write_text(json.dumps({"fps": fps, "height": height, "width": width, "frames": people}))

@@ -1,6 +1,7 @@
 """Results of the cells -> effects with intervals and verdicts."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,20 +39,20 @@ def analyse(question: Question, results: Results, seeds: Sequence[int]) -> list[
     tested = [outcome for outcome in outcomes if outcome.effect and outcome.comparison.expected]
     adjusted = holm([outcome.effect.p for outcome in tested if outcome.effect])
     for outcome, p in zip(tested, adjusted, strict=True):
-        assert outcome.effect is not None and outcome.comparison.expected is not None
+        comparison = outcome.comparison
+        assert outcome.effect is not None and comparison.expected is not None
         outcome.adjusted_p = p
-        outcome.verdict = verdict(outcome.effect, p, outcome.comparison.expected)
+        outcome.verdict = verdict(outcome.effect, p, comparison.expected, comparison.metric.minimal)
     return outcomes
 
 
-def question_verdict(outcomes: Sequence[Outcome]) -> Verdict | None:
-    """Supported if all primary comparisons are; contradicted if one of them is; None without a hypothesis."""
-    primary = [outcome.verdict for outcome in outcomes if outcome.comparison.primary]
-    if not primary:
-        return None
-    if "contradicted" in primary:
-        return "contradicted"
-    return "supported" if all(value == "supported" for value in primary) else "undecided"
+def question_verdict(outcomes: Sequence[Outcome]) -> str | None:
+    """The verdict of all primary comparisons if it is the same; else the verdicts with their counts. None without a hypothesis."""
+    primary = [outcome.verdict or "undecided" for outcome in outcomes if outcome.comparison.primary]
+    counts = Counter(primary)
+    if len(counts) > 1:
+        return ", ".join(f"{name} ({count} of {len(primary)})" for name, count in counts.most_common())
+    return primary[0] if primary else None
 
 
 def differences(comparison: Comparison, results: Results, seeds: Sequence[int]) -> np.ndarray:

@@ -93,7 +93,9 @@ class EvaluationCell(Cell):
             config,
             seed=self.seed,
             animate=dataclasses.replace(config.animate, **options),
-            evaluate=dataclasses.replace(config.evaluate, frames=study.frames, videos=0),
+            evaluate=dataclasses.replace(
+                config.evaluate, frames=study.frames, videos=0, poses=condition.poses
+            ),
         )
         model = model_folder(out, condition.model, self.seed)
         report = evaluate(out / "videos" / condition.videos, model, folder, config)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pipelines.config.animate import PoseErrorConfig
 from pipelines.config.study import QuestionName
-from pipelines.puppets.character import Distribution
+from pipelines.puppets.variations import HeldOut
 from tcan.pose.corrupt import ErrorKind
 
 
@@ -16,6 +16,9 @@ class Metric:
 
     key: str
     label: str
+    minimal: float
+    """Smallest difference that matters, in printed units, chosen before the study ran. An effect whose interval lies within
+    `-minimal` and `minimal` is negligible."""
     factor: float = 1.0
     unit: str = ""
 
@@ -38,9 +41,11 @@ class Condition:
 
     name: str
     model: Model
-    videos: Distribution = "dance"
+    videos: HeldOut = "dance"
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keys of `animate` that differ from the configuration."""
+    poses: Literal["detected", "true"] = "detected"
+    """`evaluate.poses`."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,13 @@ class Question:
         return {condition.name: condition for pair in pairs for condition in pair}
 
 
-POSE = Metric("pose_5_true", "joints within 5 % of the true position", 100, "%")
-WRISTS = Metric("pose_5_wrists_true", "wrists within 5 % of the true position", 100, "%")
-COLOUR = Metric("colour_distance", "colour distance to the reference", 1, "dE")
-PSNR = Metric("psnr", "PSNR", 1, "dB")
-SSIM = Metric("ssim", "SSIM")
-FLICKER = Metric("flicker", "background flicker", 1, "grey levels")
-WARPING = Metric("warping_error", "warping error", 1000, "1e-3")
+POSE = Metric("pose_5_true", "joints within 5 % of the true position", 2, 100, "%")
+WRISTS = Metric("pose_5_wrists_true", "wrists within 5 % of the true position", 5, 100, "%")
+COLOUR = Metric("colour_distance", "colour distance to the reference", 0.5, 1, "dE")
+PSNR = Metric("psnr", "PSNR", 0.2, 1, "dB")
+SSIM = Metric("ssim", "SSIM", 0.005)
+FLICKER = Metric("flicker", "background flicker", 0.1, 1, "grey levels")
+WARPING = Metric("warping_error", "warping error", 0.1, 1000, "1e-3")
 
 STAGE1 = Model("stage1", 1)
 NO_APPA = Model("stage1-no-appa", 1, {"appa": False})
@@ -112,6 +117,8 @@ ERROR_SIZES: dict[ErrorKind, tuple[float, ...]] = {
 """Fraction of the joints or frames with errors; for jitter (of all frames) and offset a fraction of the image height. The
 first ones are used first (`study.pose_error_sizes`)."""
 PTM_STRENGTHS = (0.5, 1.0, 2.0)
+MOVING: tuple[HeldOut, ...] = ("parallax", "passing", "light")
+FAR: tuple[HeldOut, ...] = ("four_arms", "sketch", "xray", "noise")
 
 
 def questions(names: Sequence[str], pose_error_sizes: int) -> list[Question]:
@@ -121,13 +128,15 @@ def questions(names: Sequence[str], pose_error_sizes: int) -> list[Question]:
         "temporal_controlnet": lambda: _temporal_controlnet(pose_error_sizes),
         "ptm": _ptm,
         "controlnet": _controlnet,
+        "scenes": _scenes,
+        "detectors": _detectors,
         "cost": _cost,
         "sampling": _sampling,
     }
     return [create() for name, create in build.items() if name in names]
 
 
-def _on(model: Model, videos: Distribution = "dance") -> Condition:
+def _on(model: Model, videos: HeldOut = "dance") -> Condition:
     return Condition(f"{model.name}-{videos}", model, videos)
 
 
@@ -203,11 +212,15 @@ def _ptm() -> Question:
         for strength in PTM_STRENGTHS
     }
     points = ((0.0, off), *on.items())
+    moving = {
+        videos: (_on(STAGE2, videos), Condition(f"stage2-{videos}-ptm-off", STAGE2, videos, {"ptm": False}))
+        for videos in MOVING
+    }
     return Question(
         "ptm",
         "Temperature map off, 0.5, 1, 2",
-        "The temperature map reduces the flicker of a static background (strength minus off). Whether it stiffens the person "
-        "is reported without a hypothesis.",
+        "The temperature map reduces the flicker of a static background (strength minus off). Whether it stiffens the person, "
+        "and what it does to moving backgrounds and to changing light, is reported without a hypothesis.",
         (
             Comparison("flicker, strength 1", FLICKER, ((on[1], off),), -1, primary=True),
             Comparison("flicker, strength 0.5", FLICKER, ((on[0.5], off),), -1),
@@ -215,6 +228,7 @@ def _ptm() -> Question:
             Comparison("wrists, strength 1", WRISTS, ((on[1], off),)),
             Comparison("wrists, strength 2", WRISTS, ((on[2], off),)),
             Comparison("consistency, strength 1", WARPING, ((on[1], off),)),
+            *(Comparison(f"image, {videos}", PSNR, (pair,)) for videos, pair in moving.items()),
         ),
         tuple(
             Curve(metric.label, metric, "strength", {"stage 2": points})
@@ -226,13 +240,16 @@ def _ptm() -> Question:
 
 def _controlnet() -> Question:
     dance, bizarre = ((_on(STAGE1, kind), _on(FINETUNED, kind)) for kind in ("dance", "bizarre"))
+    far = {kind: (_on(STAGE1, kind), _on(FINETUNED, kind)) for kind in FAR}
     return Question(
         "controlnet",
         "ControlNet frozen or fine-tuned",
-        "A frozen ControlNet generalizes better to bodies that are not in the training videos (bizarre); on bodies like those "
-        "of the training videos (dance) there is no hypothesis (models of stage 1; frozen minus fine-tuned).",
+        "A frozen ControlNet generalizes better to bodies and styles that are not in the training videos (bizarre, four_arms, "
+        "sketch, xray, noise); on bodies like those of the training videos (dance) there is no hypothesis (models of stage 1; frozen "
+        "minus fine-tuned).",
         (
             Comparison("pose, bizarre", POSE, (bizarre,), 1, primary=True),
+            *(Comparison(f"pose, {kind}", POSE, (pair,), 1) for kind, pair in far.items()),
             Comparison("wrists, bizarre", WRISTS, (bizarre,), 1),
             Comparison("image, bizarre", PSNR, (bizarre,), 1),
             Comparison("colours, bizarre", COLOUR, (bizarre,), -1),
@@ -241,6 +258,42 @@ def _controlnet() -> Question:
             Comparison("colours, dance", COLOUR, (dance,)),
         ),
         strip=(*dance, *bizarre),
+    )
+
+
+def _scenes() -> Question:
+    simple = _on(STAGE2)
+    hard = {kind: _on(STAGE2, kind) for kind in (*MOVING, "turns", "crossing")}
+    return Question(
+        "scenes",
+        "Moving scenes, turns, two people",
+        "The result follows the pose less well if the background moves, the light changes, the person turns its back, or another "
+        "person crosses (model of stage 2; such a scene minus the same character and dance in a static scene).",
+        tuple(
+            Comparison(f"pose, {kind}", POSE, ((scene, simple),), -1, primary=True)
+            for kind, scene in hard.items()
+        )
+        + tuple(Comparison(f"image, {kind}", PSNR, ((scene, simple),)) for kind, scene in hard.items()),
+        strip=(simple, *hard.values()),
+    )
+
+
+def _detectors() -> Question:
+    def true(kind: HeldOut) -> Condition:
+        return Condition(f"stage2-{kind}-true-poses", STAGE2, kind, poses="true")
+
+    pairs = {kind: (true(kind), _on(STAGE2, kind)) for kind in ("dance", "bizarre", "turns", "crossing")}
+    return Question(
+        "detectors",
+        "True or detected poses",
+        "The result follows the true pose better if it is driven with it than with the poses of mini's OpenPose network (model of stage 2; "
+        "true minus detected). This bounds what a better detector can gain.",
+        tuple(
+            Comparison(f"pose, {kind}", POSE, (pair,), 1, primary=kind == "dance")
+            for kind, pair in pairs.items()
+        )
+        + tuple(Comparison(f"image, {kind}", PSNR, (pair,)) for kind, pair in pairs.items()),
+        strip=(*pairs["dance"], *pairs["turns"]),
     )
 
 

@@ -112,9 +112,10 @@ def _introduction(
             "An effect is the mean paired difference of two conditions over seeds and held-out videos. Its 95 % interval is the "
             "percentile interval of a bootstrap that resamples seeds and videos independently. p is two-sided and not below the "
             "smallest one of the sign test over the videos, with Holm's correction over the comparisons of a question that have a hypothesis. A hypothesis is supported or contradicted "
-            "if the corrected p is below 0.05 and the interval excludes 0; otherwise it is undecided, and effects outside "
-            "the interval are excluded. The verdict of a question depends on its primary comparisons (bold): all must be "
-            "supported. With few seeds and videos, such intervals are too narrow."
+            "if the corrected p is below 0.05 and the interval excludes 0. Otherwise the effect is negligible if the interval lies "
+            f"within the smallest difference that matters ({_minimal_effects(questions)}), which was chosen before the study ran; "
+            "else the hypothesis is undecided. The verdict of a question is that of its primary comparisons (bold). With few seeds "
+            "and videos, such intervals are too narrow."
         ),
     ]
     if len(seeds) == 1:
@@ -122,6 +123,13 @@ def _introduction(
             Paragraph("With one seed, the intervals do not include the variation between trainings.")
         )
     return blocks
+
+
+def _minimal_effects(questions: Sequence[Question]) -> str:
+    metrics = dict.fromkeys(
+        comparison.metric for question in questions for comparison in question.comparisons
+    )
+    return ", ".join(f"{metric.label}: {metric.minimal:g} {metric.unit}".rstrip() for metric in metrics)
 
 
 def _incomplete(failed: Mapping[str, str], missing: Sequence[str]) -> list[Block]:

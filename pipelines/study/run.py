@@ -12,7 +12,7 @@ Rerunning the command runs the missing and the failed cells, then writes the rep
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipelines.demo import HELD_OUT_SEED, render
 from pipelines.lock import locked
 from pipelines.mlflow_store import nested
 from pipelines.preprocess.job import preprocess
-from pipelines.puppets.character import Distribution
+from pipelines.puppets.variations import HeldOut
 from pipelines.study.cells import Cell, TrainingCell, cells_of, read_result, run_cell
 from pipelines.study.questions import Question
 from pipelines.study.report import write_report
@@ -36,7 +36,6 @@ from tcan.atomic_write import atomic_write
 from tcan.errors import UserError, first_line
 
 STUDY_FILE = "study.json"
-HELD_OUT: tuple[Distribution, ...] = ("dance", "bizarre")
 ANIMATE_MAY_CHANGE = {"workers", "device", "offload", "decode_batch", "compile"}
 
 
@@ -82,7 +81,8 @@ def study(
             _write_state(out, {**state, "mlflow_run_id": run.id})
             failed: dict[str, str] = {}
             if not report_only:
-                _prepare(out, config, run.id)
+                held_out = {c.videos: None for question in questions for c in question.conditions().values()}
+                _prepare(out, held_out, config, run.id)
                 failed = _run_missing(cells, out, config, run.id)
             report = write_report(out, questions, used_seeds, cells, failed, run.id, config)
             _log(run, out, report)
@@ -145,11 +145,11 @@ def _write_state(out: Path, state: dict[str, Any]) -> None:
         partial.write_text(json.dumps(state, indent=2) + "\n")
 
 
-def _prepare(out: Path, config: Config, run_id: str) -> None:
+def _prepare(out: Path, held_out: Iterable[HeldOut], config: Config, run_id: str) -> None:
     """Render the videos and preprocess those for training, as far as they are missing."""
     options, size = config.study, config.size
     render(out / "videos" / "train", "dance", 0, options.train_videos, options.train_frames, size)
-    for kind in HELD_OUT:
+    for kind in held_out:
         folder = out / "videos" / kind
         render(folder, kind, HELD_OUT_SEED, options.held_out_videos, options.frames, size)
     if not (out / "dataset" / INFO_FILE).exists():

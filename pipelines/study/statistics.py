@@ -10,7 +10,7 @@ from tcan.errors import UserError
 RESAMPLES = 10_000
 MIN_VIDEOS = 3
 DECIMALS = 10
-Verdict = Literal["supported", "contradicted", "undecided"]
+Verdict = Literal["supported", "contradicted", "negligible", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,12 @@ def holm(p_values: list[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def verdict(effect: Effect, adjusted_p: float, expected_sign: int) -> Verdict:
-    """Whether the effect has the expected sign (1 or -1): decided if the adjusted p-value is below 0.05."""
+def verdict(effect: Effect, adjusted_p: float, expected_sign: int, minimal: float) -> Verdict:
+    """Whether the effect has the expected sign (1 or -1): decided if the adjusted p-value is below 0.05.
+
+    Args:
+        minimal: smallest effect that matters. An undecided effect whose interval lies within `-minimal` and `minimal` is negligible.
+    """
     if adjusted_p >= 0.05 or effect.low <= 0 <= effect.high:
-        return "undecided"
+        return "negligible" if -minimal < effect.low and effect.high < minimal else "undecided"
     return "supported" if np.sign(effect.mean) == expected_sign else "contradicted"

@@ -146,9 +146,12 @@ def test_effects_are_paired_by_video_and_seed_and_decided_with_holms_correction(
     assert better.effect is not None and pooled.effect is not None
     assert better.effect.mean == pytest.approx(100 * effect.mean()) and better.effect.seeds == 3
     assert pooled.effect.mean == pytest.approx(50 * effect.mean())
-    assert [outcome.verdict for outcome in outcomes] == ["supported", "contradicted", "undecided", None]
+    assert [outcome.verdict for outcome in outcomes] == ["supported", "contradicted", "negligible", None]
     assert better.adjusted_p == pytest.approx(3 * better.effect.p)  # the smallest of three
     assert question_verdict(outcomes) == "supported"
+    for outcome in (better, equal):
+        outcome.comparison = dataclasses.replace(outcome.comparison, primary=True)
+    assert question_verdict(outcomes) == "supported (1 of 2), negligible (1 of 2)"
     assert equal.adjusted_p == 1
 
 
@@ -263,6 +266,7 @@ def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
     assert decided["effect"]["videos"] == 3 and decided["verdict"] in (
         "supported",
         "contradicted",
+        "negligible",
         "undecided",
     )
     assert failed["effect"] is None and "no seed with all cells finished" in failed["note"]

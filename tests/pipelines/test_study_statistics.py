@@ -54,9 +54,13 @@ def test_holm_matches_the_textbook_example() -> None:
         (0.1, 0.5, 0.01, -1, "contradicted"),
         (-0.1, 0.5, 0.01, 1, "undecided"),
         (0.1, 0.5, 0.2, 1, "undecided"),
+        (-0.1, 0.3, 0.01, 1, "negligible"),  # of 0.4
+        (-0.4, 0.3, 0.01, 1, "undecided"),
+        (0.1, 0.3, 0.2, -1, "negligible"),
+        (0.1, 0.3, 0.01, 1, "supported"),
     ],
 )
 def test_verdict_requires_interval_and_adjusted_p(
     low: float, high: float, p: float, sign: int, expected: str
 ) -> None:
-    assert verdict(Effect((low + high) / 2, low, high, p, 5, 2), p, sign) == expected
+    assert verdict(Effect((low + high) / 2, low, high, p, 5, 2), p, sign, 0.4) == expected
