@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 from tcan.errors import UserError
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 PACKAGES = ("tcan", "pipelines")
 # Local environment variables that affect the result of a job. Credentials are never copied.
@@ -40,6 +40,9 @@ REQUIREMENTS = "requirements.txt"  # in the working directory of the job
 
 PROBE_SECONDS = 5
 START_SECONDS = 60  # for a new cluster to accept jobs
+RETRY_SECONDS = 1
+LOG_SECONDS = 30  # after which a connection to the log is replaced, because lost machines do not close theirs
+LOST_SECONDS = 600  # without a response of the cluster, after which the log is no longer followed
 
 
 def submit(
@@ -128,7 +131,7 @@ def _status(client: "JobSubmissionClient", job: str) -> str | None:
 
 def _follow_until_interrupted(client: "JobSubmissionClient", address: str, job: str) -> int:
     try:
-        return _follow(client, job)
+        return _follow(client, address, job)
     except KeyboardInterrupt:
         return _stop_or_leave(client, address, job)
 
@@ -232,7 +235,8 @@ def _resources(address: str, device: str | None) -> dict[str, int]:
     if device == "auto":
         from ray.util.state import list_nodes
 
-        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")], limit=10_000)
+        # Ray's own filter of states raises an error if the cluster has lost a node.
+        nodes = [node for node in list_nodes(address=address, limit=10_000) if node.state == "ALIVE"]
         device = "cuda" if any(node.resources_total.get("GPU") for node in nodes) else "cpu"
     return {"entrypoint_num_cpus": 1, "entrypoint_num_gpus": int(device != "cpu")}
 
@@ -266,22 +270,53 @@ def _start(
             time.sleep(1)
 
 
-def _follow(client: "JobSubmissionClient", job: str) -> int:
+def _follow(client: "JobSubmissionClient", address: str, job: str) -> int:
     """Print the log of the job until it ends; return its exit status."""
-
-    async def tail() -> None:
-        async for text in client.tail_job_logs(job):
-            print(text, end="", flush=True)
-
-    asyncio.run(tail())
-    while not client.get_job_status(job).is_terminal():  # the log ends shortly before the job
-        time.sleep(0.2)
-    info = client.get_job_info(job)
+    info = asyncio.run(_print_log(client, address, job))
     status = info.driver_exit_code
-    if status is None:  # the job did not start, or was stopped
+    if status is None:  # the job did not start, was stopped, or its node was lost
         print(f"tcan: job {job} {info.status.value.lower()}: {info.message}", file=sys.stderr)
         return 1
     return status if status >= 0 else 128 - status
+
+
+async def _print_log(client: "JobSubmissionClient", address: str, job: str) -> "JobDetails":
+    """Print the log of the job until it ends. Lost connections are replaced, and text that was printed is skipped.
+
+    Raises:
+        UserError: the cluster has not responded for `LOST_SECONDS`.
+    """
+    import aiohttp
+
+    printed, responded = 0, time.monotonic()
+
+    async def print_new_text() -> None:
+        nonlocal printed
+        position = 0
+        async for text in client.tail_job_logs(job):
+            print(text[max(0, printed - position) :], end="", flush=True)
+            position += len(text)
+            printed = max(printed, position)
+
+    while True:
+        info, is_complete = None, False
+        try:
+            info = client.get_job_info(job)
+            responded = time.monotonic()
+            await asyncio.wait_for(print_new_text(), LOG_SECONDS)
+            is_complete = True
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            if time.monotonic() - responded > LOST_SECONDS:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"job {job}: {address} has not responded for {LOST_SECONDS} s ({reason}); the job may still be running; "
+                    f"follow it with: tcan jobs follow --address {address} --job_id {job}"
+                ) from None
+        if info is not None and info.status.is_terminal():
+            if not is_complete:
+                print(f"tcan: job {job}: the end of its log cannot be read", file=sys.stderr)
+            return info
+        await asyncio.sleep(RETRY_SECONDS)  # the log ends shortly before the job
 
 
 def _stop_or_leave(client: "JobSubmissionClient", address: str, job: str) -> int:

@@ -1,18 +1,22 @@
 """`--submit` on a real cluster with dashboard: log, exit status, packages and Ctrl-C."""
 
+import asyncio
 import contextlib
 import hashlib
 import os
 import pty
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -91,6 +95,7 @@ with socket.socket() as free:  # another Ray on this machine may use the default
     port = free.getsockname()[1]
 options = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": port}
 cluster = Cluster(initialize_head=True, head_node_args=options)
+cluster.remove_node(cluster.add_node(num_cpus=1, num_gpus=1), allow_graceful=False)
 print(cluster.head_node.webui_url, flush=True)
 sys.stdin.read()
 cluster.shutdown()
@@ -99,7 +104,7 @@ cluster.shutdown()
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Dashboard address of a new Ray cluster, whose workers cannot import from this checkout.
+    """Dashboard address of a new Ray cluster that has lost a node, and whose workers cannot import from this checkout.
 
     Its Python is a small virtual environment with access to the packages of the current one, because Ray copies the
     environment for a job with `--environment`.
@@ -184,7 +189,7 @@ def test_animations_and_evaluations_are_submitted_once(
         assert f"job same-{name} on {cluster}: already submitted, succeeded" in capfd.readouterr().out
     assert written == [path.stat().st_mtime_ns for path in results]
     cpu, gpu = ({"entrypoint_num_cpus": 1, "entrypoint_num_gpus": number} for number in (0, 1))
-    assert _resources(cluster, "auto") == _resources(cluster, "cpu") == cpu  # this cluster has no GPU
+    assert _resources(cluster, "auto") == _resources(cluster, "cpu") == cpu  # only the lost node had a GPU
     assert _resources(cluster, "cuda:0") == gpu and _resources(cluster, None) == {}
 
 
@@ -219,6 +224,72 @@ def test_submitting_an_id_again_follows_its_job(
     assert "tcan: error: " in capsys.readouterr().out
     assert main(["jobs", "stop", f"--address={cluster}", "--job_id=other"]) == 2
     assert "--job_id other: no such job on" in capsys.readouterr().err
+
+
+class Link:
+    """A TCP proxy in front of the dashboard that can be cut and repaired."""
+
+    def __init__(self, target: str) -> None:
+        self.target = urlsplit(target)
+        self.writers: set[asyncio.StreamWriter] = set()
+        self.is_cut = False
+        self.loop = asyncio.new_event_loop()
+        server = self.loop.run_until_complete(asyncio.start_server(self.connect, "127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_cut:
+            writer.transport.abort()
+            return
+        assert self.target.hostname is not None
+        back_reader, back_writer = await asyncio.open_connection(self.target.hostname, self.target.port)
+        self.writers |= {writer, back_writer}
+        await asyncio.gather(self.forward(reader, back_writer), self.forward(back_reader, writer))
+
+    async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.close()
+        self.writers.discard(writer)
+
+    def cut(self) -> None:
+        def abort() -> None:
+            self.is_cut = True
+            for writer in self.writers:
+                writer.transport.abort()
+
+        self.loop.call_soon_threadsafe(abort)
+
+    def repair(self) -> None:
+        self.is_cut = False
+
+
+@pytest.mark.slow
+def test_log_is_complete_after_lost_connections(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line is printed once."""
+    from ray.job_submission import JobSubmissionClient
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    lines = [f"line {number} of the job" for number in range(60)]
+    script = (
+        f"import time; [print(line, flush=True) or time.sleep(0.2) for line in {lines}]; raise SystemExit(3)"
+    )
+    job = JobSubmissionClient(cluster).submit_job(entrypoint=shlex.join(["python", "-c", script]))
+    link = Link(cluster)
+    command = [sys.executable, "-m", "pipelines.cli", "jobs", "follow", f"--address={link.address}"]
+    process = subprocess.Popen([*command, f"--job_id={job}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line.rstrip())
+        if printed[-1] in (lines[10], lines[30]):
+            link.cut()
+            time.sleep(3)
+            link.repair()
+    assert process.wait(60) == 3
+    assert [line for line in printed if line.startswith("line")] == lines
 
 
 def make_wheel(folder: Path) -> str:
