@@ -137,8 +137,8 @@ class Spool:
             self._changed.wait_for(lambda: self._closing or self._retry_now, seconds)
             self._retry_now = False
 
-    def drain(self, failures: int) -> int:
-        """Wait until all records are delivered, or until a record has failed this often in a row.
+    def drain(self, failures: int, seconds: float = 0) -> int:
+        """Wait until all records are delivered, or until a record has failed this often in a row after this time.
 
         Returns:
             the number of records that are not delivered.
@@ -146,6 +146,7 @@ class Spool:
         with self._changed:
             self._failures, self._retry_now = 0, True
             self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._pending, seconds)
             self._changed.wait_for(lambda: not self._pending or self._failures >= failures)
             self._retry_now = False
             return len(self._pending)

@@ -54,6 +54,8 @@ from tcan.sampling import SamplingConfig
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+OUTAGE_SECONDS = 60  # at the end of a job whose spool file is lost with its machine
+
 
 class Run:
     """An open MLflow run. All methods except `steps` return at once; their records are delivered in order."""
@@ -62,6 +64,7 @@ class Run:
         """folder: of the job's results. local: of the spool file."""
         self.config = config
         self.id = run_id
+        self.folder = folder
         local.mkdir(parents=True, exist_ok=True)
         header = {
             "run_id": run_id,
@@ -276,9 +279,17 @@ def _abandon(run: Run) -> None:
 
 
 def _close(run: Run, failures: int) -> None:
-    """Deliver the remaining records; what cannot be delivered stays in the spool file, and a line says so."""
+    """Deliver the remaining records; what cannot be delivered stays in the spool file, and a line says so.
+
+    If the results are in a bucket, the machine may be a container whose files disappear with the job. Then the job waits for
+    MLflow to come back, unless it was interrupted.
+    """
     left = run.spool.drain(failures)
     uri, path = masked(resolve_uri(run.config)), run.spool.path
+    if left and storage.is_remote(run.folder) and failures > 1:
+        error = masked(run.spool.error or "busy")
+        print(f"tracking: waiting up to {OUTAGE_SECONDS} s for {uri} ({error})", flush=True)
+        left = run.spool.drain(1, OUTAGE_SECONDS)
     if left:
         print(
             f"tracking: {left} records are not delivered to {uri} ({masked(run.spool.error or 'interrupted')}); they wait in "

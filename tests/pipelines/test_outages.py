@@ -165,7 +165,12 @@ with (
 
 @pytest.mark.slow
 def test_evaluation_in_a_bucket_survives_kills_and_outages(
-    server: Server, bucket: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    bucket: str,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The next job ends the runs of killed ones. Records of an evaluation that ends without MLflow are delivered later."""
     out = f"{bucket}/results"
@@ -201,10 +206,13 @@ def test_evaluation_in_a_bucket_survives_kills_and_outages(
         measure(videos)
 
     monkeypatch.setattr(evaluate, "compute_metrics", measure_and_kill_server)
+    monkeypatch.setattr(tracking, "OUTAGE_SECONDS", 1)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary["machine2"]))
     options = ["--animate.steps=1", "--animate.guidance_scale=1", f"--tracking.uri={server.uri}"]
     command = ["evaluate", str(tmp_path / "held-out"), "--model", str(model_folder), "--out", out, *options]
     assert cli.main(command) == 0
+    output = capsys.readouterr().out
+    assert "1 of 1 videos" in output and "records are not delivered" in output
     report = json.loads(storage.read_bytes(f"{out}/evaluation.json"))
     server.start()
     assert cli.main(["track", "sync", str(temporary["machine2"])]) == 0
@@ -216,6 +224,38 @@ def test_evaluation_in_a_bucket_survives_kills_and_outages(
     assert [item.path for item in client.list_artifacts(finished.info.run_id, "videos")] == [
         "videos/000-dance.mp4"
     ]
+
+
+@pytest.mark.slow
+def test_job_with_results_in_a_bucket_waits_for_the_server_at_its_end(
+    server: Server,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The spool file would be lost with the container of the job."""
+    monkeypatch.setattr(tracking, "OUTAGE_SECONDS", 300)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def start_after_the_attempts() -> None:
+        while "waiting up to 300 s" not in printed[-1]:
+            time.sleep(0.1)
+            printed.append(capsys.readouterr().out)
+        server.start()
+
+    printed = [""]
+    starter = threading.Thread(target=start_after_the_attempts)
+    with tracking.run("evaluate", "remote", TrackingConfig(uri=server.uri), {}, f"{bucket}/waits") as run:
+        run.spool.drain(failures=9)
+        server.kill()
+        run.metrics({"loss": 0.5}, 1)
+        starter.start()
+    starter.join()
+    assert history(server.uri, run.id) == [(1, 0.5)]
+    assert MlflowClient(server.uri).get_run(run.id).info.status == "FINISHED"
+    assert not list(tmp_path.glob("*.spool"))
+    assert "not delivered" not in "".join(printed) + capsys.readouterr().out
 
 
 def test_job_without_required_tracking_starts_without_a_server(
