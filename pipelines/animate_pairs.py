@@ -35,6 +35,7 @@ from pipelines.config import Config
 from pipelines.inference import find_model, load_pipeline
 from pipelines.lock import locked
 from pipelines.mlflow_store import resolve
+from pipelines.progress import progress
 from pipelines.staging import local_output, original_names, temporary_inputs
 from tcan.errors import UserError, first_line
 from tcan.pipeline import TCANPipeline
@@ -42,6 +43,7 @@ from tcan.weights import MINI_MODEL, read_model_info
 
 COLUMNS = ("image", "driving", "out")
 MAX_WORKER_DEATHS = 2  # per pair: the first can be the fault of the machine
+MAX_LOADING_DEATHS = 5  # in a row: meanwhile, no worker has loaded the model or finished a pair
 MAX_LOGGED_VIDEOS = 16  # results that are copied to the MLflow run
 FRAMES_FILE = "frames.json"  # last file of a folder of images in a bucket
 
@@ -208,9 +210,7 @@ def _animate_all(
     """Complete the outcomes in order of completion, and log them to the run."""
     began, frames = time.monotonic(), 0
     finished = _on_workers(pending, model, config, options)
-    for number, outcome in enumerate(
-        tqdm(finished, "pairs", total=len(pending), unit="pair", disable=None), start=1
-    ):
+    for number, outcome in enumerate(progress(finished, "pair", len(pending)), start=1):
         frames += outcome.frames
         done = _count(pending, "done")
         metrics = {"pairs_done": done, "pairs_failed": number - done, "frames": frames}
@@ -232,7 +232,8 @@ def _on_workers(
     A worker that dies is replaced, and its pair is retried. The pair fails after `MAX_WORKER_DEATHS` deaths.
 
     Raises:
-        UserError: `animate.device` is a GPU, and Ray runs on this machine alone, which has none.
+        UserError: `animate.device` is a GPU, and Ray runs on this machine alone, which has none; `MAX_LOADING_DEATHS`
+            workers in a row died while they loaded the model.
     """
     connect()
     # Workers may look for the model in MLflow.
@@ -245,7 +246,7 @@ def _on_workers(
         raise UserError(f"animate.device = {device}: this machine has no GPU; use auto or cpu")
     on_gpu = requires_gpu or (device == "auto" and gpus > 0)
     Worker = ray.remote(num_cpus=1, num_gpus=int(on_gpu))(Animator)
-    waiting, deaths = deque(pending), dict.fromkeys(map(id, pending), 0)
+    waiting, deaths, loading_deaths = deque(pending), dict.fromkeys(map(id, pending), 0), 0
     running: dict[Any, tuple[Any, Outcome | None]] = {}  # task -> worker, pair (None: loading the model)
 
     def start() -> None:
@@ -259,17 +260,27 @@ def _on_workers(
         worker, pair = running.pop(result)
         try:
             fields = ray.get(result)
-        except RayActorError:
+        except RayActorError as error:
             if pair is None:
-                raise
-            deaths[id(pair)] += 1
-            if deaths[id(pair)] < MAX_WORKER_DEATHS:
-                waiting.append(pair)
+                loading_deaths += 1
+                if loading_deaths == MAX_LOADING_DEATHS:
+                    raise UserError(
+                        f"{model}: {loading_deaths} workers in a row died while they loaded the model ({first_line(error)}); if "
+                        "they run out of memory, set a smaller animate.workers or use larger nodes"
+                    ) from None
             else:
-                pair.note = f"{pair.out}: the worker died {MAX_WORKER_DEATHS} times, possibly out of memory"
-                yield pair
-            start()
+                deaths[id(pair)] += 1
+                if deaths[id(pair)] < MAX_WORKER_DEATHS:
+                    waiting.append(pair)
+                else:
+                    pair.note = (
+                        f"{pair.out}: the worker died {MAX_WORKER_DEATHS} times, possibly out of memory"
+                    )
+                    yield pair
+            if waiting:
+                start()
             continue
+        loading_deaths = 0
         if pair is not None:
             for name, value in fields.items():
                 setattr(pair, name, value)

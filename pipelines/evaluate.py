@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from pipelines import storage, tracking
 from pipelines.config import Config
@@ -27,6 +26,7 @@ from pipelines.inference import choose_device, create_folder, driving_poses, loa
 from pipelines.lock import locked
 from pipelines.network_metrics import SetMetrics, image_similarities, set_metrics, video_metrics
 from pipelines.preprocess.sources import list_sources
+from pipelines.progress import progress
 from pipelines.protocol import at_protocol_size, check_videos, published
 from pipelines.staging import local_input, local_output
 from tcan.atomic_write import atomic_write
@@ -206,7 +206,7 @@ def _reconstruct_all(
     """Reconstruct the videos and write the comparisons to the folder; returns also the sources without a result."""
     evaluated: list[Evaluated] = []
     rejected = []
-    for number, name in enumerate(tqdm(paths, desc="videos", disable=None)):
+    for number, name in enumerate(progress(paths, "video", len(paths))):
         try:
             path = _local_video(name)
             evaluated.append(reconstruct(pipe, path, config, number))

@@ -41,10 +41,9 @@ from pipelines.preprocess.shards import (
     writing,
 )
 from pipelines.preprocess.sources import Source, identify, list_sources
+from pipelines.progress import LINE_SECONDS, time_left
 from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
-
-REPORT_SECONDS = 10  # interval of progress reports
 
 
 def preprocess(
@@ -286,7 +285,7 @@ class _Progress:
                 f"{self.clips} clips, {self.frames_per_second:.0f} frames/s, {self.rejected} rejected"
             )
             self.bar.update()
-        if time.monotonic() - self.last >= REPORT_SECONDS:
+        if time.monotonic() - self.last >= LINE_SECONDS:
             self._report()
 
     @property
@@ -305,15 +304,9 @@ class _Progress:
         if self.bar.disable:
             print(
                 f"{self.videos} of {self.total} videos, {self.clips} clips, {self.frames_per_second:.0f} frames/s, "
-                f"{self.rejected} rejected{self._time_left()}",
+                f"{self.rejected} rejected{time_left(self.began, self.videos, self.total)}",
                 flush=True,
             )
-
-    def _time_left(self) -> str:
-        if not self.videos or self.videos == self.total:
-            return ""
-        seconds = (time.monotonic() - self.began) / self.videos * (self.total - self.videos)
-        return f", {seconds / 60:.0f} min left"
 
     def close(self) -> None:
         self.bar.close()

@@ -83,10 +83,16 @@ def test_rerun_completes_missing_and_failed_pairs(
 
 
 class KillableAnimator(Animator):
-    """A worker without a model; some pairs end its process, as the kernel's out-of-memory killer does."""
+    """A worker whose process ends, as if by the kernel's out-of-memory killer, at some pairs.
+
+    Instead of a model, it loads a file with the number of processes that end while they load it.
+    """
 
     def load(self) -> None:
-        pass
+        deaths = int(Path(self.model).read_text())
+        if deaths:
+            Path(self.model).write_text(str(deaths - 1))
+            os._exit(1)
 
     def animate(self, pair: module.Outcome) -> dict[str, Any]:
         if "deadly" in pair.image:
@@ -95,17 +101,22 @@ class KillableAnimator(Animator):
 
 
 @pytest.mark.slow
-def test_worker_death_fails_only_its_pair(
+def test_worker_death_fails_only_its_pair_and_not_the_loading_of_the_model(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "Animator", KillableAnimator)
     names = ["a", "deadly", "b", "c"]
     pending = [module.Outcome(name, "dance.mp4", f"{name}.mp4") for name in names]
     config = load_config("--animate.workers", "1")
-    finished = list(module._on_workers(pending, str(tmp_path), config, {}))
+    (tmp_path / "model").write_text("4")
+    finished = list(module._on_workers(pending, str(tmp_path / "model"), config, {}))
     assert sorted(outcome.image for outcome in finished) == sorted(names)
     assert [outcome.status for outcome in pending] == ["done", "failed", "done", "done"]
     assert pending[1].note == "deadly.mp4: the worker died 2 times, possibly out of memory"
+
+    (tmp_path / "model").write_text("5")
+    with pytest.raises(UserError, match="model: 5 workers in a row died while they loaded the model"):
+        list(module._on_workers(pending, str(tmp_path / "model"), config, {}))
 
 
 def test_csv_and_parquet_tables_give_the_same_pairs(tmp_path: Path) -> None:
