@@ -12,13 +12,20 @@ import numpy as np
 import torch
 
 from pipelines.config import Config
-from pipelines.inference import create_folder, driving_poses, load_pipeline, memory_advice
+from pipelines.inference import (
+    choose_device,
+    create_folder,
+    drawn_parts,
+    driving_poses,
+    load_detector,
+    load_pipeline,
+    memory_advice,
+)
 from pipelines.match import (
     Motion,
     check_character,
     clean_people,
     find_characters,
-    load_detector,
     match_motion,
     output_size,
     report,
@@ -29,6 +36,7 @@ from tcan.pipeline import Callback, TCANPipeline
 from tcan.pixels import to_uint8
 from tcan.pose import PoseDetector, find_people, read_poses
 from tcan.pose.cleaning import CleanPoses
+from tcan.pose.parts import keep_parts
 from tcan.pose.tracking import check_selection
 from tcan.video import VideoFrames, check_target, is_image, read_image, write_video
 from tcan.weights import read_model_info
@@ -84,7 +92,9 @@ def animate(animation: Animation, model: Path, config: Config, dry_run: bool = F
     if dry_run:
         info = read_model_info(model)
         size = output_size(inputs.image, (info["height"], info["width"]), config)
-        motion = read_motion(load_detector(model, config), animation, inputs, config, size)
+        detector = load_detector(model, config, choose_device(config))
+        motion = read_motion(detector, animation, inputs, config, size)
+        motion.poses = keep_parts(motion.poses, **drawn_parts(info, config))
         report(motion, animation.out.with_suffix(".preview.png"))
         if animation.strict:
             warn_or_refuse(motion, str(animation.out), strict=True)

@@ -109,7 +109,7 @@ COMMANDS = {
             ),
         },
         run_command.train,
-        ("pretrained", "train", "tracking"),
+        ("pretrained", "draw", "train", "tracking"),
         submittable=True,
     ),
     "animate": Command(
@@ -152,7 +152,7 @@ COMMANDS = {
             },
         },
         run_command.animate,
-        ("pretrained", "animate", "tracking"),
+        ("pretrained", "draw", "animate", "tracking"),
         submittable=True,
         computes=True,
     ),
@@ -178,7 +178,7 @@ COMMANDS = {
             },
         },
         run_command.app,
-        ("pretrained", "animate", "tracking"),
+        ("pretrained", "draw", "animate", "tracking"),
     ),
     "pose": Command(
         "Detect the poses of a video or image and write them to an editable file.",
@@ -199,7 +199,7 @@ COMMANDS = {
             "--driving_person": DRIVING_PERSON,
         },
         run_command.pose,
-        ("pretrained", "animate"),
+        ("pretrained", "draw", "animate"),
     ),
     "evaluate": Command(
         "Evaluate a model on held-out videos: animate the first frame of each with its own motion.",
@@ -209,7 +209,7 @@ COMMANDS = {
             "--out": _required_path("Folder of the metrics and the generated videos."),
         },
         run_command.evaluate,
-        ("pretrained", "animate", "evaluate", "tracking"),
+        ("pretrained", "draw", "animate", "evaluate", "tracking"),
         submittable=True,
         computes=True,
     ),
@@ -249,7 +249,7 @@ COMMANDS = {
         "Run all steps on rendered puppets, from videos to animated videos.",
         {"--out": _path("Folder of all results. If it exists, the demo resumes.", default="demo")},
         run_command.demo,
-        ("pretrained", "preprocess", "train", "animate", "evaluate", "tracking"),
+        ("pretrained", "draw", "preprocess", "train", "animate", "evaluate", "tracking"),
     ),
     "study": Command(
         "Test the paper's claims on rendered puppets: trainings and evaluations of ablations, with statistics.",
@@ -269,7 +269,7 @@ COMMANDS = {
             },
         },
         run_command.study,
-        ("pretrained", "preprocess", "train", "animate", "study", "tracking"),
+        ("pretrained", "draw", "preprocess", "train", "animate", "study", "tracking"),
         submittable=True,
     ),
     "memory": Command(

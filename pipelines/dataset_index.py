@@ -26,6 +26,10 @@ INDEX_FILE = "index.parquet"
 READ_THREADS = 16  # files read in parallel: requests to a bucket have a high latency
 
 FRAME_COLUMNS = {"latent_mean": "<f2", "latent_logvar": "<f2", "keypoints": "<f4"}  # one array per frame
+PART_COLUMNS = {
+    "hands": (42, 3),
+    "faces": (70, 3),
+}  # optional and compressed: the index has no positions of them
 REFERENCE_COLUMN = "reference_latent_mean"
 POSITIONED = {**FRAME_COLUMNS, REFERENCE_COLUMN: "<f2"}
 CLIP_COLUMNS = ("video_id", "split", "start", "num_frames", "fps", "height", "width")
@@ -56,9 +60,10 @@ WRITER_OPTIONS: dict[str, Any] = {
 
 
 def frame_shape(column: str, height: int, width: int, channels: int, people: int) -> tuple[int, ...]:
-    """Shape of a frame's value of a column of POSITIONED. Keypoints of one person have no axis for the people."""
-    if column == "keypoints":
-        return (people, NUM_JOINTS, 3) if people > 1 else (NUM_JOINTS, 3)
+    """Shape of a frame's value of a column of POSITIONED or PART_COLUMNS. That of one tracked person has no axis for the people."""
+    if column == "keypoints" or column in PART_COLUMNS:
+        points = PART_COLUMNS.get(column, (NUM_JOINTS, 3))
+        return (people, *points) if people > 1 else points
     return channels, height // LATENT_STRIDE, width // LATENT_STRIDE
 
 

@@ -50,6 +50,8 @@ from tcan.metrics.networks import METRICS, Networks, load_networks
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
 from tcan.pose import read_poses, track_main_person
+from tcan.pose.openpose import body_detector
+from tcan.pose.parts import BODY
 from tcan.video import read_video, write_image, write_video
 
 SHEET_TIMES = 4
@@ -258,12 +260,12 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config, number: int = 0)
         return_dict=False,
     )
     result = to_uint8(frames_01)
-    people = pipe.pose_detector.detect(result)
-    found = track_main_person(
-        people, pipe.height, pipe.width
-    )  # without gap filling: undetected joints count as misses
+    people = body_detector(pipe.pose_detector).detect(result)
+    # Without gap filling: undetected joints count as misses.
+    found = track_main_person(people, pipe.height, pipe.width)[:, BODY]
     scored = (at_protocol_size(result), at_protocol_size(frames)) if protocol else None
-    return Evaluated(path, fps, truth, poses, pipe.draw(driving), result, found, true_poses, scored)
+    drawn, joints = pipe.draw(driving), poses[:, BODY]
+    return Evaluated(path, fps, truth, joints, drawn, result, found, true_poses, scored)
 
 
 def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarray | None:
@@ -272,7 +274,7 @@ def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarr
         return None
     truth = read_poses(path)
     nobody = np.zeros((18, 3), np.float32)
-    poses = np.stack([people[0] if len(people) else nobody for people in truth.people[:num_frames]])
+    poses = np.stack([people[0, BODY] if len(people) else nobody for people in truth.people[:num_frames]])
     return pipe.scale_poses(poses, truth.height or pipe.height, truth.width or pipe.width)
 
 

@@ -1,9 +1,10 @@
 """Functions shared by the jobs that run a trained model: animate, animate_pairs, pose, evaluate."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,9 @@ from tcan.acceleration import compile_tcan, compile_vae, is_compiled, use_fast_f
 from tcan.errors import UserError
 from tcan.pipeline import TCANPipeline
 from tcan.pipeline_input import check_window
-from tcan.pose import corrupt_poses
+from tcan.pose import PoseDetector, corrupt_poses
 from tcan.schedule import sampler
-from tcan.weights import MINI_MODEL, read_model_info
+from tcan.weights import MINI_MODEL, load_pose_detector, read_model_info
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,15 +50,17 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
         UserError: see `TCANPipeline.from_pretrained` and `choose_device`.
     """
     device = choose_device(config)
-    pretrained = dataclasses.asdict(config.pretrained)
-    if config.animate.pretrained == "model":
-        pretrained = {} if "pose" in read_model_info(model)["pretrained"] else {"pose": pretrained["pose"]}
+    load_device = device if config.animate.offload == "none" else "cpu"
+    pretrained = {} if config.animate.pretrained == "model" else dataclasses.asdict(config.pretrained)
+    detector = load_detector(model, config, load_device)
     pipe = TCANPipeline.from_pretrained(
         model,
         torch_dtype=PRECISIONS[config.animate.precision],
-        device=device if config.animate.offload == "none" else "cpu",
-        **pretrained,
+        device=load_device,
+        **pretrained | {"pose": None},
     )
+    pipe.register_modules(pose_detector=detector)
+    pipe.model_info["draw"] = drawn_parts(pipe.model_info, config)
     check_window(config.animate, pipe.tcan.max_frames)
     use_fast_formats(torch.device(device), pipe.tcan, pipe.vae)
     pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
@@ -77,6 +80,20 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
         pipe.enable_sequential_cpu_offload(device=device)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: shown only on a terminal
     return pipe
+
+
+def drawn_parts(model_info: Mapping[str, Any], config: Config) -> dict[str, bool]:
+    """Parts of the pose images next to the body: those of the model's training and those of `config.draw`, `{"hands", "face"}`."""
+    trained = model_info.get("draw", {})
+    return {part: on or trained.get(part, False) for part, on in dataclasses.asdict(config.draw).items()}
+
+
+def load_detector(model: Path, config: Config, device: str) -> PoseDetector:
+    """The pose network of a model folder, or of the configuration, with the parts to draw; the other networks are not loaded."""
+    info = read_model_info(model)
+    use_model = config.animate.pretrained == "model" and "pose" in info["pretrained"]
+    source = info["pretrained"]["pose"]["source"] if use_model else config.pretrained.pose
+    return load_pose_detector(source, device, **drawn_parts(info, config))
 
 
 @contextmanager
@@ -115,7 +132,7 @@ def choose_device(config: Config) -> str:
 
 
 def driving_poses(poses: np.ndarray, height: int, config: Config, video: int = 0) -> np.ndarray:
-    """Keypoints `[F, 18, 3]` in an image of this height with the errors of `config.animate.pose_errors`.
+    """Keypoints `[F, N, 3]` in an image of this height with the errors of `config.animate.pose_errors`.
 
     Args:
         video: number of the video in an evaluation, whose videos have independent errors.

@@ -13,17 +13,18 @@ import cv2
 import numpy as np
 
 from pipelines.config import Config
-from pipelines.inference import choose_device, create_folder
+from pipelines.inference import create_folder
 from tcan.crop import Box, Size, crop_box, fit_image, fit_keypoints, nearest_size, pad_box, usual_sizes
 from tcan.errors import UserError
 from tcan.person_box import describe_crop, person_box
 from tcan.pose import PoseDetector, draw_poses, find_people, retarget
 from tcan.pose.cleaning import CleanPoses, clean_poses
 from tcan.pose.match import Finding, match_poses, outside_frame
+from tcan.pose.openpose import body_detector
+from tcan.pose.parts import BODY
 from tcan.pose.skeleton import NECK, NOSE
 from tcan.pose.tracking import People, select_people
 from tcan.video import write_image
-from tcan.weights import load_pose_detector, read_model_info
 
 SAMPLES = 8
 COLUMNS = 3
@@ -39,7 +40,7 @@ class Motion:
     """Inputs of the denoising loop, and what is known about them."""
 
     image: np.ndarray  # uint8 [H, W, 3], fitted to the output
-    poses: np.ndarray  # [F, P, 18, 3] in pixels of the output
+    poses: np.ndarray  # [F, P, N, 3] in pixels of the output, N: 18, or 130 with hands and faces
     characters: np.ndarray | None  # [P, 18, 3] in pixels of the output; None without retargeting
     findings: list[tuple[int, Finding]]  # index of the person, result of a check
 
@@ -144,18 +145,23 @@ def find_characters(
     Raises:
         UserError: a person who was not found, or without neck and nose.
     """
-    people, height, width = find_people(detector, [image])
+    people, height, width = find_people(body_detector(detector), [image])
     found = clean_people(people, height, width, person, source, config)
     return [check_character(clean.poses[0], source) for clean in found]
 
 
 def check_character(character: np.ndarray, source: str | Path) -> np.ndarray:
+    """The joints `[18, 3]` of the keypoints.
+
+    Raises:
+        UserError: neck or nose is missing.
+    """
     if not (character[[NECK, NOSE], 2] > 0).all():
         raise UserError(
             f"{source}: no person found with visible neck and nose; use an image that shows a person from the front, or "
             "pass keypoints with --character"
         )
-    return character
+    return character[BODY]
 
 
 def problems(motion: Motion) -> list[str]:
@@ -193,14 +199,6 @@ def finding_text(motion: Motion, index: int, finding: Finding) -> str:
     return finding.text if motion.poses.shape[1] == 1 else f"person {index + 1}: {finding.text}"
 
 
-def load_detector(model: Path | None, config: Config) -> PoseDetector:
-    """The pose network of a model folder, or of the configuration; the other networks are not loaded."""
-    pretrained = {} if model is None else read_model_info(model)["pretrained"]
-    use_model = config.animate.pretrained == "model" and "pose" in pretrained
-    source = pretrained["pose"]["source"] if use_model else config.pretrained.pose
-    return load_pose_detector(source, choose_device(config))
-
-
 def contact_sheet(motion: Motion) -> np.ndarray:
     """The image with the character's pose, then with the poses of sampled frames: uint8 RGB.
 
@@ -217,7 +215,7 @@ def contact_sheet(motion: Motion) -> np.ndarray:
 
 
 def _cell(motion: Motion, people: np.ndarray, label: str) -> np.ndarray:
-    """The darkened image with poses `[P, 18, 3]` and a label."""
+    """The darkened image with poses `[P, N, 3]` and a label."""
     height, width = motion.image.shape[:2]
     scale = SIDE / min(height, width)
     h, w = round(height * scale), round(width * scale)
@@ -229,7 +227,7 @@ def _cell(motion: Motion, people: np.ndarray, label: str) -> np.ndarray:
     scaled[..., :2] = people[..., :2] * scale + (left, top)
     strokes = draw_poses(scaled[None], canvas.shape[0], canvas.shape[1], 3)[0]
     canvas = np.where(strokes.any(axis=-1, keepdims=True), strokes, canvas)
-    color = WARNING if outside_frame(people, height, width).any() else BORDER
+    color = WARNING if outside_frame(people[:, BODY], height, width).any() else BORDER
     cv2.rectangle(canvas, (left - 1, top - 1), (left + w, top + h), color, 1)
     cv2.putText(canvas, label, (left, top - 8), cv2.FONT_HERSHEY_SIMPLEX, 0.5, color, 1, cv2.LINE_AA)
     return canvas

@@ -15,7 +15,8 @@ from pipelines.config import Config
 from pipelines.inference import choose_device, create_folder
 from pipelines.match import clean_people, find_characters, match_motion, output_size, report
 from tcan.errors import UserError
-from tcan.pose import draw_poses, find_people, write_poses
+from tcan.pose import PoseDetector, draw_poses, find_people, write_poses
+from tcan.pose.parts import BODY
 from tcan.pose.tracking import People, check_selection, numbered_people
 from tcan.video import VideoFrames, is_image, read_image, write_image, write_video
 from tcan.weights import load_pose_detector
@@ -42,7 +43,7 @@ def pose(source: Path, out: Path, config: Config, person: str = "largest") -> No
     else:
         frames = video = VideoFrames(source)
         fps = video.fps
-    detector = load_pose_detector(config.pretrained.pose, choose_device(config))
+    detector = _load_detector(config)
     people, height, width = find_people(detector, frames)
     poses = clean_people(people, height, width, person, str(source), config)[0].poses
     create_folder(out.parent)
@@ -67,7 +68,7 @@ def match(source: Path, image: Path, preview: Path, config: Config, person: str,
     check_selection(driving_person, "--driving_person")
     reference = read_image(image)
     frames: Iterable[np.ndarray] = [read_image(source)] if is_image(source) else VideoFrames(source)
-    detector = load_pose_detector(config.pretrained.pose, choose_device(config))
+    detector = _load_detector(config)
     people, height, width = find_people(detector, frames)
     drivers = clean_people(people, height, width, driving_person, str(source), config)
     characters: list[np.ndarray] = []
@@ -75,6 +76,12 @@ def match(source: Path, image: Path, preview: Path, config: Config, person: str,
         characters = find_characters(detector, reference, person, str(image), config)
     size = output_size(reference, (config.size, config.size), config)
     report(match_motion(reference, drivers, characters, (height, width), config, size, str(image)), preview)
+
+
+def _load_detector(config: Config) -> PoseDetector:
+    return load_pose_detector(
+        config.pretrained.pose, choose_device(config), config.draw.hands, config.draw.face
+    )
 
 
 Labels = Sequence[tuple[int, tuple[float, float]]]
@@ -87,14 +94,14 @@ def number_labels(people: People, height: int, width: int) -> Sequence[Labels]:
     tracks = numbered_people(people, height, width)
     for number, track in enumerate(tracks, start=1):
         for frame in np.flatnonzero(track >= 0).tolist() if len(tracks) > 1 else ():
-            body = people[frame][track[frame]]
+            body = people[frame][track[frame], BODY]
             found = body[body[:, 2] > 0]
             labels[frame].append((number, (float(found[:, 0].mean()), float(found[:, 1].min()))))
     return labels
 
 
 def overlay(frame: np.ndarray, pose: np.ndarray, labels: Labels = ()) -> np.ndarray:
-    """Draw a pose `[18, 3]` and the numbers of people over a darkened frame, uint8 RGB `[H, W, 3]`."""
+    """Draw a pose `[N, 3]`, or poses `[P, N, 3]`, and the numbers of people over a darkened frame, uint8 RGB `[H, W, 3]`."""
     height, width = frame.shape[:2]
     strokes = draw_poses(pose[None], height, width, max(1, round(min(height, width) / 128)))[0]
     image = np.where(strokes.any(axis=-1, keepdims=True), strokes, frame // 2)

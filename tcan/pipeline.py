@@ -41,6 +41,7 @@ from tcan.pipeline_options import LoraOptions, VaeOptions
 from tcan.pixels import from_vae_output, to_vae_input
 from tcan.pose import PoseDetector, draw_poses, find_people, main_person_poses
 from tcan.pose import retarget as retarget_poses
+from tcan.pose.parts import BODY, keep_parts
 from tcan.sampling import SamplingConfig
 from tcan.schedule import noise_schedule
 from tcan.weights import load_model, load_pose_detector, load_pretrained, read_model_info, save_model
@@ -61,7 +62,7 @@ class TCANPipelineOutput(BaseOutput):
     images; "latent": scaled latents `[F, C, h, w]`."""
 
     poses: np.ndarray
-    """Driving poses after retargeting: keypoints `[F, 18, 3]` in pixels of the frames."""
+    """Driving poses after retargeting: keypoints `[F, N, 3]` in pixels of the frames, N as in `poses`."""
 
 
 class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
@@ -121,7 +122,7 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         pose = requested.pop("pose", None)
         pretrained = load_pretrained(**requested, variant=variant, device=device, dtype=to_dtype(torch_dtype))
         tcan = load_model(model_folder, pretrained)
-        detector = None if pose is None else load_pose_detector(pose, device)
+        detector = None if pose is None else load_pose_detector(pose, device, **info.get("draw", {}))
         scheduler = noise_schedule(pretrained.scheduler, **info.get("schedule", {}))
         return cls(pretrained.vae, tcan, scheduler, detector)
 
@@ -168,8 +169,8 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         Args:
             image: the character, of any size and in any form of `ImageInput`. It is cropped to the aspect ratio of the
                 output: with retargeting around the person (see `tcan.person_box.person_box`), else at the center.
-            poses: keypoints `[F, 18, 3]`, or the frames of a driving video (see `MotionInput`), in which the pose
-                network tracks the main person. With retargeting, keypoints may be in pixels of any image; without it,
+            poses: keypoints `[F, 18, 3]` or `[F, 130, 3]` (`tcan.pose.parts`), or the frames of a driving video (see
+                `MotionInput`), in which the pose network tracks the main person. With retargeting, keypoints may be in pixels of any image; without it,
                 they are in pixels of the output.
             sampling: options of the denoising loop; None: the defaults.
             retarget: fit the poses to the proportions and the position of the character (see `tcan.pose.retarget`), or "none".
@@ -384,7 +385,7 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         if retarget == "none":
             return poses, box
         if character is None:
-            character = self.detect_poses(image[None], "the image")[0]
+            character = self.detect_poses(image[None], "the image")[0, BODY]
         if (around := person_box(character, *size)) != box:
             logger.warning("the image: %s", describe_crop(character, around))
         return retarget_poses(poses, fit_keypoints(character, *size, box=around), retarget), around
@@ -405,7 +406,8 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         return self.model_info[key]
 
     def draw(self, poses: np.ndarray, height: int | None = None, width: int | None = None) -> np.ndarray:
-        """Draw keypoints `[F, 18, 3]` with the stroke width used in training: uint8 RGB `[F, H, W, 3]`."""
+        """Draw keypoints `[F, N, 3]` (N: 18 or 130) with the parts and strokes of the training: uint8 RGB `[F, H, W, 3]`."""
+        poses = keep_parts(poses, **self.model_info.get("draw", {}))
         return draw_poses(poses, height or self.height, width or self.width, self._info("stick_width"))
 
     def scale_poses(
@@ -422,7 +424,7 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
     def detect_poses(
         self, frames: Iterable[np.ndarray], source: str, smoothing_window: int = 0
     ) -> np.ndarray:
-        """Detect the main person in every frame (see `tcan.pose.main_person_poses`): keypoints `[F, 18, 3]`.
+        """Detect the main person in every frame (see `tcan.pose.main_person_poses`): keypoints `[F, N, 3]`.
 
         Args:
             frames: uint8 RGB `[H, W, 3]` each, consumed in batches, so a generator keeps memory constant.
@@ -437,9 +439,7 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
                 f"{source}: this pipeline has no pose network; pass keypoints, or load the network with "
                 "from_pretrained(pose=SOURCE)"
             )
-        is_offloaded = hasattr(
-            self.vae, "_hf_hook"
-        )  # the detector is not a module, so accelerate does not move it
+        is_offloaded = hasattr(self.vae, "_hf_hook")  # accelerate moves modules only
         if is_offloaded:
             self.pose_detector.to(self._execution_device)
         try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tcan.errors import UserError, first_line
 from tcan.pixels import float_to_uint8, pil_to_uint8
 from tcan.pose.keypoints import check_keypoints
+from tcan.pose.parts import NUM_POINTS
 from tcan.sampling import SamplingConfig
 from tcan.video import read_image
 
@@ -23,12 +24,13 @@ ImageInput: TypeAlias = np.ndarray | Image.Image | Tensor | str | os.PathLike
 path of an image file."""
 
 MotionInput: TypeAlias = np.ndarray | Tensor | list | tuple
-"""Keypoints `[F, 18, 3]`, or frames: RGB as a numpy array `[F, H, W, 3]` or a tensor `[F, 3, H, W]`, both uint8 or float
+"""Keypoints `[F, 18, 3]`, or `[F, 130, 3]`, or frames: RGB as a numpy array `[F, H, W, 3]` or a tensor `[F, 3, H, W]`, both uint8 or float
 in [0, 1]; a list of `ImageInput` of equal size."""
 
 Retargeting = Literal["robust", "paper", "none"]
 """Method of `tcan.pose.retarget`, or "none"."""
 
+_KEYPOINT_SHAPES = ((18, 3), (NUM_POINTS, 3))
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 
 _IMAGE_FORMS = (
@@ -72,7 +74,7 @@ def to_image(image: ImageInput, source: str = "the image") -> NDArray[np.uint8]:
 
 
 def to_motion(poses: MotionInput) -> np.ndarray:
-    """Convert the driving motion to keypoints `[F, 18, 3]` or to frames, uint8 RGB `[F, H, W, 3]`.
+    """Convert the driving motion to keypoints `[F, N, 3]` (N: 18 or 130) or to frames, uint8 RGB `[F, H, W, 3]`.
 
     Raises:
         UserError: another type or shape, no frames, frames of different sizes, NaN or inf in the keypoints; see
@@ -89,7 +91,7 @@ def to_motion(poses: MotionInput) -> np.ndarray:
         if poses.dtype == np.uint8:
             return poses
         return np.stack([_to_uint8(frame, "the driving frames") for frame in poses])
-    if poses.ndim != 3 or poses.shape[1:] != (18, 3) or not len(poses):
+    if poses.ndim != 3 or poses.shape[1:] not in _KEYPOINT_SHAPES or not len(poses):
         raise UserError(f"{source}: shape {_text(poses.shape)}; pass {_MOTION_FORMS}")
     check_keypoints(poses, source, frames=True)
     return poses
@@ -221,7 +223,7 @@ def changed_latents(output: Any, current: Tensor) -> Tensor:
 
 
 def _stack(items: list | tuple) -> np.ndarray:
-    """A list of images to frames, uint8 `[F, H, W, 3]`; a list of keypoints `[18, 3]` to `[F, 18, 3]`."""
+    """A list of images to frames, uint8 `[F, H, W, 3]`; a list of keypoints `[N, 3]` to `[F, N, 3]`."""
     keypoints = [_keypoints_of(item) for item in items]
     if all(item is not None for item in keypoints):
         return (
@@ -238,13 +240,13 @@ def _stack(items: list | tuple) -> np.ndarray:
 
 
 def _keypoints_of(item: Any) -> np.ndarray | None:
-    """An item of the list of poses as an array, if it has the shape `[18, 3]`."""
+    """An item of the list of poses as an array, if it has the shape of keypoints."""
     if isinstance(item, list | tuple):
         try:
             item = np.asarray(item)
         except ValueError:  # rows of different lengths
             return None
-    if not isinstance(item, np.ndarray | Tensor) or item.shape != (18, 3):
+    if not isinstance(item, np.ndarray | Tensor) or item.shape not in _KEYPOINT_SHAPES:
         return None
     return _to_numpy(item.detach()) if isinstance(item, Tensor) else item
 

@@ -21,8 +21,8 @@ class WindowInputs:
     """Pose embedding and temperature map of each window of a clip.
 
     Args:
-        draw: keypoints `[F, 18, 3]` -> pose images, uint8 RGB `[F, H, W, 3]`.
-        poses: keypoints `[F, 18, 3]` in pixels of the output.
+        draw: keypoints `[F, N, 3]` -> pose images, uint8 RGB `[F, H, W, 3]`.
+        poses: keypoints `[F, N, 3]` in pixels of the output.
         device: of the embeddings and the maps.
     """
 

@@ -21,6 +21,7 @@ from tcan.errors import UserError
 __all__ = [
     "AnimateConfig",
     "Config",
+    "DrawConfig",
     "EvaluateConfig",
     "PreprocessConfig",
     "PretrainedConfig",
@@ -64,6 +65,18 @@ class PretrainedConfig:
 
 
 @dataclass
+class DrawConfig:
+    """Parts of the pose images next to the body. A model draws what its training has drawn."""
+
+    hands: bool = False
+    """Whether pose images show the hands. Training needs a dataset with hands (`preprocess.hands`); other commands detect
+    them with the networks of `preprocess.hands`. Always true for a model that was trained with hands."""
+
+    face: bool = False
+    """Whether pose images show the face; otherwise like `hands`."""
+
+
+@dataclass
 class TrackingConfig:
     """MLflow tracking of all runs."""
 
@@ -96,6 +109,7 @@ class Config:
     seed: int = 0
     """Seed of every random choice of every job (0 to 2^63 - 1)."""
 
+    draw: DrawConfig = field(default_factory=DrawConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     animate: AnimateConfig = field(default_factory=AnimateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -83,11 +83,11 @@ class PreprocessConfig:
     """GPUs reserved per actor, > 0; fractions share a GPU. Ignored on CPUs."""
 
     hands: bool = False
-    """Hand keypoints (21 per hand) of all people, detected with OpenPose's hand_pose_model.pth in the folder of the body
-    network; not available with mini. Stored for other uses of the dataset: TCAN trains on body keypoints only."""
+    """Hand keypoints (21 per hand) of all people, for `draw.hands`: detected with OpenPose's hand_pose_model.pth in the folder of
+    the body network, or with an ONNX network of 133 points; not available with mini."""
 
     face: bool = False
-    """Face keypoints (70) of all people, detected with OpenPose's facenet.pth; otherwise like `hands`."""
+    """Face keypoints (70) of all people, for `draw.face`: detected with OpenPose's facenet.pth; otherwise like `hands`."""
 
     decode_timeout: float = 120.0
     """Timeout of opening a video and of decoding each clip in seconds (> 0). Videos that exceed it are rejected."""

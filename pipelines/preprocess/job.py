@@ -29,7 +29,7 @@ from pipelines.dataset import DUPLICATE, INFO_FILE, SCHEMA_VERSION, read_info
 from pipelines.dataset_index import read_index
 from pipelines.gauges import PreprocessingCounters
 from pipelines.preprocess.assembly import VideoAssembler
-from pipelines.preprocess.models import load_models, load_part_detectors
+from pipelines.preprocess.models import load_models
 from pipelines.preprocess.preview import contact_sheet
 from pipelines.preprocess.ray_pipeline import encoded_clips
 from pipelines.preprocess.shards import (
@@ -72,15 +72,12 @@ def preprocess(
         raise UserError(f"--limit {limit}: must be at least 0; 0 uses all sources")
     paths = list_sources(videos)
     paths = paths[:limit] if limit else paths
-    detector, vae = load_models(config.pretrained, "cpu")
-    parts = load_part_detectors(
-        config.pretrained.pose, config.preprocess.hands, config.preprocess.face, "cpu"
-    )
+    detector, vae = load_models(config.pretrained, "cpu", config.preprocess.hands, config.preprocess.face)
     identity = dataset_identity(config, fingerprint(vae), detector.fingerprint)
     # These keys exist only if the parts are enabled, so that the identity of datasets without them is stable.
     identity |= {"precision": config.preprocess.precision} if config.preprocess.precision != "fp32" else {}
     identity |= {"people": config.preprocess.people} if config.preprocess.people != "main" else {}
-    identity |= {f"{name.removesuffix('s')}_fingerprint": part.fingerprint for name, part in parts.items()}
+    identity |= {f"{name}_fingerprint": part for name, part in detector.part_fingerprints.items()}
 
     with writing(folder):
         if retry_rejected and (retried := forget_rejected(folder, identity, set(paths))):

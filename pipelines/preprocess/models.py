@@ -20,36 +20,24 @@ from pipelines.preprocess.schemas import ENCODED_SCHEMA
 from tcan.acceleration import compile_for_frames, use_fast_formats
 from tcan.errors import UserError
 from tcan.pose import OpenPose
-from tcan.pose.hands import FaceDetector, HandDetector
+from tcan.pose.hands import OpenPoseParts
 from tcan.pose.onnx import OnnxPose
+from tcan.pose.openpose import body_detector
+from tcan.pose.parts import BODY, FACE, HANDS
 from tcan.weights import load_part, load_pose_detector
 from tcan.weights.common import quiet
 
 
-def load_models(pretrained: PretrainedConfig, device: str) -> tuple[OpenPose | OnnxPose, AutoencoderKL]:
-    """Load the pose detector and the VAE (float32).
+def load_models(
+    pretrained: PretrainedConfig, device: str, hands: bool = False, face: bool = False
+) -> tuple[OpenPose | OnnxPose | OpenPoseParts, AutoencoderKL]:
+    """Load the pose detector, optionally of hands and face, and the VAE (float32).
 
     Raises:
         UserError: a source does not exist or contains another model.
     """
     vae = load_part("vae", pretrained.vae).to(device).requires_grad_(False).eval()
-    return load_pose_detector(pretrained.pose, device), vae
-
-
-def load_part_detectors(
-    pose: str, hands: bool, face: bool, device: str
-) -> dict[str, HandDetector | FaceDetector]:
-    """Load the requested detectors by column name: "hands", "faces".
-
-    Raises:
-        UserError: see `HandDetector.from_pretrained`.
-    """
-    detectors: dict[str, HandDetector | FaceDetector] = {}
-    if hands:
-        detectors["hands"] = HandDetector.from_pretrained(pose, device)
-    if face:
-        detectors["faces"] = FaceDetector.from_pretrained(pose, device)
-    return detectors
+    return load_pose_detector(pretrained.pose, device, hands, face), vae
 
 
 WARM_UP_SIZE = (64, 128)
@@ -78,14 +66,16 @@ class PoseAndLatents:
         compiled: bool = False,
     ) -> None:
         torch.set_num_threads(1)  # Ray reserves one CPU; torch would use all CPUs of the node
-        self.detector, self.vae = load_models(pretrained, device)
+        self.detector, self.vae = load_models(pretrained, device, hands, face)
+        self.parts = {"hands": HANDS} if hands else {}
+        self.parts |= {"faces": FACE} if face else {}
         # ONNX files have their own precision, formats and compilation.
-        networks = [self.detector.network] if isinstance(self.detector, OpenPose) else []
+        body = body_detector(self.detector)
+        networks = [body.network] if isinstance(body, OpenPose) else []
         if precision != "fp32":
             with quiet():
                 for network in (self.vae, *networks):
                     network.to(DTYPES[precision])
-        self.parts = load_part_detectors(pretrained.pose, hands, face, device)
         self.batch_frames = batch_frames
         self._of_thread = threading.local()
         use_fast_formats(self.vae.device, self.vae, *networks)
@@ -131,9 +121,9 @@ class PoseAndLatents:
         mean, logvar = latents.numpy()
         if not (np.isfinite(mean).all() and np.isfinite(logvar).all()):
             return {"step": "latents", "reason": "the VAE's latents are not finite in float16"}
-        people_per_frame, packed = pack_people(people)
+        people_per_frame, packed = pack_people([found[:, BODY] for found in people])
         parts = {
-            name: pack_people(detector.detect(frames, people))[1] for name, detector in self.parts.items()
+            name: pack_people([found[:, part] for found in people])[1] for name, part in self.parts.items()
         }
         return parts | {
             "people_per_frame": people_per_frame,

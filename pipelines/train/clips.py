@@ -13,9 +13,18 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.dataset_index import FRAME_COLUMNS, POSITIONED, REFERENCE_COLUMN, frame_shape, read_index
+from pipelines.dataset import decode_row
+from pipelines.dataset_index import (
+    FRAME_COLUMNS,
+    PART_COLUMNS,
+    POSITIONED,
+    REFERENCE_COLUMN,
+    frame_shape,
+    read_index,
+)
 from pipelines.train.disk_cache import DiskCache
 
 OPEN_FILES = 256  # fewer than the usual limit of a process, 1024
@@ -81,8 +90,8 @@ class ClipStore:
         self._disk = DiskCache(disk_bytes) if disk_bytes and storage.is_remote(dataset) else None
         index = read_index(dataset)
         index = index.filter(pc.field("split") == split)
-        numbers = ("start", "num_frames", "height", "width", "channels", "tracked_people", *POSITIONED)
-        self._columns = {name: index[name].to_numpy() for name in numbers}
+        numbers = ("start", "num_frames", "height", "width", "channels", "tracked_people", "row_group", "row")
+        self._columns = {name: index[name].to_numpy() for name in (*numbers, *POSITIONED)}
         files = index["file"].combine_chunks().dictionary_encode()
         self._files, self._file_names = files.indices.to_numpy(), files.dictionary.to_pylist()
         ids = index["video_id"].combine_chunks().dictionary_encode()
@@ -140,7 +149,8 @@ class ClipStore:
         columns: Iterable[str] = tuple(FRAME_COLUMNS),
     ) -> dict[str, np.ndarray]:
         """Arrays of these positions: latent_mean, latent_logvar `[n, 4, h, w]` (unscaled), keypoints `[n, 18, 3]`, or
-        `[n, P, 18, 3]` of a video with P > 1 tracked people.
+        `[n, P, 18, 3]` of a video with P > 1 tracked people. On request, hands `[n, 42, 3]` and faces `[n, 70, 3]`, or with P,
+        of the same people.
         """
         located = list(video.locate(positions))
         return {column: np.stack(self._values([(column, *frame) for frame in located])) for column in columns}
@@ -175,11 +185,13 @@ class ClipStore:
     def _layout(self, column: str, row: int) -> tuple[tuple[int, ...], np.dtype]:
         """Shape and type of the value of a frame."""
         size = (int(self._columns[name][row]) for name in ("height", "width", "channels", "tracked_people"))
-        return frame_shape(column, *size), np.dtype(POSITIONED[column])
+        return frame_shape(column, *size), np.dtype(POSITIONED.get(column, "<f4"))
 
     def _read(self, first: Frame, count: int) -> Iterator[np.ndarray]:
         """Read `count` adjacent frames of a clip."""
         column, row, frame = first
+        if column in PART_COLUMNS:
+            return self._read_parts(first, count)
         shape, dtype = self._layout(column, row)
         frame_bytes = math.prod(shape) * dtype.itemsize
         position = int(self._columns[column][row]) + frame * frame_bytes
@@ -190,6 +202,33 @@ class ClipStore:
                 raise OSError("the file is shorter than its index says")
         # Copies, so that a cached frame does not keep the data of all others.
         return (array.copy() for array in np.frombuffer(data, dtype).reshape(count, *shape))
+
+    def _read_parts(self, first: Frame, count: int) -> Iterator[np.ndarray]:
+        """Read the hands or faces of the tracked people in `count` adjacent frames of a clip; all 0 where not detected.
+
+        The column has those of all people. The tracked ones are the people with the same body keypoints.
+        """
+        column, row, frame = first
+        name = f"{self._folder}/{self._file_names[self._files[row]]}"
+        names = ["num_frames", "height", "width", "people_per_frame", "people", "keypoints", column]
+        with storage.damaged_file(name):
+            file = pq.ParquetFile(self._file(int(self._files[row]), name), pre_buffer=True)
+            names += [name for name in ("tracked_people",) if name in file.schema_arrow.names]
+            group = file.read_row_group(int(self._columns["row_group"][row]), names)
+            clip = group.slice(int(self._columns["row"][row]), 1).to_pylist()[0]
+            values = decode_row(clip)
+        ends = np.cumsum(clip["people_per_frame"])
+        bodies = values["keypoints"].reshape(len(ends), -1, *values["people"].shape[1:])
+        parts = values[column].reshape(-1, *PART_COLUMNS[column])
+        for number in range(frame, frame + count):
+            found = slice(ends[number] - clip["people_per_frame"][number], ends[number])
+            is_same = (bodies[number][:, None] == values["people"][found]).all(
+                axis=(2, 3)
+            )  # [P, people of the frame]
+            result = np.zeros((len(is_same), *PART_COLUMNS[column]), np.float32)
+            for tracked, person in np.argwhere(is_same):
+                result[tracked] = parts[found][person]
+            yield result.reshape(self._layout(column, row)[0])
 
     def _file(self, number: int, name: str) -> pa.NativeFile:
         with self._lock:

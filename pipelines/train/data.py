@@ -12,18 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.config import DrawConfig
 from pipelines.dataset import LATENT_STRIDE
+from pipelines.dataset_index import FRAME_COLUMNS
 from pipelines.train.clips import ClipStore, Video
 from pipelines.train.order import VideoOrder
 from tcan.errors import UserError
 from tcan.pixels import to_controlnet_input
 from tcan.pose import PoseErrors, draw_poses
+from tcan.pose.parts import join_parts
 
 # Purpose of a generator: the entry after seed and stage in its key. `VideoOrder` uses 0 and 3.
 _SAMPLE, _ERRORS = 1, 2
 MIN_DISTANCE, MAX_DISTANCE_SHORT_OF_LENGTH = 30, 31  # frames between reference and target: U[30, L - 31]
 TIMESTEPS = 1000
 NO_ERRORS = PoseErrors()
+BODY_ONLY = DrawConfig()
 
 
 def stage1_pair(length: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -81,6 +85,7 @@ class Sampler:
         reference: "random" frame or "first" frame; None: the paper's, random in stage 1 and first in stage 2.
         pose_errors: applied to the poses of stage 2; they depend on seed, step and index only.
         noise_offset: scale of a normal number per channel, added to the noise of all positions and frames of a sample.
+        draw: parts of the pose images next to the body; the dataset must have their columns.
 
     Raises:
         UserError: no video of the store is long enough.
@@ -102,7 +107,9 @@ class Sampler:
         noise_offset: float = 0.0,
         pose_errors: PoseErrors = NO_ERRORS,
         mixed: bool = False,
+        draw: DrawConfig = BODY_ONLY,
     ):
+        self.parts = ["hands"] * draw.hands + ["faces"] * draw.face  # columns of the dataset
         self.store, self.stage, self.seed, self.batch_size, self.size = store, stage, seed, batch_size, size
         self.scaling, self.stick_width = vae_scaling_factor, stick_width
         self.frames = frames if stage == 2 else 1
@@ -133,15 +140,17 @@ class Sampler:
         rng = self._rng(_SAMPLE, step, index)
         video = self.video(step, index)
         length = len(video)
+        stored = (*FRAME_COLUMNS, *self.parts)
         if self.stage == 2:
             start = int(rng.choice(video.starts(self.frames)))
-            target = self.store.frames(video, np.arange(start, start + self.frames))
+            target = self.store.frames(video, np.arange(start, start + self.frames), stored)
             reference_at = int(rng.integers(length)) if self.reference == "random" else None
         elif self.reference == "random":
             reference_at, target_at = stage1_pair(length, rng)
-            target = self.store.frames(video, [target_at])
+            target = self.store.frames(video, [target_at], stored)
         else:
-            reference_at, target = None, self.store.frames(video, [int(rng.integers(1, length))])
+            reference_at = None
+            target = self.store.frames(video, [int(rng.integers(1, length))], stored)
         if reference_at is None:
             reference = self.store.reference_latent(video)
         else:
@@ -155,7 +164,7 @@ class Sampler:
         crop = (..., slice(y, y + rows), slice(x, x + columns))
         height, width = rows * LATENT_STRIDE, columns * LATENT_STRIDE
         mean, logvar = (target[key][crop].astype(np.float32) for key in ("latent_mean", "latent_logvar"))
-        keypoints = target["keypoints"].copy()
+        keypoints = join_parts(target["keypoints"], target.get("hands"), target.get("faces"))
         keypoints[..., :2] -= (
             np.float32(LATENT_STRIDE) * np.array([x, y], np.float32) * (keypoints[..., 2:] > 0)
         )

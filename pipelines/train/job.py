@@ -28,7 +28,7 @@ from ray.train.torch import TorchTrainer
 
 from pipelines import storage, tracking
 from pipelines.cluster import connect, is_local
-from pipelines.config import Config
+from pipelines.config import Config, DrawConfig
 from pipelines.dataset import check_clip_files, clip_sizes, read_info
 from pipelines.gauges import TrainingGauges
 from pipelines.lock import locked
@@ -115,6 +115,11 @@ def _check_start(start: Path, config: Config) -> None:
         raise UserError(
             f"{start}: trained with {start_info['schedule']}, not {options}; set the same options for stage 2"
         )
+    draw = dataclasses.asdict(config.draw)
+    if (drawn := start_info.get("draw", dataclasses.asdict(DrawConfig()))) != draw:
+        raise UserError(
+            f"{start}: its pose images were drawn with {drawn}, not {draw}; set the same draw.hands and draw.face for stage 2"
+        )
     _check_variant(start, start_info, config)
 
 
@@ -128,6 +133,12 @@ def _check_variant(start: Path, info: dict[str, Any], config: Config) -> None:
 
 
 def _check_dataset(dataset: str, info: dict[str, Any], config: Config) -> None:
+    for part, column in (("hands", "hand_fingerprint"), ("face", "face_fingerprint")):
+        if getattr(config.draw, part) and column not in info["identity"]:
+            raise UserError(
+                f"{dataset}: has no {part}, which draw.{part} needs; preprocess with --preprocess.{part} true, or set "
+                f"draw.{part} to false"
+            )
     if not info.get("buckets") and min(info["height"], info["width"]) < config.size:
         raise UserError(
             f"{dataset}: its canvas of {info['width']} x {info['height']} pixels is smaller than the training size "
@@ -221,6 +232,7 @@ def _train_stage(
                 "dataset": settings["dataset"],
                 "steps": stage_options.steps,
                 "schedule": schedule_options(config.train),
+                "draw": dataclasses.asdict(config.draw),
             },
         )
         gauges = TrainingGauges(os.path.basename(out), stage, record.id, stage_options.steps)

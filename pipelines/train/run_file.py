@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import storage
-from pipelines.config import Config, StageConfig, TrainConfig
+from pipelines.config import Config, DrawConfig, StageConfig, TrainConfig
 from pipelines.dataset import INFO_FILE
 from tcan.errors import UserError
 
@@ -49,6 +49,7 @@ def run_settings(stage: int, dataset: str, start: Path | None, config: Config) -
         "size": config.size,
         "dataset": _digest([storage.read_bytes(f"{dataset}/{INFO_FILE}")]),
         "from": start_digest,
+        **{f"draw.{part}": is_drawn for part, is_drawn in dataclasses.asdict(config.draw).items()},
         **settings_of_config(config, stage),
     }
 
@@ -76,8 +77,8 @@ def check_same_settings(folder: str, old: dict[str, Any], new: dict[str, Any]) -
     A field that was added after the start has no value there: the run was started with the behaviour of its default.
     """
     defaults = {
-        field.name: field.default
-        for config in (TrainConfig, StageConfig)
+        f"{prefix}{field.name}": field.default
+        for prefix, config in (("", TrainConfig), ("", StageConfig), ("draw.", DrawConfig))
         for field in dataclasses.fields(config)
     }
     for key in new:

@@ -305,6 +305,7 @@ def create_sampler(
         noise_offset=config.noise_offset,
         pose_errors=errors,
         mixed=mixed,
+        draw=task.config.draw,
     )
 
 

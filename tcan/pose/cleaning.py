@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from tcan.errors import UserError
 from tcan.pose.keypoints import add_missing_necks
-from tcan.pose.skeleton import MIRROR, NECK
+from tcan.pose.parts import BODY, HANDS, LEFT_HAND, RIGHT_HAND
+from tcan.pose.skeleton import LEFT_WRIST, MIRROR, NECK
 from tcan.pose.tracking import People, body_size, select_people
 
 OUTLIER = 0.1
@@ -29,7 +30,8 @@ SWAP_DISTANCE = 0.05
 MIN_JOINTS = 4
 """Minimum number of joints of a frame that has a person although the neck is missing."""
 SIDES = ((2, 3, 4, 5, 6, 7), (8, 9, 10, 11, 12, 13), (14, 15, 16, 17))
-"""Arms, legs and head, which detectors swap separately."""
+"""Arms, legs and head, which detectors swap separately. The hands are swapped with the arms."""
+MIRRORED_HANDS = [*range(RIGHT_HAND.start, RIGHT_HAND.stop), *range(LEFT_HAND.start, LEFT_HAND.stop)]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class CleanPoses:
     """Keypoints of one person, and what was changed."""
 
     poses: NDArray[np.float32]
-    """`[F, 18, 3]`; all 0 in stretches without a person that are too long to interpolate."""
+    """`[F, N, 3]`, N: 18, or 130 with hands and face; all 0 in stretches without a person that are too long to interpolate."""
     missing: NDArray[np.int64]
     """Frames without a person."""
     swapped: NDArray[np.int64]
@@ -54,12 +56,12 @@ def main_person_poses(
     smoothing_window: int = 0,
     person: str = "largest",
 ) -> NDArray[np.float32]:
-    """Pose of one person in every frame, `[F, 18, 3]`, from all people `[P, 18, 3]` of each frame.
+    """Pose of one person in every frame, `[F, N, 3]`, from all people `[P, N, 3]` of each frame (N: 18 or 130).
 
     The person is tracked (`tcan.pose.tracking`) and cleaned (`clean_poses`).
 
     Args:
-        people: keypoints `[P, 18, 3]` of each frame, in pixels.
+        people: keypoints `[P, N, 3]` of each frame, in pixels.
         height, width: frame size in pixels.
         source: name of the input in messages.
         smoothing_window: smoothing window in frames (odd, >= 5). 0 disables smoothing and the removal of outliers.
@@ -73,7 +75,7 @@ def main_person_poses(
 
 
 def clean_poses(poses: NDArray[np.float32], source: str, smoothing_window: int = 0) -> CleanPoses:
-    """Complete the detected keypoints `[F, 18, 3]` of one person.
+    """Complete the detected keypoints `[F, N, 3]` of one person (N: 18, or 130 with hands and face).
 
     A missing neck is the midpoint of the shoulders, else that of the nearest frame, moved like the other joints. Joints
     that are missing for a few frames are interpolated. With a smoothing window, left/right swaps and outliers are
@@ -121,7 +123,7 @@ def _bridging(poses: NDArray[np.float32], missing: NDArray[np.int64]) -> str:
 
 
 def fill_gaps(keypoints: NDArray[np.float32], max_gap: int = 4) -> NDArray[np.float32]:
-    """Interpolate joints of keypoints `[F, 18, 3]` that are missing for at most `max_gap` consecutive frames.
+    """Interpolate points of keypoints `[F, N, 3]` that are missing for at most `max_gap` consecutive frames.
 
     x, y and score are interpolated linearly between the frames next to the gap. Longer gaps, and gaps at either end of
     the video, stay.
@@ -139,7 +141,7 @@ def fill_gaps(keypoints: NDArray[np.float32], max_gap: int = 4) -> NDArray[np.fl
 
 
 def correct_swaps(keypoints: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Exchange left and right of keypoints `[F, 18, 3]` where they are swapped for at most MAX_SWAP frames.
+    """Exchange left and right of keypoints `[F, N, 3]` where they are swapped for at most MAX_SWAP frames.
 
     Arms, legs and head are corrected separately. Left and right are swapped between two frames if the exchanged joints
     are much closer to those of the frame before. The next such event ends the swap; without one, the body has turned.
@@ -163,12 +165,14 @@ def correct_swaps(keypoints: NDArray[np.float32]) -> tuple[NDArray[np.float32], 
                 position += 1
                 continue
             result[start:end, joints] = keypoints[start:end][:, [MIRROR[j] for j in joints]]
+            if LEFT_WRIST in joints and keypoints.shape[1] > BODY.stop:
+                result[start:end, HANDS] = keypoints[start:end][:, MIRRORED_HANDS]
             changed.update(range(start, end))
     return result, np.array(sorted(changed), np.int64)
 
 
 def flips(keypoints: NDArray[np.float32], joints: list[int]) -> list[int]:
-    """Frames of keypoints `[F, 18, 3]` in which the sides of the joints change between this frame and the one before."""
+    """Frames of keypoints `[F, N, 3]` in which the sides of the joints change between this frame and the one before."""
     mirrored = [MIRROR[j] for j in joints]
     size = median_size(keypoints)
     found: list[int] = []
@@ -186,9 +190,9 @@ def flips(keypoints: NDArray[np.float32], joints: list[int]) -> list[int]:
 
 
 def remove_outliers(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Remove joints of keypoints `[F, 18, 3]` that jump away for one or two frames.
+    """Remove points of keypoints `[F, N, 3]` that jump away for one or two frames.
 
-    A joint is removed if its distance from its median position over 5 frames exceeds OUTLIER times the body size. A
+    A point is removed if its distance from its median position over 5 frames exceeds OUTLIER times the body size. A
     median of 5 follows continuous movement and is not affected by up to two outliers. At either end of the video, where
     the median has fewer frames, one or two frames are removed if the jump to the next frame exceeds this distance and
     three times the next four movements.
@@ -200,11 +204,11 @@ def remove_outliers(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # all 5 are NaN if the joint is missing
-        medians = np.nanmedian(windows, axis=-1)  # [F, 18, 2]
+        medians = np.nanmedian(windows, axis=-1)  # [F, N, 2]
         limit = OUTLIER * median_size(keypoints)
         outlier = np.linalg.norm(positions - medians, axis=-1) > limit
         for forward in (positions, positions[::-1]):
-            steps = np.linalg.norm(np.diff(forward[:7], axis=0), axis=-1)  # [6, 18]
+            steps = np.linalg.norm(np.diff(forward[:7], axis=0), axis=-1)  # [6, N]
             for count in (1, 2):
                 if len(steps) < count + 4:
                     continue
@@ -236,7 +240,7 @@ def hold_ends(cleaned: NDArray[np.float32], detected: NDArray[np.float32]) -> ND
 
 
 def smooth_poses(keypoints: NDArray[np.float32], frames: int) -> NDArray[np.float32]:
-    """Smooth x and y of each joint of keypoints `[F, 18, 3]` with a window of `frames`, weighted by the scores.
+    """Smooth x and y of each point of keypoints `[F, N, 3]` with a window of `frames`, weighted by the scores.
 
     Each value becomes that of the parabola fitted to the window by weighted least squares; with equal scores, this is the
     filter of Savitzky and Golay (1964). Runs of consecutive frames with the joint are smoothed separately; runs shorter
@@ -264,11 +268,11 @@ def _fit_parabolas(points: NDArray[np.float64], frames: int) -> NDArray[np.float
 
 
 def estimate_necks(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Add the neck to frames of keypoints `[F, 18, 3]` that have at least MIN_JOINTS other joints.
+    """Add the neck to frames of keypoints `[F, N, 3]` that have at least MIN_JOINTS other joints.
 
     It is the neck of the nearest frame that has one, moved by the median movement of the joints that both have.
     """
-    found = keypoints[..., 2] > 0
+    found = keypoints[:, BODY, 2] > 0
     with_neck = np.flatnonzero(found[:, NECK])
     result = keypoints.copy()
     for frame in np.flatnonzero(~found[:, NECK] & (found.sum(axis=1) >= MIN_JOINTS)):
@@ -277,7 +281,7 @@ def estimate_necks(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
         nearest = with_neck[np.abs(with_neck - frame).argmin()]
         both = found[frame] & found[nearest]
         if both.any():
-            shift = np.median((keypoints[frame] - keypoints[nearest])[both, :2], axis=0)
+            shift = np.median((keypoints[frame] - keypoints[nearest])[BODY][both, :2], axis=0)
             result[frame, NECK] = keypoints[nearest, NECK]
             result[frame, NECK, :2] += shift
     return result
@@ -286,7 +290,7 @@ def estimate_necks(keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
 def interpolate_missing_frames(
     keypoints: NDArray[np.float32],
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Fill at most MAX_BRIDGE consecutive frames of keypoints `[F, 18, 3]` that have no neck; one frame must have one.
+    """Fill at most MAX_BRIDGE consecutive frames of keypoints `[F, N, 3]` that have no neck; one frame must have one.
 
     Between two valid frames, a joint that both have is interpolated linearly; other joints are copied from the nearer
     frame. Before the first and after the last valid frame, its pose is repeated. Longer stretches become all 0.
@@ -312,8 +316,8 @@ def interpolate_missing_frames(
 
 
 def median_size(keypoints: NDArray[np.float32]) -> float:
-    """Median size in pixels of the poses `[F, 18, 3]` that have joints; 0 if none has."""
-    sizes = [body_size(body) for body in keypoints if (body[:, 2] > 0).any()]
+    """Median size in pixels of the poses `[F, N, 3]` that have joints; 0 if none has."""
+    sizes = [body_size(body) for body in keypoints[:, BODY] if (body[:, 2] > 0).any()]
     return float(np.median(sizes)) if sizes else 0.0
 
 

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from tcan.pose.parts import BODY, move_parts
 from tcan.pose.skeleton import JOINTS
 
 Keypoints = NDArray[np.float32]
@@ -35,23 +36,26 @@ class PoseErrors:
     probability."""
 
     def apply(self, keypoints: Keypoints, side: int, rng: np.random.Generator) -> Keypoints:
-        """Return a copy of keypoints `[F, 18, 3]` or `[F, P, 18, 3]` with errors added.
+        """Return a copy of keypoints `[F, N, 3]` or `[F, P, N, 3]` with errors added to the joints; hands and faces move with
+        their wrists and noses (N: 18 or 130).
 
         side: of the shorter image side, in pixels.
         """
-        bodies = keypoints.reshape(-1, *keypoints.shape[-2:])
+        joints_of_people = keypoints[..., BODY, :]
+        bodies = joints_of_people.reshape(-1, *joints_of_people.shape[-2:])
         corrupted = bodies.copy()
         count, joints = bodies.shape[:2]
         _move(corrupted, np.arange(count), self.jitter * side, rng)
         _spoil(corrupted, np.flatnonzero(rng.random(count) < self.outliers), rng)
         corrupted[(rng.random((count, joints)) < self.dropout) | (bodies[..., 2] <= 0)] = 0
-        return corrupted.reshape(keypoints.shape)
+        return move_parts(keypoints, corrupted.reshape(joints_of_people.shape))
 
 
 def corrupt_poses(
     keypoints: Keypoints, kind: ErrorKind, share: float, size: float, side: int, seed: int | tuple[int, ...]
 ) -> Keypoints:
-    """Return a copy of keypoints `[F, 18, 3]` with errors of one kind; equal arguments give equal errors.
+    """Return a copy of keypoints `[F, N, 3]` with errors of one kind in the joints; equal arguments give equal errors. Hands and
+    faces move with their wrists and noses (N: 18 or 130).
 
     Each kind affects `round(share * F)` frames, if not stated otherwise.
 
@@ -69,6 +73,7 @@ def corrupt_poses(
         side: of the image in pixels.
     """
     rng = np.random.default_rng(seed)
+    original, keypoints = keypoints, keypoints[:, BODY]
     corrupted = keypoints.copy()
     frames = len(keypoints)
     count = round(share * frames)
@@ -95,7 +100,7 @@ def corrupt_poses(
     elif kind != "none":
         raise ValueError(f"kind {kind!r}: must be one of {', '.join(KINDS)}")
     corrupted[missing] = 0
-    return corrupted
+    return move_parts(original, corrupted)
 
 
 def _move(keypoints: Keypoints, frames: NDArray[np.int64], pixels: float, rng: np.random.Generator) -> None:

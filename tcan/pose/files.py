@@ -1,4 +1,5 @@
-"""Pose files in OpenPose's JSON format: a frame is `{"people": [{"pose_keypoints_2d": [x, y, score, ...]}, ...]}`.
+"""Pose files in OpenPose's JSON format: a frame is `{"people": [{"pose_keypoints_2d": [x, y, score, ...]}, ...]}`. A person may
+have hand_left_keypoints_2d, hand_right_keypoints_2d (21 points each) and face_keypoints_2d (70 points), too.
 
 `read_poses` accepts three layouts:
 
@@ -21,9 +22,15 @@ from numpy.typing import NDArray
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
 from tcan.pose.keypoints import add_missing_necks, are_normalized
+from tcan.pose.parts import BODY, FACE, LEFT_HAND, NUM_POINTS, RIGHT_HAND
 
 BODY_25 = (*range(8), *range(9, 19))
 """Indices of the 18 joints in OpenPose's 25-point model, which adds the mid hip (8) and the feet (19 to 24)."""
+PARTS = {
+    "hand_left_keypoints_2d": LEFT_HAND,
+    "hand_right_keypoints_2d": RIGHT_HAND,
+    "face_keypoints_2d": FACE,
+}
 MIN_FPS, MAX_FPS = 0.1, 1000
 """Range of frame rates that can be written to a video."""
 
@@ -33,7 +40,7 @@ class PoseFile:
     """Contents of a pose file."""
 
     people: list[NDArray[np.float32]]
-    """Keypoints `[P, 18, 3]` of each frame; P may be 0."""
+    """Keypoints `[P, 18, 3]` of each frame, or `[P, 130, 3]` if the file has hands or faces; P may be 0."""
 
     height: int | None
     width: int | None
@@ -70,6 +77,8 @@ def read_poses(path: str | os.PathLike) -> PoseFile:
     people = [
         _parse_frame(frame, f"{path}: frame {number}") for number, frame in enumerate(content["frames"])
     ]
+    if not any(found[:, BODY.stop :].any() for found in people):
+        people = [found[:, BODY] for found in people]
     sizes = {name: content.get(name) for name in ("height", "width", "fps")}
     for name, value in sizes.items():
         if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
@@ -87,7 +96,8 @@ def read_poses(path: str | os.PathLike) -> PoseFile:
 def write_poses(
     poses: NDArray[np.float32], path: str | os.PathLike, height: int, width: int, fps: float | None = None
 ) -> None:
-    """Write one person's keypoints `[F, 18, 3]` in pixels of an image of `height` x `width`.
+    """Write one person's keypoints `[F, 18, 3]`, or `[F, 130, 3]` with hands and face, in pixels of an image of `height` x
+    `width`.
 
     The file has one line per frame, so that poses can be corrected in a text editor. A joint with score 0 means "not
     found"; `"people": []` means that the frame has no person.
@@ -98,8 +108,10 @@ def write_poses(
     path = Path(path)
     values = {"version": 1.3, "fps": fps, "height": height, "width": width}
     head = json.dumps({name: value for name, value in values.items() if value is not None})
-    points = np.asarray(poses, np.float64).reshape(len(poses), -1).round(2).tolist()
-    frames = [json.dumps({"people": [{"pose_keypoints_2d": frame}]}) for frame in points]
+    parts = {"pose_keypoints_2d": BODY} | (PARTS if poses.shape[1] == NUM_POINTS else {})
+    points = np.asarray(poses, np.float64).round(2)
+    people = ({name: frame[part].ravel().tolist() for name, part in parts.items()} for frame in points)
+    frames = [json.dumps({"people": [person]}) for person in people]
     try:
         with atomic_write(path) as partial:
             partial.write_text(f'{head[:-1]}, "frames": [\n' + ",\n".join(frames) + "\n]}\n")
@@ -131,22 +143,45 @@ def _read_json(path: Path) -> Any:
 
 
 def _parse_frame(frame: Any, where: str) -> NDArray[np.float32]:
-    """The people `[P, 18, 3]` of a frame; people with only hand or face keypoints are ignored."""
+    """The people `[P, 130, 3]` of a frame; people with only hand or face keypoints are ignored."""
     bodies: list[NDArray[np.float32]] = []
     people = frame.get("people") if isinstance(frame, dict) else None
     if not isinstance(people, list) or not all(isinstance(person, dict) for person in people):
         raise UserError(f'{where}: no list of "people"; give keypoints in OpenPose\'s format')
-    for values in (person.get("pose_keypoints_2d") for person in people):
-        if values:
-            bodies.append(_parse_body(values, where))
-    return np.stack(bodies) if bodies else np.zeros((0, 18, 3), np.float32)
+    for person in people:
+        if values := person.get("pose_keypoints_2d"):
+            points = np.zeros((NUM_POINTS, 3), np.float32)
+            points[BODY] = _parse_body(values, where)
+            for name, part in PARTS.items():
+                if values := person.get(name):
+                    points[part] = _parse_part(values, part.stop - part.start, f"{where}: invalid {name}")
+            bodies.append(points)
+    return np.stack(bodies) if bodies else np.zeros((0, NUM_POINTS, 3), np.float32)
+
+
+def _numbers(values: Sequence[Any]) -> NDArray[np.float32]:
+    """The values as an array; NaN if they are not numbers."""
+    try:
+        return np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        return np.full(1, np.nan, np.float32)
+
+
+def _found(points: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Points `[N, 3]` with scores of at most 1; all 0 where not found."""
+    points[:, 2] = points[:, 2].clip(0, 1)
+    return np.where(points[:, 2:] > 0, points, 0).astype(np.float32)
+
+
+def _parse_part(values: Sequence[Any], count: int, where: str) -> NDArray[np.float32]:
+    numbers = _numbers(values)
+    if not np.isfinite(numbers).all() or numbers.shape != (3 * count,):
+        raise UserError(f"{where}; give x, y, score of {count} points ({3 * count} numbers), or omit it")
+    return _found(numbers.reshape(-1, 3))
 
 
 def _parse_body(values: Sequence[Any], where: str) -> NDArray[np.float32]:
-    try:
-        numbers = np.asarray(values, np.float32)
-    except (TypeError, ValueError):
-        numbers = np.full(1, np.nan, np.float32)
+    numbers = _numbers(values)
     if not np.isfinite(numbers).all() or numbers.shape not in ((54,), (75,)):
         if numbers.shape == (51,):
             raise UserError(
@@ -158,5 +193,4 @@ def _parse_body(values: Sequence[Any], where: str) -> NDArray[np.float32]:
     body = numbers.reshape(-1, 3)
     if len(body) == 25:
         body = body[list(BODY_25)]
-    body[:, 2] = body[:, 2].clip(0, 1)
-    return add_missing_necks(np.where(body[:, 2:] > 0, body, 0).astype(np.float32))
+    return add_missing_necks(_found(body))

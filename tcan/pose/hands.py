@@ -1,8 +1,7 @@
 """Hand and face keypoints: OpenPose's hand and face networks (Simon et al., CVPR 2017), on crops around wrists and heads.
 
 Crops, sizes and thresholds are those of controlnet_aux's `Hand` and `Face`, and the points are the same. Here the
-networks process crops in batches, and a point that was not found keeps its index and is all 0. TCAN draws and trains on
-body keypoints only.
+networks process crops in batches, and a point that was not found keeps its index and is all 0.
 """
 
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 
 from tcan.errors import UserError
 from tcan.fingerprint import fingerprint
+from tcan.pose.openpose import OpenPose
 from tcan.pose.openpose_loading import (
     FACE_FILE,
     HAND_FILE,
@@ -26,6 +26,7 @@ from tcan.pose.openpose_loading import (
     load_openpose_network,
     open_pose_module,
 )
+from tcan.pose.parts import join_parts
 from tcan.pose.skeleton import STRIDE
 from tcan.transfer import HostCopy, upload
 
@@ -41,7 +42,25 @@ CROPS_PER_BATCH = 8  # bounds the networks' memory
 Square = tuple[int, int, int]  # x, y, side
 
 
-class HandDetector:
+class PartDetector:
+    """A network for one part of the body, and its device."""
+
+    def __init__(self, network: nn.Module, device: torch.device | str = "cpu"):
+        self.network = network.eval().requires_grad_(False).to(device)
+        self.device = torch.device(device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the network to a device."""
+        self.network.to(device)
+        self.device = torch.device(device)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that identify the weights."""
+        return fingerprint(self.network)
+
+
+class HandDetector(PartDetector):
     """Hand keypoint detector.
 
     Args:
@@ -49,10 +68,6 @@ class HandDetector:
             background.
         device: of the network.
     """
-
-    def __init__(self, network: nn.Module, device: torch.device | str = "cpu"):
-        self.network = network.eval().requires_grad_(False).to(device)
-        self.device = torch.device(device)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu") -> "HandDetector":
@@ -69,11 +84,6 @@ class HandDetector:
         return cls(
             load_openpose_network(network, _file(source, HAND_FILE), HAND_FILE, in_blocks=True), device
         )
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that identify the weights."""
-        return fingerprint(self.network)
 
     def detect(
         self, frames: NDArray[np.uint8], people: Sequence[NDArray[np.float32]]
@@ -126,7 +136,7 @@ class HandDetector:
         return self.network(_normalized(crops, self.network)).float().permute(0, 2, 3, 1)
 
 
-class FaceDetector:
+class FaceDetector(PartDetector):
     """Face keypoint detector.
 
     Args:
@@ -134,10 +144,6 @@ class FaceDetector:
             last map of the background.
         device: of the network.
     """
-
-    def __init__(self, network: nn.Module, device: torch.device | str = "cpu"):
-        self.network = network.eval().requires_grad_(False).to(device)
-        self.device = torch.device(device)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu") -> "FaceDetector":
@@ -154,11 +160,6 @@ class FaceDetector:
         return cls(
             load_openpose_network(network, _file(source, FACE_FILE), FACE_FILE, in_blocks=False), device
         )
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that identify the weights."""
-        return fingerprint(self.network)
 
     @torch.inference_mode()
     def detect(
@@ -205,6 +206,56 @@ class FaceDetector:
             points = torch.stack([index % size[1], index // size[1], score], dim=1)
             found.append(torch.where(score[:, None] > THRESHOLD, points, 0))
         return torch.stack(found)
+
+
+class OpenPoseParts:
+    """OpenPose's networks of the body and of hands, faces or both, as a `tcan.pose.PoseDetector` of keypoints `[P, 130, 3]`.
+
+    Args:
+        body: detector of the bodies.
+        hands, face: detectors of the parts, at least one of them; parts without a detector are all 0.
+    """
+
+    def __init__(self, body: OpenPose, hands: HandDetector | None, face: FaceDetector | None):
+        self.body, self.hands, self.face = body, hands, face
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the body network."""
+        return self.body.fingerprint
+
+    @property
+    def part_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the networks of "hand" and "face"."""
+        parts = {"hand": self.hands, "face": self.face}
+        return {name: part.fingerprint for name, part in parts.items() if part is not None}
+
+    def to(self, device: torch.device | str) -> "OpenPoseParts":
+        """Move the networks to a device."""
+        self.body.to(device)
+        for part in (self.hands, self.face):
+            if part is not None:
+                part.to(device)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save OpenPose's files to a folder for `tcan.weights.load_pose_detector`."""
+        self.body.save_pretrained(folder)
+        if self.hands is not None:
+            weights = self.hands.network.state_dict()
+            torch.save({name.split(".", 1)[1]: weights[name] for name in weights}, Path(folder) / HAND_FILE)
+        if self.face is not None:
+            torch.save(dict(self.face.network.state_dict()), Path(folder) / FACE_FILE)
+
+    def detect(
+        self, frames: NDArray[np.uint8], batch_size: int = 16, zoom: float = 1.0
+    ) -> list[NDArray[np.float32]]:
+        """Detect people in frames `[F, H, W, 3]` (RGB), as specified by `PoseDetector`: keypoints `[P, 130, 3]` of each frame."""
+        people = self.body.detect(frames, batch_size, zoom)
+        nothing = [None] * len(people)
+        hands = nothing if self.hands is None else self.hands.detect(frames, people)
+        faces = nothing if self.face is None else self.face.detect(frames, people)
+        return [join_parts(*parts) for parts in zip(people, hands, faces, strict=True)]
 
 
 def _file(source: str | Path, name: str) -> Path:

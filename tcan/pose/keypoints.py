@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tcan.errors import UserError
+from tcan.pose.parts import NUM_POINTS
 from tcan.pose.skeleton import LEFT_SHOULDER, NECK, RIGHT_SHOULDER
 
 MIN_EXTENT = 2.0
@@ -13,7 +14,7 @@ MIN_EXTENT = 2.0
 
 
 def check_keypoints(keypoints: Any, source: str, *, frames: bool) -> None:
-    """Check that keypoints are finite numbers of shape `[F, 18, 3]`, or `[18, 3]` if `frames` is false.
+    """Check that keypoints are finite numbers: bodies `[18, 3]`, or, of `frames`, `[F, 18, 3]` or `[F, 130, 3]`.
 
     Args:
         source: name of the keypoints in error messages.
@@ -24,7 +25,8 @@ def check_keypoints(keypoints: Any, source: str, *, frames: bool) -> None:
     expected = "[F, 18, 3]" if frames else "[18, 3]"
     if not isinstance(keypoints, np.ndarray) or keypoints.dtype.kind not in "fiu":
         raise UserError(f"{source}: not a numeric array; pass keypoints {expected}")
-    if keypoints.ndim != (3 if frames else 2) or keypoints.shape[-2:] != (18, 3) or not len(keypoints):
+    shapes = ((18, 3), (NUM_POINTS, 3)) if frames else ((18, 3),)
+    if keypoints.ndim != (3 if frames else 2) or keypoints.shape[-2:] not in shapes or not len(keypoints):
         shape = ", ".join(map(str, keypoints.shape))
         raise UserError(
             f"{source}: shape [{shape}]; pass keypoints {expected} (x, y, score) in OpenPose's 18-point order"
@@ -34,13 +36,13 @@ def check_keypoints(keypoints: Any, source: str, *, frames: bool) -> None:
 
 
 def are_normalized(keypoints: NDArray[np.floating[Any]]) -> bool:
-    """Whether the found joints of keypoints `[..., 18, 3]` are all within MIN_EXTENT of the origin."""
+    """Whether the found points of keypoints `[..., 3]` are all within MIN_EXTENT of the origin."""
     xy = keypoints[keypoints[..., 2] > 0, :2]
     return len(xy) > 0 and bool(np.abs(xy).max() <= MIN_EXTENT)
 
 
 def add_missing_necks(keypoints: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """Set each missing neck of keypoints `[..., 18, 3]` to the midpoint of the shoulders, if both were found.
+    """Set each missing neck of keypoints `[..., N, 3]` to the midpoint of the shoulders, if both were found.
 
     This is the definition of OpenPose's neck: its training data has no annotated neck. The score is the minimum of both.
     """

@@ -1,11 +1,12 @@
 """Checks, before anything is generated, of how driving poses match an image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tcan.pose.cleaning import SIDES, CleanPoses, flips, frame_ranges
+from tcan.pose.parts import BODY
 from tcan.pose.skeleton import JOINTS, MIRROR, PARENTS, PROPORTIONS
 
 MAX_OUTSIDE = 0.1
@@ -47,14 +48,15 @@ def match_poses(
     width: int,
     character: NDArray[np.float32] | None = None,
 ) -> list[Finding]:
-    """Check the poses of one person, in the order frame, limbs, scale, missing, flips.
+    """Check the joints of one person, in the order frame, limbs, scale, missing, flips.
 
     Args:
         driver: keypoints of the driving video.
-        poses: the same after retargeting or scaling, `[F, 18, 3]` in pixels of the output.
+        poses: the same after retargeting or scaling, `[F, N, 3]` in pixels of the output.
         height, width: size of the output in pixels.
         character: keypoints of the person in the image `[18, 3]` in pixels of the output; None without retargeting.
     """
+    driver, poses = replace(driver, poses=driver.poses[:, BODY]), poses[:, BODY]
     return [
         _check_frame(poses, height, width, character),
         _check_limbs(poses, None if character is None else driver.poses),
@@ -65,7 +67,7 @@ def match_poses(
 
 
 def outside_frame(poses: NDArray[np.float32], height: int, width: int) -> NDArray[np.bool_]:
-    """Whether each joint of poses `[F, 18, 3]` was found and is outside the image: `[F, 18]`."""
+    """Whether each joint of poses `[F, 18, 3]` was found and is outside the image: bool `[F, 18]`."""
     x, y = poses[..., 0], poses[..., 1]
     return (poses[..., 2] > 0) & ((x < 0) | (x >= width) | (y < 0) | (y >= height))
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tcan.errors import UserError, first_line
+from tcan.pose.parts import BODY, FACE, LEFT_HAND, NUM_POINTS, RIGHT_HAND, keep_parts
 from tcan.weights_file import impostor
 
 if TYPE_CHECKING:
@@ -35,8 +36,15 @@ BOX_PADDING = 1.25
 BINS_PER_PIXEL = 2
 MIN_SCORE = 0.3
 """Joints below it count as not found, as in DWPose."""
-NUM_POINTS = (17, 26, 133)
+COUNTS = (17, 26, 133)
 """COCO, Halpe and whole-body points. The first 17 are COCO's in all of them."""
+WITH_PARTS = COUNTS[2]
+PARTS = (
+    (LEFT_HAND, slice(91, 112)),
+    (RIGHT_HAND, slice(112, 133)),
+    (slice(FACE.start, FACE.start + 68), slice(23, 91)),
+)
+"""Points of each part, ours and those of the network, which lacks the pupils: OpenPose's last two points of the face."""
 COCO = (0, None, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 """COCO's point of each of OpenPose's joints; the neck is the center of the shoulders."""
 
@@ -50,6 +58,7 @@ class OnnxPose:
         points: maps normalized RGB crops `[B, 3, h, w]` to the scores of x `[B, K, 2 w]` and y `[B, K, 2 h]`.
         files: of the two networks.
         device: of the two networks.
+        hands, face: whether `detect` returns these parts, too; the pose network must have the whole-body points.
     """
 
     def __init__(
@@ -58,8 +67,11 @@ class OnnxPose:
         points: "InferenceSession",
         files: Sequence[Path],
         device: torch.device | str = "cpu",
+        hands: bool = False,
+        face: bool = False,
     ):
         self.boxes, self.points, self.files = boxes, points, files
+        self.hands, self.face = hands, face
         self.device = torch.device(device)
         digests = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
         self.fingerprint = hashlib.sha256(digests).hexdigest()[:16]
@@ -69,12 +81,20 @@ class OnnxPose:
         """Whether a folder contains ONNX files."""
         return any(folder.glob("*.onnx"))
 
+    @property
+    def part_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the networks of "hand" and "face"."""
+        parts = {"hand": self.hands, "face": self.face}
+        return {name: self.fingerprint for name, is_detected in parts.items() if is_detected}
+
     @classmethod
-    def from_folder(cls, folder: Path, device: torch.device | str = "cpu") -> "OnnxPose":
+    def from_folder(
+        cls, folder: Path, device: torch.device | str = "cpu", hands: bool = False, face: bool = False
+    ) -> "OnnxPose":
         """Load a folder with two ONNX files of any name: one network has SimCC's two outputs, the other finds people.
 
         Raises:
-            UserError: onnxruntime is not installed; other files than these two.
+            UserError: onnxruntime is not installed; other files than these two; hands or face, and a network without them.
         """
         sessions = {file: _session(file, torch.device(device)) for file in sorted(folder.glob("*.onnx"))}
         shapes = {file: _output_shapes(file, session) for file, session in sessions.items()}
@@ -83,10 +103,16 @@ class OnnxPose:
         if (len(sessions), len(points), len(boxes)) != (2, 1, 1):
             found = ", ".join(f"{file.name} with outputs {shapes[file]}" for file in sessions)
             raise UserError(
-                f"{folder}: expected one YOLOX person detector and one SimCC pose network with {NUM_POINTS} points, found "
+                f"{folder}: expected one YOLOX person detector and one SimCC pose network with {COUNTS} points, found "
                 f"{found}; keep only these two .onnx files in the folder"
             )
-        return cls(sessions[boxes[0]], sessions[points[0]], (*boxes, *points), device)
+        count = shapes[points[0]][0][1]
+        if (hands or face) and count != WITH_PARTS:
+            raise UserError(
+                f"pose network {points[0]}: its {count} points are those of the body; for hands and faces give a network with "
+                f"{WITH_PARTS} points, such as DWPose's"
+            )
+        return cls(sessions[boxes[0]], sessions[points[0]], (*boxes, *points), device, hands, face)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the files to a folder for `from_folder`."""
@@ -124,7 +150,8 @@ class OnnxPose:
                 pose = _pose(x[offset], y[offset], affines[start + offset])
                 if pose.any():
                     people[frame_of[start + offset]].append(pose)
-        return [np.stack(found) if found else np.zeros((0, 18, 3), np.float32) for found in people]
+        nobody = np.zeros((0, NUM_POINTS, 3), np.float32)
+        return [keep_parts(np.stack(found) if found else nobody, self.hands, self.face) for found in people]
 
     def find_boxes(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Boxes of people in a frame `[H, W, 3]` (RGB): `[P, 4]`, left, top, right, bottom in pixels."""
@@ -226,7 +253,7 @@ def _is_pose_network(session: "InferenceSession", shapes: list[tuple[int, ...]])
     height, width = _input_size(session)
     bins = [width * BINS_PER_PIXEL, height * BINS_PER_PIXEL]
     return [shape[-1] for shape in shapes] == bins and all(
-        len(shape) == 3 and shape[1] in NUM_POINTS for shape in shapes
+        len(shape) == 3 and shape[1] in COUNTS for shape in shapes
     )
 
 
@@ -253,7 +280,7 @@ def describe_onnx(file: Path) -> str:
     if _is_person_detector(session, shapes):
         return f"person detector for images of {width} x {height} pixels, in an ONNX file"
     raise UserError(
-        f"{file}: neither a YOLOX person detector nor a SimCC pose network with {NUM_POINTS} points: outputs {shapes}; use "
+        f"{file}: neither a YOLOX person detector nor a SimCC pose network with {COUNTS} points: outputs {shapes}; use "
         "another file"
     )
 
@@ -267,17 +294,20 @@ def _affine(box: NDArray[np.float32], height: int, width: int) -> NDArray[np.flo
 
 
 def _pose(x: NDArray[np.float32], y: NDArray[np.float32], affine: NDArray[np.float64]) -> NDArray[np.float32]:
-    """OpenPose keypoints `[18, 3]` in the frame from the scores of x `[K, 2 w]` and y `[K, 2 h]` in a crop."""
+    """Keypoints `[130, 3]` in the frame from the scores of x `[K, 2 w]` and y `[K, 2 h]` in a crop; without a body all 0."""
     scores = np.minimum(x.max(axis=1), y.max(axis=1)).clip(max=1)
     bins = np.stack([x.argmax(axis=1), y.argmax(axis=1)], axis=1)
     points = (bins / BINS_PER_PIXEL - affine[:, 2]) / affine[0, 0]
     found = np.column_stack([points, scores])
     found[scores < MIN_SCORE] = 0
-    pose = np.zeros((18, 3), np.float32)
+    pose = np.zeros((NUM_POINTS, 3), np.float32)
     for joint, point in enumerate(COCO):
         if point is not None:
             pose[joint] = found[point]
     shoulders = found[[5, 6]]
     if (shoulders[:, 2] > 0).all():
         pose[1] = *shoulders[:, :2].mean(axis=0), shoulders[:, 2].min()
+    if len(found) == WITH_PARTS and pose[BODY].any():
+        for part, source in PARTS:
+            pose[part] = found[source]
     return pose

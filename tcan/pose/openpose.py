@@ -7,7 +7,7 @@ finds the same people. Only the computation differs: see `tcan.pose.peaks` and `
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -58,9 +58,14 @@ class PoseDetector(Protocol):
             zoom: factor on the network's input size, > 1 for people who are small in the frame.
 
         Returns:
-            Keypoints `[P, 18, 3]` of each frame, in pixels; P may be 0.
+            Keypoints `[P, 18, 3]` of each frame, or `[P, 130, 3]` with hands and faces, in pixels; P may be 0.
         """
         ...
+
+
+def body_detector(detector: PoseDetector) -> PoseDetector:
+    """The detector of bodies in a detector that runs other networks for hands and faces; else the detector itself."""
+    return getattr(detector, "body", detector)
 
 
 def find_people(
@@ -73,7 +78,7 @@ def find_people(
     returned.
 
     Returns:
-        Keypoints `[P, 18, 3]` of each frame, H and W. H and W are 0 if there are no frames.
+        Keypoints of each frame as `PoseDetector.detect` returns them, H and W. H and W are 0 if there are no frames.
     """
     people: list[NDArray[np.float32]] = []
     batch = np.empty((0, 0, 0, 3), np.uint8)
@@ -81,7 +86,7 @@ def find_people(
     while upcoming := list(islice(iterator, batch_size)):
         batch = np.stack(upcoming)
         people += detector.detect(batch, batch_size)
-    if len(people) == 1 and isinstance(detector, OpenPose):
+    if len(people) == 1 and isinstance(body_detector(detector), OpenPose):
         zoomed = [detector.detect(batch, zoom=zoom)[0] for zoom in CLOSE_UP_ZOOMS]
         people = [
             max(people[0], *zoomed, key=lambda found: found[:, UPPER_BODY, 2].sum(axis=1).max(initial=0))
@@ -99,6 +104,8 @@ class OpenPose:
         blur_sigma: standard deviation of the heatmaps' Gaussian blur, in pixels of the original image.
         device: of the network.
     """
+
+    part_fingerprints: ClassVar[dict[str, str]] = {}  # of networks for hands and face, which it has not
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tcan.errors import UserError
 from tcan.pose.keypoints import are_normalized, check_keypoints
+from tcan.pose.parts import BODY, move_parts
 from tcan.pose.skeleton import JOINTS, MIRROR, NECK, NOSE, PARENTS, PROPORTIONS
 
 Method = Literal["robust", "paper"]
@@ -27,7 +28,7 @@ MIN_BONES = 4
 """Minimum number of a driver's bones, one side, that define its size."""
 NEAR_FULL = 0.8
 """A frame shows a bone at nearly full length from this fraction of the 75th percentile of its lengths."""
-BODY = (NOSE, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
+SCALE_JOINTS = (NOSE, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
 """Joints whose bones define the body scale; those of eyes and ears have the scale of the head."""
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class _Lengths:
 def retarget(
     driving: NDArray[np.float32], character: NDArray[np.float32], method: Method = "robust"
 ) -> NDArray[np.float32]:
-    """Transfer the motion of driving `[F, 18, 3]` to the proportions, size and position of character `[18, 3]`.
+    """Transfer the motion of driving `[F, N, 3]` to the proportions, size and position of character `[18, 3]`.
 
     From the neck outwards, each bone keeps its direction in the frame and gets the length
 
@@ -63,6 +64,9 @@ def retarget(
     The pivot ratio is |neck - nose| of the character divided by the driver's full length of that bone. It is constant
     over the video. Computed per frame, it would move the body whenever the head nods. A joint that is missing in a frame
     stays missing there, and its descendants attach to the nearest ancestor that was found.
+
+    Points of a hand (N = 130) move with the wrist and have the scale of the forearm; those of the face move with the nose and have
+    the scale of the bone from neck to nose. Without wrist or nose, they are missing.
 
     method "paper": the driver's full length is the length in the first frame that has the bone. If the character lacks a
     bone, or its length is below MIN_RATIO, the length is the driver's times the pivot ratio.
@@ -82,6 +86,7 @@ def retarget(
         raise UserError(f"retargeting = {method}: unknown method; use {' or '.join(get_args(Method))}")
     check_keypoints(driving, "the driving poses", frames=True)
     check_keypoints(character, "the character", frames=False)
+    keypoints, driving = driving, driving[:, BODY]
     if are_normalized(character):
         raise UserError("the character: keypoints from 0 to 1; give them in pixels of the image")
     if not (character[[NECK, NOSE], 2] > 0).all():
@@ -103,15 +108,15 @@ def retarget(
     # Positions [F, 2] of each joint before and after retargeting, with substitutes for joints that were not found.
     before = {NECK: neck}
     after = {NECK: character_xy[NECK] + (neck - neck[found[:, NECK]][0]) * lengths.pivot}
+    scales = {joint: np.full(len(driving), scale) for joint, scale in lengths.scale.items()}
     for joint, parent in PARENTS.items():
         bone = driver_xy[:, joint] - before[parent]
-        scale = np.full(len(driving), lengths.scale[joint])
         full, length = lengths.driver[joint], lengths.character[joint]
         if length > 0 and full > 0:
             current = _length(bone)
             stretched = length * np.clip(current / full, 0, MAX_STRETCH) / np.maximum(current, 1e-6)
-            scale = np.where(found[:, parent], stretched, scale)
-        target = after[parent] + bone * scale[:, None]
+            scales[joint] = np.where(found[:, parent], stretched, scales[joint])
+        target = after[parent] + bone * scales[joint][:, None]
         before[joint] = np.where(found[:, joint, None], driver_xy[:, joint], before[parent])
         after[joint] = np.where(found[:, joint, None], target, after[parent])
 
@@ -120,7 +125,7 @@ def retarget(
         result[:, joint, :2] = after[joint]
     result[..., 2] = driving[..., 2]
     result[~found] = 0
-    return result
+    return move_parts(keypoints, result, scales)
 
 
 def _paper_lengths(
@@ -150,13 +155,13 @@ def _robust_lengths(
     sides = {j: _side_lengths(character_xy, character_found, j) for j in PARENTS}
     character = {j: max(sides[j]) for j in PARENTS}
     # Left and right have equal lengths now, so each pair of bones counts once.
-    ratios = [character[j] / driver[j] for j in BODY if j <= MIRROR[j] and character[j] and driver[j]]
+    ratios = [character[j] / driver[j] for j in SCALE_JOINTS if j <= MIRROR[j] and character[j] and driver[j]]
     body = _ratio(float(np.median(ratios)) if ratios else 0.0, 1.0)
 
     missing: list[int] = []
     short: list[int] = []
     mirrored: list[int] = []
-    for joint in BODY:
+    for joint in SCALE_JOINTS:
         plausible = FORESHORTENED * body * driver[joint]
         if character[joint] < plausible:
             (short if character_found[joint] else missing).append(joint)
@@ -168,8 +173,8 @@ def _robust_lengths(
     _warn(mirrored, "foreshortened in the image: %s; bone lengths are those of the other side")
 
     pivot = _ratio(character[NOSE], driver[NOSE])
-    scale = {j: body if j in BODY else pivot for j in PARENTS}
-    for joint in set(PARENTS) - set(BODY):
+    scale = {j: body if j in SCALE_JOINTS else pivot for j in PARENTS}
+    for joint in set(PARENTS) - set(SCALE_JOINTS):
         if character[joint] < MIN_RATIO * driver[joint] * pivot:
             character[joint] = 0.0
     return _Lengths(driver, character, scale, pivot)

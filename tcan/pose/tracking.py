@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from tcan.errors import UserError
+from tcan.pose.parts import BODY
 
 MAX_JUMP = 0.15
 """Maximum distance from the prediction per frame, as a fraction of the image diagonal."""
@@ -34,7 +35,7 @@ MIN_SHARE = 0.2
 FORBIDDEN = 1e6
 
 People = Sequence[NDArray[np.float32]]
-"""The people of each frame, `[P, 18, 3]`; P may be 0."""
+"""The people of each frame, `[P, 18, 3]`, or `[P, 130, 3]` with hands and faces; P may be 0."""
 
 
 @dataclass
@@ -76,7 +77,7 @@ def track_people(people: People, height: float, width: float) -> list[NDArray[np
     diagonal = float(np.hypot(height, width))
     finished: list[_Track] = []
     active: list[_Track] = []
-    for frame, bodies in enumerate(people):
+    for frame, bodies in enumerate(found[:, BODY] for found in people):
         finished += [track for track in active if frame - track.frames[-1] > MAX_GAP]
         active = [track for track in active if frame - track.frames[-1] <= MAX_GAP]
         found = [i for i, body in enumerate(bodies) if (body[:, 2] > 0).any()]
@@ -98,14 +99,14 @@ def track_people(people: People, height: float, width: float) -> list[NDArray[np
 
 
 def track_main_person(people: People, height: float, width: float) -> NDArray[np.float32]:
-    """Keypoints of the main person, `[F, 18, 3]`; all 0 where it is not detected. See `track_people`."""
+    """Keypoints of the main person, `[F, N, 3]`; all 0 where it is not detected. See `track_people`."""
     tracks = track_people(people, height, width)
-    return track_poses(people, tracks[0]) if tracks else np.zeros((len(people), 18, 3), np.float32)
+    return track_poses(people, tracks[0] if tracks else np.full(len(people), -1))
 
 
 def track_poses(people: People, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Keypoints `[F, 18, 3]` of a track; all 0 where its index is -1."""
-    poses = np.zeros((len(people), 18, 3), np.float32)
+    """Keypoints `[F, N, 3]` of a track, N as in `people`; all 0 where its index is -1."""
+    poses = np.zeros((len(people), people[0].shape[1] if len(people) else BODY.stop, 3), np.float32)
     for frame in np.flatnonzero(indices >= 0).tolist():
         poses[frame] = people[frame][indices[frame]]
     return poses
@@ -114,7 +115,7 @@ def track_poses(people: People, indices: NDArray[np.int64]) -> NDArray[np.float3
 def select_people(
     people: People, height: float, width: float, person: str, source: str
 ) -> list[NDArray[np.float32]]:
-    """Keypoints `[F, 18, 3]` of the selected people, in the order of the selection.
+    """Keypoints `[F, N, 3]` of the selected people, in the order of the selection.
 
     Args:
         person: `largest` (the main person); `left` or `right`; a number from 1, in the order of the sizes; `x,y` in
@@ -135,7 +136,7 @@ def select_people(
             )
         selected.append(number)
     if not tracks:
-        return [np.zeros((len(people), 18, 3), np.float32)]
+        return [track_poses(people, np.full(len(people), -1))]
     return [track_poses(people, tracks[number]) for number in selected]
 
 
@@ -254,7 +255,7 @@ def _compare(expected: NDArray[np.floating], body: NDArray[np.floating]) -> tupl
 
 def _first_pose(people: People, indices: NDArray[np.int64]) -> NDArray[np.float32]:
     frame = int(np.flatnonzero(indices >= 0)[0])
-    return people[frame][indices[frame]]
+    return people[frame][indices[frame], BODY]
 
 
 def _extent(people: People, indices: NDArray[np.int64]) -> float:
@@ -268,4 +269,5 @@ def _center(body: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def body_size(body: NDArray[np.floating]) -> float:
     """Diagonal of the bounding box of a body's joints; unlike the area, it is not small for a narrow pose."""
+    body = body[BODY]
     return float(np.linalg.norm(np.ptp(body[body[:, 2] > 0, :2], axis=0)))

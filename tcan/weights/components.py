@@ -75,5 +75,6 @@ class Pose(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, folder: Folder, **unused: Any) -> PoseDetector:
-        """Load the pose network that the model folder names."""
-        return load_pose_detector(read_model_info(folder)["pretrained"]["pose"]["source"])
+        """Load the pose network that the model folder names, with the parts that the model draws."""
+        info = read_model_info(folder)
+        return load_pose_detector(info["pretrained"]["pose"]["source"], **info.get("draw", {}))

@@ -73,7 +73,8 @@ def save_model(
             animation.
         height, width: size of the training images in pixels.
         stick_width: stick width of the training pose images in pixels.
-        more: additional entries of tcan.json, such as mlflow_run_id.
+        more: additional entries of tcan.json: mlflow_run_id; draw, whether the training pose images show {"hands", "face"}
+            (absent: neither); others.
 
     Raises:
         UserError: the folder cannot be written, or exists and is not a model folder.
@@ -140,7 +141,7 @@ def export_model(model: str | os.PathLike, folder: str | os.PathLike, pose: str 
             if part == "scheduler":
                 load_scheduler(entry["source"]).save_pretrained(target)
             elif part == "pose":
-                load_pose_detector(entry["source"]).save_pretrained(target)
+                load_pose_detector(entry["source"], **info.get("draw", {})).save_pretrained(target)
             else:
                 network = load_part(part, entry["source"])
                 actual = {

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel
 from tcan.errors import UserError, first_line
 from tcan.fingerprint import fingerprint
 from tcan.pose import OpenPose
+from tcan.pose.hands import FaceDetector, HandDetector, OpenPoseParts
 from tcan.pose.onnx import OnnxPose
 from tcan.weights.common import check_keys, quiet
 from tcan.weights.original import SD15, SUFFIXES, check_positions, load_original
@@ -265,12 +266,18 @@ def load_scheduler(source: str) -> DDIMScheduler:
         ) from None
 
 
-def load_pose_detector(source: str, device: torch.device | str = "cpu") -> OpenPose | OnnxPose:
+def load_pose_detector(
+    source: str, device: torch.device | str = "cpu", hands: bool = False, face: bool = False
+) -> OpenPose | OnnxPose | OpenPoseParts:
     """Load the pose network from "mini", a folder with the subfolder pose or with two ONNX files, or a source of
     `OpenPose.from_pretrained`.
 
+    Args:
+        hands, face: whether to detect these parts, too, with OpenPose's networks from the same source or with a whole-body
+            ONNX network.
+
     Raises:
-        UserError: as `OpenPose.from_pretrained` and `OnnxPose.from_folder`.
+        UserError: as `OpenPose.from_pretrained`, `HandDetector.from_pretrained` and `OnnxPose.from_folder`.
     """
     folder = MINI if source == "mini" else Path(source).expanduser()
     is_subfolder = (folder / "pose").is_dir() or source == "mini"
@@ -280,9 +287,12 @@ def load_pose_detector(source: str, device: torch.device | str = "cpu") -> OpenP
             f"pose network {source}: a single ONNX file; give a folder with two: of a person detector and of a pose network"
         )
     if OnnxPose.is_in(folder):
-        return OnnxPose.from_folder(folder, device)
+        return OnnxPose.from_folder(folder, device, hands, face)
+    hand_detector = HandDetector.from_pretrained(source, device) if hands else None
+    face_detector = FaceDetector.from_pretrained(source, device) if face else None
     with quiet():
-        return OpenPose.from_pretrained(folder if is_subfolder else source, device=device)
+        body = OpenPose.from_pretrained(folder if is_subfolder else source, device=device)
+    return OpenPoseParts(body, hand_detector, face_detector) if hands or face else body
 
 
 def encode_empty_prompt(text_encoder: CLIPTextModel) -> Tensor:
