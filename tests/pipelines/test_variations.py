@@ -55,7 +55,8 @@ def test_poses_are_those_of_the_dance_clip(kind: Variation, clips: dict[str, Cli
 def test_layer_over_its_background_is_the_rendered_clip(clips: dict[str, Clip]) -> None:
     layer = _layer(SEED, np.arange(FRAMES) / FPS, 128)
     error = np.abs(layer.over(_still(SEED, 128)) - clips["dance"].frames)
-    assert np.percentile(error, 99.5) <= 3 and error.max() < 32  # pixels in which edges of both meet, and shadows
+    # Larger only in pixels in which edges of both meet, and in shadows.
+    assert np.percentile(error, 99.5) <= 3 and error.max() < 32
     np.testing.assert_array_equal(layer.mask, clips["dance"].mask)
 
 
