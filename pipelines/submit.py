@@ -306,7 +306,7 @@ async def _print_log(client: "JobSubmissionClient", address: str, job: str) -> "
             await asyncio.wait_for(print_new_text(), LOG_SECONDS)
             is_complete = True
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            if time.monotonic() - responded > LOST_SECONDS:
+            if info is None and time.monotonic() - responded > LOST_SECONDS:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
                     f"job {job}: {address} has not responded for {LOST_SECONDS} s ({reason}); the job may still be running; "
