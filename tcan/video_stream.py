@@ -20,6 +20,7 @@ from itertools import islice
 import av
 import decord
 import numpy as np
+from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import Image
 
 from tcan.crop import fit_image
@@ -27,6 +28,9 @@ from tcan.timestamps import Clock, constant_rate, resample
 
 AHEAD_BYTES = 512 * 2**20
 """Decoded size of the longest video that decord reads."""
+THREADS = 1
+"""With several threads, the frames of a damaged or truncated file depend on their number, and so on the machine: frame
+threads lose frames at a damaged packet, slice threads switch the error concealment off."""
 MAX_CORRUPT = 0.1
 """Maximum fraction of frames that the decoder marks as corrupt."""
 MAX_RATIO = 4
@@ -36,6 +40,8 @@ DECORD_CODECS = ("h264", "hevc")
 HDR = {16: "PQ", 18: "HLG"}
 """Transfer functions by their code in ITU-T H.273: SMPTE 2084, ARIB STD-B67."""
 BT709 = 1
+MATRICES = (0, 1, 2, 3, 4, 5, 6, 7, 9)
+"""Color matrices that swscale converts, by their code in ITU-T H.273; others, such as YCgCo, are converted as BT.2020."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,16 +83,13 @@ class VideoStream:
         seconds: duration by the container's time stamps.
         start: time of the first frame on the file's clock, in seconds.
 
-    Args:
-        threads: number of decoding threads; 0: as many as FFmpeg chooses.
-
     Raises:
         UnusableVideo: not a video, without a decodable frame, or, at the end of an iteration, with more than MAX_CORRUPT
             corrupt frames.
     """
 
-    def __init__(self, path: str | os.PathLike, threads: int = 0) -> None:
-        self.path, self.threads = str(path), threads
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = str(path)
         self.warnings: list[str] = []
         self._by_decord, self.start = False, 0.0
         self._pages = _animated_webp(self.path)
@@ -134,9 +137,11 @@ class VideoStream:
         if first is None:
             raise UnusableVideo("no frame can be decoded")
         self.start = time or 0.0
-        self.height, self.width = _to_rgb(first, header.ratio).shape[:2]
+        self.height, self.width = _to_rgb(first, header.ratio, VideoReformatter()).shape[:2]
         if first.color_trc in HDR:
             self._warn(f"HDR ({HDR[first.color_trc]}); tone-mapped to BT.709")
+        if first.colorspace not in MATRICES:
+            self._warn(f"color matrix {int(first.colorspace)} is not supported; converted as BT.2020")
         self._by_decord = (
             header.plain
             and header.container.startswith(DECORD_FORMATS)
@@ -144,7 +149,7 @@ class VideoStream:
             and header.ratio == 1
             and first.format.name == "yuv420p"
             and first.color_trc not in HDR
-            and first.side_data.get("DISPLAYMATRIX") is None
+            and not _is_rotated(first)
             and len(header.times) * self.height * self.width * 3 <= AHEAD_BYTES
             and self._keyframes_are_alike()
         )
@@ -166,8 +171,7 @@ class VideoStream:
         try:
             with av.open(self.path) as container:
                 stream = main_stream(container)
-                stream.thread_type = "AUTO"
-                stream.thread_count = self.threads
+                stream.thread_count = THREADS
                 if keyframes:
                     stream.codec_context.skip_frame = "NONKEY"
                 best = _BestTime()
@@ -186,10 +190,12 @@ class VideoStream:
     def _pyav(self) -> Iterator[tuple[float, np.ndarray]]:
         count = corrupt = 0
         clock = Clock(1 / self.fps, self._header.discontinuous)
+        # One for all frames: preparing the tone mapping takes seconds, and `frame.reformat` does it for every frame.
+        reformatter = VideoReformatter()
         frames = ((clock(time), frame) for time, frame in self._decoded())
         for time, frame in self._deinterlaced(frames):
             count, corrupt = count + 1, corrupt + frame.is_corrupt
-            yield time, _to_rgb(frame, self._header.ratio)
+            yield time, _to_rgb(frame, self._header.ratio, reformatter)
         if corrupt > max(1, MAX_CORRUPT * count):
             raise UnusableVideo(f"damaged: {corrupt} of {count} frames are corrupt")
 
@@ -219,7 +225,7 @@ class VideoStream:
         """Frames by decord; if it fails, PyAV reads the remaining ones."""
         times, count = self._header.times, 0
         with suppress(decord.DECORDError, RuntimeError, StopIteration):
-            reader = decord.VideoReader(self.path, num_threads=self.threads)
+            reader = decord.VideoReader(self.path, num_threads=THREADS)
             for time in times if len(reader) == len(times) else ():
                 image = reader.next().asnumpy()
                 if image.shape != (
@@ -242,7 +248,8 @@ class VideoStream:
 
 
 def main_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The video stream that ffmpeg chooses: the largest one that is not a cover image.
+    """The video stream that ffmpeg chooses: the largest one that is not a cover image. A stream of one frame, such as the
+    still image of an animated AVIF, is the last choice.
 
     Raises:
         UnusableVideo: no video stream.
@@ -251,7 +258,10 @@ def main_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not streams:
         raise UnusableVideo("not a video: no video stream")
     default = av.stream.Disposition.default
-    return max(streams, key=lambda s: s.width * s.height + 5_000_000 * bool(s.disposition & default))
+    return max(
+        streams,
+        key=lambda s: (s.frames != 1, s.width * s.height + 5_000_000 * bool(s.disposition & default)),
+    )
 
 
 def _read_header(path: str) -> _Header:
@@ -338,17 +348,33 @@ class _BestTime:
         return dts
 
 
-def _to_rgb(frame: av.VideoFrame, ratio: Fraction) -> np.ndarray:
+def _to_rgb(frame: av.VideoFrame, ratio: Fraction, reformatter: VideoReformatter) -> np.ndarray:
     """Upright uint8 RGB `[H, W, 3]` with square pixels, from a frame with pixels of the aspect ratio `ratio`."""
     height, width = frame.height, frame.width
     width, height = (round(width * ratio), height) if ratio >= 1 else (width, round(height / ratio))
-    tone_mapping = {"dst_color_trc": BT709, "dst_color_primaries": BT709} if frame.color_trc in HDR else {}
-    converted = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1, **tone_mapping)
-    return _upright(converted.to_ndarray(), frame.side_data.get("DISPLAYMATRIX"))
+    options: dict[str, int] = {}
+    if frame.color_trc in HDR:
+        options |= {"dst_color_trc": BT709, "dst_color_primaries": BT709}
+    if frame.colorspace not in MATRICES:
+        options |= {"src_colorspace": Colorspace.BT2020, "dst_colorspace": Colorspace.BT2020}
+    converted = reformatter.reformat(
+        frame, width, height, "rgb24", interpolation="BICUBIC", threads=1, **options
+    )
+    return _upright(converted.to_ndarray(), frame)
 
 
-def _upright(image: np.ndarray, matrix: bytes | None) -> np.ndarray:
-    """Apply a display matrix (ISO 14496-12, 6.2.2): nine int32; x' = a x + c y, y' = b x + d y."""
+def _is_rotated(frame: av.VideoFrame) -> bool:
+    with suppress(ValueError):
+        return frame.side_data.get("DISPLAYMATRIX") is not None
+    return frame.rotation != 0
+
+
+def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Apply a frame's display matrix (ISO 14496-12, 6.2.2): nine int32; x' = a x + c y, y' = b x + d y."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV cannot list side data of a kind that it does not know, such as EXIF
+        return np.rot90(image, frame.rotation // 90)
     if matrix is None:
         return image
     a, b, _, c, d = struct.unpack("<9i", bytes(matrix))[:5]

@@ -94,7 +94,7 @@ def decode(
         UnusableVideo: the video is damaged, too short or too long.
     """
     signal.setitimer(signal.ITIMER_REAL, timeout)
-    video = VideoStream(path, threads=1)
+    video = VideoStream(path)
     if video.seconds < min_seconds:
         raise UnusableVideo(f"too short: {video.seconds:.1f} s, less than {min_seconds:g} s")
     if max_seconds is not None and video.seconds > max_seconds:

@@ -6,8 +6,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
+from tcan import video_stream
 from tcan.video import VideoFrames
 from tcan.video_stream import VideoStream
 from tests.tcan import video_zoo as zoo
@@ -34,7 +36,7 @@ def test_zoo_has_at_least_60_files() -> None:
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in zoo.NAMES]
 )
 def test_frames_times_aspect_and_colors_equal_ffmpeg(folder: Path, name: str) -> None:
-    video = VideoStream(folder / name, threads=1)
+    video = VideoStream(folder / name)
     assert (video.height, video.width) == zoo.displayed_size(folder / name)
     truth = zoo.decode(folder / name, video.height, video.width)
     frames = list(video)
@@ -87,18 +89,21 @@ def test_animated_webp_keeps_frames_and_times(tmp_path: Path, source: np.ndarray
     assert len(list(video.resampled(25))) == pytest.approx(sum(durations) / 40)
 
 
-def test_hdr_is_tone_mapped_with_a_warning(tmp_path: Path) -> None:
-    """Mid gray of SDR content that ffmpeg converted to PQ at 203 cd/m2 is mid gray again; untouched it is 40 % darker."""
-    hdr = "zscale=tin=bt709:pin=bt709:min=bt709:t=smpte2084:p=bt2020:m=bt2020nc:npl=203,format=yuv420p10le"
-    tags = "log-level=0:colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"
-    zoo._ffmpeg(
-        *("-f", "lavfi", "-i", "color=0xb0b0b0:s=64x64", "-frames:v", "3", "-vf", hdr),
-        *("-c:v", "libx265", "-x265-params", tags, str(tmp_path / "hdr.mp4")),
+@pytest.mark.parametrize(("transfer", "name"), [("smpte2084", "PQ"), ("arib-std-b67", "HLG")])
+def test_hdr_is_tone_mapped_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transfer: str, name: str
+) -> None:
+    """Mid gray of SDR content that ffmpeg converted to HDR at 203 cd/m2 is mid gray again; untouched, PQ is 40 % darker."""
+    zoo.make_hdr(tmp_path / "hdr.mp4", transfer, frames=3)
+    prepared = []
+    monkeypatch.setattr(
+        video_stream, "VideoReformatter", lambda: prepared.append(VideoReformatter()) or prepared[-1]
     )
     video = VideoStream(tmp_path / "hdr.mp4")
-    _, image = next(iter(video))
-    assert video.warnings == ["HDR (PQ); tone-mapped to BT.709"]
-    assert image.mean() == pytest.approx(0xB0, abs=25)
+    images = [image for _, image in video]
+    assert video.warnings == [f"HDR ({name}); tone-mapped to BT.709"]
+    assert [image.mean() for image in images] == pytest.approx([0xB0] * 3, abs=25)
+    assert len(prepared) == 2  # for the first frame, then for all: preparing the tone mapping takes seconds
 
 
 def test_change_of_size_fits_all_frames_to_the_first(tmp_path: Path) -> None:

@@ -73,6 +73,10 @@ FILES = {
     "bt709.mp4": f"{SOURCE} {X264} -vf scale=out_color_matrix=bt709 -colorspace bt709 -color_primaries bt709 -color_trc bt709",
     "bt601.mp4": f"{SOURCE} {X264} -colorspace smpte170m -color_primaries smpte170m -color_trc smpte170m",
     "odd.mkv": "-f lavfi -i testsrc2=s=63x49:r=24 -frames:v 20 -c:v ffv1 -pix_fmt yuv444p",
+    "bt2020c.mp4": f"{SOURCE} -c:v libx265 -x265-params log-level=0:colormatrix=bt2020c -pix_fmt yuv420p {BLUR}",
+    "ycgco.mp4": f"{SOURCE} -c:v libx265 -x265-params log-level=0:colormatrix=ycgco -pix_fmt yuv420p {BLUR}",
+    "still_and_sequence.avif": f"{SOURCE} -c:v libsvtav1 -preset 12 -pix_fmt yuv420p",
+    "faststart.mp4": f"{SOURCE} {X264} -g 6 -bf 2 -movflags faststart",
     "ntsc.mp4": f"-f lavfi -i testsrc2=s=64x64:r=30000/1001 -frames:v 20 {X264}",
     "film.mkv": f"-f lavfi -i testsrc2=s=64x64:r=24000/1001 -frames:v 20 {X264}",
     "sar_wide.mp4": f"{SOURCE} {X264} {BLUR},scale=48:64,setsar=4/3",
@@ -104,6 +108,8 @@ BYTES = {  # name -> (file, first byte, last byte) as fractions
     "begins_inside_gop.ts": ("complete.ts", 0.3, 1.0),
     "ends_inside_frame.ts": ("complete.ts", 0.0, 0.8),
     "ends_inside_frame.mkv": ("plain.mkv", 0.0, 0.8),
+    "ends_inside_frame.mp4": ("faststart.mp4", 0.0, 0.8),
+    "ends_inside_frame.flv": ("plain.flv", 0.0, 0.8),
     "ends_inside_frame.mpg": ("mpeg2.mpg", 0.0, 0.8),
 }
 FILTERS = dict.fromkeys(("interlaced.mpg", "interlaced.mp4"), "yadif=deint=interlaced")
@@ -134,6 +140,16 @@ def make(folder: Path) -> None:
     for name, (source, begin, end) in BYTES.items():
         content = (folder / source).read_bytes()
         (folder / name).write_bytes(content[int(begin * len(content)) : int(end * len(content))])
+
+
+def make_hdr(path: Path, transfer: str, frames: int) -> None:
+    """Write gray frames (0xB0) in HDR with a transfer function by its name in ffmpeg."""
+    hdr = f"zscale=tin=bt709:pin=bt709:min=bt709:t={transfer}:p=bt2020:m=bt2020nc:npl=203,format=yuv420p10le"
+    tags = f"log-level=0:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"
+    _ffmpeg(
+        *("-f", "lavfi", "-i", "color=0xb0b0b0:s=64x64", "-frames:v", str(frames), "-vf", hdr),
+        *("-c:v", "libx265", "-x265-params", tags, str(path)),
+    )
 
 
 def decode(path: Path, height: int, width: int) -> Truth:
