@@ -99,6 +99,8 @@ FORMATS = {
     ".gif": _Format("gif", "gif", "pal8", {}),
 }
 PNG_NAME = "{:06d}.png"
+ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF")
+"""Image formats, by their names in PIL, whose pages are frames."""
 
 
 def check_target(path: str | os.PathLike, audio: bool = False) -> None:
@@ -275,10 +277,11 @@ def _first_image_time(path: Path) -> float:
 
 
 def is_image(path: str | os.PathLike) -> bool:
-    """Whether a file contains a single image; False for videos, animated gifs and anything else."""
+    """Whether a file contains an image; False for videos, animations and anything else. Further pages of other formats
+    are not frames: those of a photo (MPO) are thumbnails or depth maps."""
     try:
         with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) == 1
+            return image.format not in ANIMATIONS or getattr(image, "n_frames", 1) == 1
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
         return False
 

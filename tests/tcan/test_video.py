@@ -1,5 +1,6 @@
 """Reading and writing of videos and images, and center crops."""
 
+import io
 import shutil
 import subprocess
 import tracemalloc
@@ -9,11 +10,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tcan.crop import fit_image, fit_keypoints
 from tcan.errors import UserError
-from tcan.video import VideoFrames, check_target, read_image, read_video, write_image, write_video
+from tcan.video import VideoFrames, check_target, is_image, read_image, read_video, write_image, write_video
 
 
 def smooth_frames(count: int, height: int, width: int) -> np.ndarray:
@@ -237,6 +238,30 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     Image.fromarray(pixels).save(tmp_path / "rotated.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "rotated.png"), np.rot90(pixels, k=-1))
+
+
+def test_photos_with_further_pages_are_images_and_animations_are_not(tmp_path: Path) -> None:
+    for name, expected in (("photo.mpo", True), ("scan.tiff", True), ("a.gif", False), ("a.webp", False)):
+        pages = [Image.new("RGB", (40, 60), color) for color in ("red", "blue")]
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        assert is_image(tmp_path / name) is expected, name
+    assert (read_image(tmp_path / "photo.mpo")[0, 0] > (200, -1, -1)).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_video_whose_frames_have_exif_metadata_is_upright(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    truth = []
+    with (tmp_path / "camera.mjpeg").open("wb") as file:
+        for frame in smooth_frames(4, 48, 32):
+            part = io.BytesIO()
+            Image.fromarray(frame).save(part, "jpeg", quality=95, subsampling=0, exif=exif)
+            file.write(part.getvalue())
+            truth.append(np.asarray(ImageOps.exif_transpose(Image.open(part)).convert("RGB")))
+    frames, _ = read_video(tmp_path / "camera.mjpeg")
+    assert frames.shape == np.shape(truth)
+    assert np.abs(frames.astype(int) - truth).mean() < 2
 
 
 def test_write_image_rejects_other_suffixes(tmp_path: Path) -> None:
