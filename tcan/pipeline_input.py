@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tcan.errors import UserError, first_line
 from tcan.pixels import float_to_uint8, pil_to_uint8
-from tcan.pose.keypoints import check_keypoints
+from tcan.pose.keypoints import are_normalized, check_keypoints
 from tcan.pose.parts import NUM_POINTS
 from tcan.sampling import SamplingConfig
 from tcan.video import read_image
@@ -77,8 +77,8 @@ def to_motion(poses: MotionInput) -> np.ndarray:
     """Convert the driving motion to keypoints `[F, N, 3]` (N: 18 or 130) or to frames, uint8 RGB `[F, H, W, 3]`.
 
     Raises:
-        UserError: another type or shape, no frames, frames of different sizes, NaN or inf in the keypoints; see
-            `to_image`.
+        UserError: another type or shape, no frames, frames of different sizes, keypoints that are NaN, infinite or
+            relative to the image size; see `to_image`.
     """
     source = "the driving poses"
     if isinstance(poses, list | tuple):
@@ -94,6 +94,10 @@ def to_motion(poses: MotionInput) -> np.ndarray:
     if poses.ndim != 3 or poses.shape[1:] not in _KEYPOINT_SHAPES or not len(poses):
         raise UserError(f"{source}: shape {_text(poses.shape)}; pass {_MOTION_FORMS}")
     check_keypoints(poses, source, frames=True)
+    if are_normalized(poses):
+        raise UserError(
+            f"{source}: keypoints from 0 to 1; multiply x by the width and y by the height of the image"
+        )
     return poses
 
 

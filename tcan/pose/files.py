@@ -6,11 +6,13 @@ have hand_left_keypoints_2d, hand_right_keypoints_2d (21 points each) and face_k
 - one file per video, `{"fps", "height", "width", "frames": [frame, ...]}`, as `write_poses` writes it;
 - one file with a list of frames or a single frame, as ControlNet pose editors write it, with canvas_height and
   canvas_width in each frame;
-- a folder with one file per frame, as OpenPose writes it, in the order of the file names.
+- a folder with one file per frame, as OpenPose writes it, in the order of the file names; numbers in them are compared as
+  numbers.
 """
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +122,7 @@ def write_poses(
 
 
 def _read_folder(path: Path) -> list[Any]:
-    files = sorted(path.glob("*.json"))
+    files = sorted(path.glob("*.json"), key=_by_number)
     if not files:
         raise UserError(
             f"{path}: no .json files in this folder; give OpenPose's keypoint files or one pose file"
@@ -133,9 +135,14 @@ def _read_folder(path: Path) -> list[Any]:
     return frames
 
 
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Sort key that puts frame_2 before frame_10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # programs on Windows write a byte order mark
     except OSError as error:
         raise UserError(f"{path}: cannot read the poses ({error.strerror}); check the path") from None
     except (ValueError, RecursionError):  # ValueError includes UnicodeDecodeError

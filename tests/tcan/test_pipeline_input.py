@@ -164,7 +164,7 @@ def test_every_form_of_driving_frames_gives_the_same_pixels(tmp_path: Path) -> N
 
 
 def test_keypoints_are_unchanged() -> None:
-    poses = np.random.default_rng(0).random((4, 18, 3))
+    poses = 64 * np.random.default_rng(0).random((4, 18, 3))
     assert to_motion(poses) is poses
     for form in (list(poses), poses.tolist(), torch.from_numpy(poses), list(torch.from_numpy(poses))):
         np.testing.assert_array_equal(to_motion(form), poses)
@@ -181,6 +181,7 @@ def test_keypoints_are_unchanged() -> None:
         (np.zeros((2, 3, 8, 8)), r"the driving poses: shape \[2, 3, 8, 8\]"),
         (torch.zeros(2, 8, 8, 3), r"the driving poses: shape \[2, 8, 3, 8\]"),
         (np.full((2, 18, 3), np.nan), "the driving poses: NaN or inf"),
+        (np.full((2, 18, 3), 0.5), "the driving poses: keypoints from 0 to 1; multiply x by the width"),
         ("dance.mp4", "the driving poses: type str; pass keypoints"),
         (np.full((2, 8, 8, 3), 2.0), "the driving frames: float values from 2 to 2"),
         ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "driving frame 1: shape"),

@@ -59,6 +59,16 @@ def test_reads_openpose_folder(tmp_path: Path) -> None:
         np.testing.assert_allclose(read.people[0][:, joint], expected)
 
 
+def test_files_of_a_folder_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in range(12):
+        content = frame(body(30 + number, 20, 40).ravel())
+        (tmp_path / f"dance{number}_keypoints.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    read = read_poses(tmp_path)
+    np.testing.assert_allclose(
+        np.concatenate(read.people), [body(30 + number, 20, 40) for number in range(12)]
+    )
+
+
 def test_reads_list_of_frames_and_single_frame(tmp_path: Path) -> None:
     one = frame(body(30, 20, 40).ravel(), canvas_height=64, canvas_width=48)
     for content, count in (([one, one], 2), (one, 1)):
