@@ -153,9 +153,10 @@ ANIMATELCM_POSITIONS = 64
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
-    """Memory-map the tensors of a `.safetensors` file or a PyTorch pickle on the CPU, by name without `WRAPPERS`.
+    """Memory-map the tensors of a safetensors file or a PyTorch pickle on the CPU, by name without `WRAPPERS`.
 
-    Pickles in PyTorch's format before 1.6, which is not a zip file, are read into memory.
+    The format is recognized by the content: files are renamed, and blobs of the Hub's cache have no suffix. Pickles in
+    PyTorch's format before 1.6, which is not a zip file, are read into memory.
 
     Raises:
         UserError: the file does not exist, is not a weights file, or is a pickle that contains code.
@@ -163,10 +164,17 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     if found := impostor(path):
         raise UserError(f"{path}: {found}")
     try:
-        if path.suffix == ".safetensors":
-            return _unwrap(load_file(path))
-        with torch.serialization.safe_globals([(_Inert, name) for name in _INERT]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with (
+            path.open("rb") as file,
+            torch.serialization.safe_globals([(_Inert, name) for name in _INERT]),
+        ):
+            # A safetensors file begins with the size of its header in 8 bytes, then the header, which is JSON.
+            if file.read(9)[8:] == b"{":
+                return _unwrap(load_file(path))
+            file.seek(0)
+            # torch.load chooses the format of a path by its suffix, and maps only paths.
+            mmap = path.suffix != ".safetensors" and zipfile.is_zipfile(path)
+            content = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except pickle.UnpicklingError as error:

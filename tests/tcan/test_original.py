@@ -224,6 +224,19 @@ def test_merges_with_other_text_encoder_keys_load(
         load_part("text_encoder", str(path))
 
 
+@pytest.mark.parametrize("name", ["vae.ckpt", "vae.safetensors", "0f3a9c"])
+@pytest.mark.parametrize("format_", ["safetensors", "pickle"])
+def test_format_is_recognized_by_the_content(tmp_path: Path, format_: str, name: str) -> None:
+    """Files are renamed, and blobs of the Hub's cache have no suffix."""
+    path = tmp_path / name
+    if format_ == "pickle":
+        save(files.tensors(files.vae()), path)
+    else:
+        files.write_sparse_safetensors(files.vae(), path)
+    assert sum(p.numel() for p in load_part("vae", str(path)).parameters()) == 83_653_863
+    assert describe(path).startswith("SD1.5 VAE (83.7 M)")
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
 def test_lfs_pointers_html_pages_and_json_messages_are_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model.{suffix}"
