@@ -26,10 +26,8 @@ INDEX_FILE = "index.parquet"
 READ_THREADS = 16  # files read in parallel: requests to a bucket have a high latency
 
 FRAME_COLUMNS = {"latent_mean": "<f2", "latent_logvar": "<f2", "keypoints": "<f4"}  # one array per frame
-PART_COLUMNS = {
-    "hands": (42, 3),
-    "faces": (70, 3),
-}  # optional and compressed: the index has no positions of them
+# Shapes of one person's value. These columns are optional and compressed, so the index has no positions of them.
+PART_COLUMNS = {"hands": (42, 3), "faces": (70, 3)}
 REFERENCE_COLUMN = "reference_latent_mean"
 POSITIONED = {**FRAME_COLUMNS, REFERENCE_COLUMN: "<f2"}
 CLIP_COLUMNS = ("video_id", "split", "start", "num_frames", "fps", "height", "width")

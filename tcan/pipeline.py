@@ -170,8 +170,8 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
             image: the character, of any size and in any form of `ImageInput`. It is cropped to the aspect ratio of the
                 output: with retargeting around the person (see `tcan.person_box.person_box`), else at the center.
             poses: keypoints `[F, 18, 3]` or `[F, 130, 3]` (`tcan.pose.parts`), or the frames of a driving video (see
-                `MotionInput`), in which the pose network tracks the main person. With retargeting, keypoints may be in pixels of any image; without it,
-                they are in pixels of the output.
+                `MotionInput`), in which the pose network tracks the main person. With retargeting, keypoints may be in pixels of
+                any image; without it, they are in pixels of the output.
             sampling: options of the denoising loop; None: the defaults.
             retarget: fit the poses to the proportions and the position of the character (see `tcan.pose.retarget`), or "none".
             character: keypoints of the character `[18, 3]` in pixels of the image; None: detected by the pose network.

@@ -24,8 +24,8 @@ ImageInput: TypeAlias = np.ndarray | Image.Image | Tensor | str | os.PathLike
 path of an image file."""
 
 MotionInput: TypeAlias = np.ndarray | Tensor | list | tuple
-"""Keypoints `[F, 18, 3]`, or `[F, 130, 3]`, or frames: RGB as a numpy array `[F, H, W, 3]` or a tensor `[F, 3, H, W]`, both uint8 or float
-in [0, 1]; a list of `ImageInput` of equal size."""
+"""Keypoints `[F, 18, 3]` or `[F, 130, 3]`, or frames: RGB as a numpy array `[F, H, W, 3]` or a tensor `[F, 3, H, W]`, both uint8
+or float in [0, 1]; a list of `ImageInput` of equal size."""
 
 Retargeting = Literal["robust", "paper", "none"]
 """Method of `tcan.pose.retarget`, or "none"."""

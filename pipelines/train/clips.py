@@ -213,8 +213,8 @@ class ClipStore:
         names = ["num_frames", "height", "width", "people_per_frame", "people", "keypoints", column]
         with storage.damaged_file(name):
             file = pq.ParquetFile(self._file(int(self._files[row]), name), pre_buffer=True)
-            names += [name for name in ("tracked_people",) if name in file.schema_arrow.names]
-            group = file.read_row_group(int(self._columns["row_group"][row]), names)
+            optional = {"tracked_people"} & set(file.schema_arrow.names)
+            group = file.read_row_group(int(self._columns["row_group"][row]), [*names, *optional])
             clip = group.slice(int(self._columns["row"][row]), 1).to_pylist()[0]
             values = decode_row(clip)
         ends = np.cumsum(clip["people_per_frame"])
@@ -222,9 +222,8 @@ class ClipStore:
         parts = values[column].reshape(-1, *PART_COLUMNS[column])
         for number in range(frame, frame + count):
             found = slice(ends[number] - clip["people_per_frame"][number], ends[number])
-            is_same = (bodies[number][:, None] == values["people"][found]).all(
-                axis=(2, 3)
-            )  # [P, people of the frame]
+            # Of each tracked person, which of the people of the frame it is: bool [P, people].
+            is_same = (bodies[number][:, None] == values["people"][found]).all(axis=(2, 3))
             result = np.zeros((len(is_same), *PART_COLUMNS[column]), np.float32)
             for tracked, person in np.argwhere(is_same):
                 result[tracked] = parts[found][person]

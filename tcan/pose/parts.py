@@ -57,9 +57,10 @@ def move_parts(
 ) -> Keypoints:
     """Moved bodies with the hands and the face of the keypoints.
 
-        point = anchor's new position + (point - anchor's old position) * scale
+        point = point + anchor's movement + (point - anchor's old position) * (scale - 1)
 
-    A part whose anchor was not found, before or after the movement, is all 0.
+    So points stay exactly where they are if their anchor does not move: drawing rounds positions down. A part whose anchor was
+    not found, before or after the movement, is all 0.
 
     Args:
         keypoints: `[..., 18, 3]` or `[..., 130, 3]`, before the movement.
@@ -75,7 +76,7 @@ def move_parts(
         points = keypoints[..., part, :]
         scale = 1.0 if scales is None else scales[anchor][..., None, None]
         moved = points.copy()
-        moved[..., :2] = new[..., :2] + (points[..., :2] - old[..., :2]) * scale
+        moved[..., :2] += new[..., :2] - old[..., :2] + (points[..., :2] - old[..., :2]) * (scale - 1)
         found = (points[..., 2:] > 0) & (old[..., 2:] > 0) & (new[..., 2:] > 0)
         result[..., part, :] = np.where(found, moved, 0)
     return result

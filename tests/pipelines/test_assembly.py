@@ -26,6 +26,7 @@ from pipelines.train.clips import ClipStore
 from tcan.errors import UserError
 from tcan.pose.hands import FaceDetector
 from tcan.pose.openpose_loading import open_pose_module
+from tcan.weights import load_pose_detector
 from tests.pipelines.faults import SIZE, write_video
 from tests.pipelines.test_preprocess import read_clips
 
@@ -91,6 +92,11 @@ def test_hands_and_faces_are_stored_for_every_person(tmp_path: Path, pretrained_
     assert len(clip["hands"]) == len(clip["faces"]) == len(clip["people"]) == sum(row["people_per_frame"])
     faces = FaceDetector.from_pretrained(tmp_path).detect(frames, people)
     assert np.array_equal(clip["faces"], np.concatenate(faces)) and clip["faces"].any()
+    load_pose_detector(str(tmp_path), hands=True, face=True).save_pretrained(tmp_path / "copy")
+    copy = load_pose_detector(str(tmp_path / "copy"), hands=True, face=True)
+    assert np.array_equal(clip["hands"], np.concatenate(copy.hands.detect(frames, people)))
+    assert np.concatenate(copy.detect(frames)).shape[1:] == (130, 3)
+    assert copy.part_fingerprints["face"] == FaceDetector.from_pretrained(tmp_path).fingerprint
 
     with torch.compiler.set_stance("force_eager"):  # without the compiler itself
         (compiled,) = PoseAndLatents(pretrained, 16, "cpu", compiled=True)(decoded).to_pylist()

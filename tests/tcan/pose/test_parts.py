@@ -124,6 +124,14 @@ def test_training_errors_move_hands_with_their_wrists() -> None:
         )
 
 
+def test_points_at_integer_positions_stay_there_without_errors() -> None:
+    """Drawing rounds positions down, so 36.999 instead of 37 would move a point by a pixel."""
+    poses = np.stack([with_parts(body(60.3 + 0.7 * frame, 30, 80)) for frame in range(50)])
+    poses[:, 18:, :2] = poses[:, 18:, :2].round()
+    np.testing.assert_array_equal(PoseErrors().apply(poses, 128, np.random.default_rng(0)), poses)
+    np.testing.assert_array_equal(corrupt_poses(poses, "none", 0.1, 0.1, 128, 0), poses)
+
+
 def test_errors_of_animations_move_hands() -> None:
     poses = np.stack([with_parts(body(60 + frame, 30, 80)) for frame in range(10)])
     moved = corrupt_poses(poses, "offset", 1.0, 0.1, 128, 0)
