@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from logging import CRITICAL
 
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
@@ -45,15 +46,17 @@ def check_shapes(where: str, expected: Mapping[str, Tensor], actual: Mapping[str
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the logs and progress bars of diffusers and transformers; the loaders here raise `UserError` instead."""
-    verbosity = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
-    progress = transformers_logging.is_progress_bar_enabled()
-    for library, _ in verbosity:
-        library.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    libraries = (diffusers_logging, transformers_logging)
+    states = [(lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
+    for library in libraries:
+        library.set_verbosity(
+            CRITICAL
+        )  # diffusers logs an error for a folder with .bin files, then loads these
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, level in verbosity:
+        for library, level, progress in states:
             library.set_verbosity(level)
-        if progress:
-            transformers_logging.enable_progress_bar()
+            if progress:
+                library.enable_progress_bar()

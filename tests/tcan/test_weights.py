@@ -337,6 +337,18 @@ def half_precision(source: Path, folder: Path, variant: str | None = "fp16") -> 
     return folder
 
 
+@pytest.mark.parametrize("options", [{"safe_serialization": False}, {"max_shard_size": "50KB"}])
+def test_loading_other_files_of_a_folder_prints_nothing(
+    pretrained_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], options: dict
+) -> None:
+    unet = UNet2DConditionModel.from_pretrained(pretrained_folder / "unet")
+    unet.save_pretrained(tmp_path, **options)
+    capfd.readouterr()
+    loaded = load_part("unet", str(tmp_path)).state_dict()
+    assert capfd.readouterr() == ("", "")
+    assert all(torch.equal(loaded[name], value) for name, value in unet.state_dict().items())
+
+
 def test_folder_with_only_the_fp16_variant_loads(pretrained_folder: Path, tmp_path: Path) -> None:
     folder = half_precision(pretrained_folder, tmp_path / "half")
     assert (folder / "text_encoder" / "model.fp16.safetensors").is_file()
