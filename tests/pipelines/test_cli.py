@@ -96,7 +96,7 @@ def test_help_hides_sections_that_the_command_does_not_use(capsys: pytest.Captur
         cli.main(["animate", "--help"])
     text = capsys.readouterr().out
     sections = {section for section in cli.COMMANDS["animate"].sections if f"--{section}." in text}
-    assert sections == {"pretrained", "animate", "tracking"}
+    assert sections == {"pretrained", "draw", "animate", "tracking"}
     assert "--seed" in text and "--train." not in text and "--preprocess." not in text
 
 
