@@ -114,7 +114,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     packages = [path for path in sys.path if path.endswith("site-packages")] + [str(path) for path in UV]
     (site_packages,) = (folder / "python").glob("lib/python*/site-packages")
     (site_packages / "packages.pth").write_text("\n".join(packages))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    removed = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")  # empty here, which forbids nodes with GPUs
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
     environment["RAY_AUTH_MODE"] = "disabled"
     environment["PATH"] = f"{folder}/python/bin:{environment['PATH']}"  # `python` of the job
     process = subprocess.Popen(
