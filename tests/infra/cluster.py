@@ -1,15 +1,20 @@
 """All jobs on a Ray cluster of machines that share nothing but a bucket and an MLflow server.
 
-    sudo bash infra/try-cluster.sh [--quick] [--faults NAME...]
+    sudo bash infra/try-cluster.sh [--jobs JOB...] [--faults FAULT...] [--quick]
 
 The machines are Linux namespaces (`tests.infra.machines`): `head` and two workers with one CPU each run Ray; `server` runs an
-S3 server (moto) and MLflow; `desk` and `reader` are outside of the cluster. `desk` submits preprocessing and training, with
-the faults of `FAULTS`. Then the same training runs on `desk` alone, without faults.
+S3 server (moto), `mlflow` runs MLflow and PostgreSQL; `desk` and `reader` are outside of the cluster. `desk` submits all jobs
+to `head`, with three faults per job:
 
-`--quick` preprocesses and trains stage 1 only.
+    machine   a worker machine is switched off, and another one is started
+    mlflow    MLflow and PostgreSQL are killed, and started again after 20 s
+    s3        the S3 server is paused for 10 s
 
-The exit status is 0 if every clip is stored once, every step is recorded once, in one MLflow run per stage, all losses equal
-those of the undisturbed run, and `reader`, which has taken no part in these jobs, can load the model.
+`desk` also runs train, animate and evaluate alone, without faults, after the same job on the cluster.
+
+The exit status is 0 if every clip is stored once, every pair is animated once, with the frames of the undisturbed job; every
+training step is recorded once, and all losses and all metrics of the evaluation equal those of the undisturbed jobs; every
+job has one finished run in MLflow, and `reader`, which has taken no part in these jobs, can download its artifacts.
 """
 
 import argparse
@@ -25,16 +30,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Timer
-from typing import NamedTuple, NoReturn
+from typing import Any, NoReturn
 
+from tests.infra import mlflow_stack
+from tests.infra.checks import check_results
 from tests.infra.machines import NETWORK, ROOT, Machine, Switch, missing_requirement
-from tests.infra.steps import BUCKET, FRAMES, HELD_OUT, HELD_OUT_FRAMES, VIDEOS
+from tests.infra.steps import ALONE, BUCKET
 
-SERVER = f"{NETWORK}.10"
-HEAD = f"{NETWORK}.1"
-MLFLOW = f"http://{SERVER}:5000"
+NUMBERS = {"head": 1, "server": 10, "mlflow": 11, "desk": 20, "reader": 21}  # workers: from 2
+HEAD, SERVER, MLFLOW = (f"{NETWORK}.{NUMBERS[name]}" for name in ("head", "server", "mlflow"))
+S3_URL, MLFLOW_URL, DASHBOARD = f"http://{SERVER}:9000", f"http://{MLFLOW}:5000", f"http://{HEAD}:8265"
 STEP = ("python", "-m", "tests.infra.steps")
-ALONE = "/tmp/alone"  # folder of the undisturbed training, on `desk`
 STEPS = {1: 12, 2: 4}
 MLFLOW_SECONDS, S3_SECONDS = 20, 10
 CLIP_FRAMES = 16
@@ -42,15 +48,17 @@ TIMEOUT = 900
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(ROOT),
-    "AWS_ENDPOINT_URL": f"http://{SERVER}:9000",
+    "AWS_ENDPOINT_URL": S3_URL,
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
     "AWS_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
-    "MLFLOW_TRACKING_URI": MLFLOW,
+    "MLFLOW_TRACKING_URI": MLFLOW_URL,
+    "MLFLOW_TRACKING_USERNAME": "admin",
+    "MLFLOW_TRACKING_PASSWORD": "correct horse",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes that nothing here needs
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -59,6 +67,16 @@ ENVIRONMENT = {
     # A machine that disappears is noticed after about 10 s. The default is three times as long.
     "RAY_health_check_period_ms": "1000",
     "RAY_memory_monitor_refresh_ms": "0",  # every machine sees the memory that all of them use
+}
+MLFLOW_SERVER = {
+    "MLFLOW_S3_ENDPOINT_URL": S3_URL,
+    "POSTGRES_PASSWORD": "of the database",
+    "MLFLOW_ADMIN_PASSWORD": ENVIRONMENT["MLFLOW_TRACKING_PASSWORD"],
+    "MLFLOW_FLASK_SERVER_SECRET_KEY": "signs sessions",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes that nothing here needs
+    "MLFLOW_BIND": "0.0.0.0",
+    "WORKERS": "1",
+    "PYTHONPATH": f"/tmp/packages:{ROOT}",
 }
 PREPROCESS = ["--size=64", f"--preprocess.clip_frames={CLIP_FRAMES}", "--preprocess.validation_fraction=0"]
 TRAIN = [
@@ -71,25 +89,26 @@ TRAIN = [
 ANIMATE = ["--animate.steps=2", "--animate.guidance_scale=1", "--evaluate.frames=8"]
 
 
-class Fault(NamedTuple):
-    job: str
-    log_line: str
-    """Regular expression of a line in the log of the job, after which the fault occurs."""
-    inject: Callable[["Cluster"], None]
-
-
 class Cluster:
     """The machines, and a log of times."""
 
     desk: Machine
     head: Machine
     server: Machine
+    mlflow: Machine
     workers: list[Machine]
 
-    def __init__(self, folder: Path, stack: ExitStack, faults: Sequence[str], stages: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stack: ExitStack,
+        jobs: Sequence[str],
+        faults: Sequence[str],
+        stages: Sequence[int],
+    ) -> None:
         self._folder, self._stack, self._began = folder, stack, time.monotonic()
-        self._faults, self._number = [FAULTS[name] for name in faults], 0
-        self.stages = stages
+        self.jobs, self.faults, self.stages = jobs, faults, stages
+        self._number = 0
         self._timers: list[Timer] = []
         self._switch = Switch()
         stack.callback(self._switch.close)
@@ -103,34 +122,33 @@ class Cluster:
         yield
         self.say(f"{text} ({time.monotonic() - began:.1f} s)")
 
-    def machine(self, name: str, number: int) -> Machine:
-        machine = Machine(self._switch, self._folder / name, name, number, ENVIRONMENT)
+    def machine(self, name: str, number: int | None = None) -> Machine:
+        machine = Machine(self._switch, self._folder / name, name, number or NUMBERS[name], ENVIRONMENT)
         self._stack.callback(machine.kill)
         return machine
 
     def start(self) -> None:
         """Start the machines and their services, and upload the inputs."""
-        self.head, self.desk, self.server = (
-            self.machine(name, number) for name, number in (("head", 1), ("desk", 20), ("server", 10))
-        )
+        names = ("head", "desk", "server", "mlflow")
+        self.head, self.desk, self.server, self.mlflow = map(self.machine, names)
         _start_ray(self.head, "--head", "--num-cpus=0", "--dashboard-host=0.0.0.0")
         self.s3 = self.server.start(
             "python", "-m", "moto.server", "--host", "0.0.0.0", "--port", "9000", log="s3.log"
         )
+        mlflow_stack.install_server_packages(self.mlflow.file("/tmp"))
+        self._wait_for(f"{S3_URL}/")
         self.start_mlflow()
-        self._wait_for(f"{ENVIRONMENT['AWS_ENDPOINT_URL']}/")
         self.desk.run(*STEP, "prepare")
-        self._wait_for(f"{MLFLOW}/health")
-        self._wait_for(f"http://{HEAD}:8265/api/version")
+        self._wait_for(f"{MLFLOW_URL}/health")
+        self._wait_for(f"{DASHBOARD}/api/version")
         self.workers = []
         for _ in range(2):
             self.add_worker()
 
     def start_mlflow(self) -> None:
-        self.mlflow = self.server.start(
-            "mlflow", "server", "--host", "0.0.0.0", "--workers", "1", "--backend-store-uri",
-            "sqlite:////tmp/mlflow.db", "--artifacts-destination", "/tmp/artifacts", log="mlflow.log",
-        )  # fmt: skip
+        self.mlflow.start(
+            "bash", str(mlflow_stack.SCRIPT), "/tmp/stack", "5000", log="mlflow.log", **MLFLOW_SERVER
+        )
 
     def add_worker(self) -> None:
         self._number += 1
@@ -142,36 +160,44 @@ class Cluster:
         code = f"import urllib.request as r; r.urlopen({url!r}, timeout=5)"
         wait_for(lambda: self.desk.start("python", "-c", code, log="probe.log").wait() == 0, url)
 
-    def submit(self, *command: str) -> None:
-        """Submit a job from `desk`, inject its faults, and wait for its end.
+    def submit(self, *command: str, faults: dict[str, str] | None = None, status: int = 0) -> None:
+        """Submit a job from `desk`, inject faults, and wait for its end and for the end of the faults.
+
+        Args:
+            faults: for each fault, in this order, the start of a line in the log of the job, after which it occurs. Those that
+                `--faults` excludes do not occur.
+            status: expected exit status.
 
         Raises:
-            RuntimeError: the job failed, or ended before a fault.
+            RuntimeError: the job had another exit status, or ended before a fault.
         """
         log_name = f"{command[0]}.log"
-        job = self.desk.start("tcan", *command, "--submit", f"http://{HEAD}:8265", log=log_name)
         log = self.desk.file(f"/tmp/{log_name}")
+        log.unlink(missing_ok=True)  # of an earlier submission
+        job = self.desk.start("tcan", *command, "--submit", DASHBOARD, log=log_name)
 
         def fail(reason: str) -> NoReturn:
             raise RuntimeError(f"tcan {command[0]}: {reason}\n{log.read_text()[-6000:]}")
 
-        for fault in self._faults:
-            if fault.job != command[0]:
+        for name, line in (faults or {}).items():
+            if name not in self.faults:
                 continue
-            found = re.compile(fault.log_line, re.MULTILINE)
-            wait_for(
-                lambda found=found: bool(found.search(log.read_text())) or job.poll() is not None,
-                fault.log_line,
-            )
+            found = re.compile(line, re.MULTILINE)
+            wait_for(lambda found=found: found.search(log.read_text()) or job.poll() is not None, line)
             if job.poll() is not None:
                 fail(f"exit status {job.returncode} before a fault")
-            fault.inject(self)
-        if job.wait(TIMEOUT):
-            fail(f"exit status {job.returncode}")
+            FAULTS[name](self)
+        if job.wait(TIMEOUT) != status:
+            fail(f"exit status {job.returncode}, not {status}")
+        for text in log.read_text().splitlines():
+            if text.startswith(("tracking:", "tcan:")) or "Traceback" in text:
+                self.say(f"  log: {text[:200]}")
         for timer in self._timers:
             timer.join()
+        self._timers.clear()
+        self._wait_for(f"{MLFLOW_URL}/health")
 
-    def later(self, seconds: float, function: Callable[[], None]) -> None:
+    def later(self, seconds: float, function: Callable[[], Any]) -> None:
         timer = Timer(seconds, function)
         timer.daemon = True
         timer.start()
@@ -179,17 +205,23 @@ class Cluster:
 
 
 def switch_off_worker(cluster: Cluster) -> None:
-    """Switch a worker machine off and start another one."""
-    machine = cluster.workers.pop()
+    """Switch a worker machine off, the one that runs the driver of the job if there is one, and start another one."""
+    drivers = [
+        worker
+        for worker in cluster.workers
+        if any(worker.file("/tmp/ray").glob("session_2*/logs/job-driver-*.log"))
+    ]
+    machine = drivers[0] if drivers else cluster.workers[-1]
+    cluster.workers.remove(machine)
     machine.kill()
-    cluster.say(f"fault: {machine.name} switched off")
+    cluster.say(f"fault: {machine.name} switched off{', which ran the job' if drivers else ''}")
     cluster.add_worker()
 
 
 def stop_mlflow(cluster: Cluster) -> None:
-    """Kill the MLflow server and start it again after `MLFLOW_SECONDS`."""
-    os.killpg(cluster.mlflow.pid, signal.SIGKILL)
-    cluster.say(f"fault: MLflow server killed for {MLFLOW_SECONDS} s")
+    """Kill MLflow and PostgreSQL, and start them again after `MLFLOW_SECONDS`."""
+    cluster.mlflow.kill_processes()
+    cluster.say(f"fault: MLflow and PostgreSQL killed for {MLFLOW_SECONDS} s")
     cluster.later(MLFLOW_SECONDS, cluster.start_mlflow)
 
 
@@ -200,13 +232,7 @@ def pause_s3(cluster: Cluster) -> None:
     cluster.later(S3_SECONDS, lambda: os.killpg(cluster.s3.pid, signal.SIGCONT))
 
 
-FAULTS = {
-    "preprocess": Fault("preprocess", r"^\d+ of \d+ videos, [1-9]", switch_off_worker),
-    "mlflow": Fault("train", "^stage 1: step 1/", stop_mlflow),
-    "machine": Fault("train", "^stage 1: step 4/", switch_off_worker),
-    "s3": Fault("train", "^stage 2: step 1/", pause_s3),
-}
-"""In the order in which they occur."""
+FAULTS = {"machine": switch_off_worker, "mlflow": stop_mlflow, "s3": pause_s3}
 
 
 def _start_ray(machine: Machine, *options: str) -> None:
@@ -218,7 +244,7 @@ def _start_ray(machine: Machine, *options: str) -> None:
     machine.start("sh", "-c", f"until {shlex.join(command)}; do ray stop --force; done", log="ray.log")
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT) -> None:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = TIMEOUT) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -227,15 +253,18 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT)
 
 
 def preprocess(cluster: Cluster) -> None:
-    cluster.submit("preprocess", f"{BUCKET}/videos", f"{BUCKET}/dataset", *PREPROCESS)
+    first_clips = r"^\d+ of \d+ videos, [1-9]"
+    faults = dict.fromkeys(("machine", "mlflow", "s3"), first_clips)
+    cluster.submit("preprocess", f"{BUCKET}/videos", f"{BUCKET}/dataset", *PREPROCESS, faults=faults)
 
 
 def train(cluster: Cluster) -> None:
-    cluster.submit(*_train_command(cluster, f"{BUCKET}/run"))
+    faults = {"mlflow": "^stage 1: step 1/", "machine": "^stage 1: step 4/", "s3": "^stage 1: step 8/"}
+    cluster.submit(*_train_command(cluster, f"{BUCKET}/run"), faults=faults)
 
 
 def train_alone(cluster: Cluster) -> None:
-    cluster.desk.run("tcan", *_train_command(cluster, ALONE))
+    cluster.desk.run("tcan", *_train_command(cluster, f"/tmp/{ALONE}"))
 
 
 def _train_command(cluster: Cluster, out: str) -> list[str]:
@@ -244,75 +273,83 @@ def _train_command(cluster: Cluster, out: str) -> list[str]:
 
 
 def animate(cluster: Cluster) -> None:
-    command = ["tcan", "animate", "--pairs", f"{BUCKET}/pairs/pairs.csv", "--model", f"{BUCKET}/run/model"]
-    cluster.head.run(*command, *ANIMATE, RAY_ADDRESS=f"{HEAD}:6379")
+    faults = dict.fromkeys(("machine", "mlflow", "s3"), "^1 of ")
+    cluster.submit(*_animate_command(cluster, "pairs"), faults=faults)
+
+
+def animate_alone(cluster: Cluster) -> None:
+    cluster.desk.run("tcan", *_animate_command(cluster, ALONE))
+
+
+def _animate_command(cluster: Cluster, table: str) -> list[str]:
+    model = f"{BUCKET}/run/model" if "train" in cluster.jobs else "mini"
+    return ["animate", "--pairs", f"{BUCKET}/pairs/{table}.csv", "--model", model, *ANIMATE]
 
 
 def evaluate(cluster: Cluster) -> None:
-    command = ["tcan", "evaluate", f"{BUCKET}/heldout", "--model", "models:/tcan@run"]
-    cluster.machine("reader", 21).run(*command, "--out", f"{BUCKET}/evaluation", *ANIMATE)
+    """The job runs on one machine. If that machine is switched off, the job fails, and is submitted again."""
+    if "machine" in cluster.faults:
+        cluster.submit(*_evaluate_command(cluster, "evaluation"), faults={"machine": "^1 of "}, status=1)
+    faults = dict.fromkeys(("mlflow", "s3"), "^1 of ")
+    cluster.submit(*_evaluate_command(cluster, "evaluation"), faults=faults)
 
 
-Phase = Callable[[Cluster], None]
-QUICK: dict[str, Phase] = {
-    "machines, S3, MLflow and Ray started, videos uploaded": Cluster.start,
-    "preprocess, s3 to s3": preprocess,
-    "train, checkpoints and models in the bucket": train,
-    "the same training on one machine, undisturbed": train_alone,
+def evaluate_alone(cluster: Cluster) -> None:
+    cluster.desk.run("tcan", *_evaluate_command(cluster, ALONE))
+
+
+def _evaluate_command(cluster: Cluster, out: str) -> list[str]:
+    model = "models:/tcan@run" if "train" in cluster.jobs else "mini"
+    return ["evaluate", f"{BUCKET}/heldout", "--model", model, "--out", f"{BUCKET}/{out}", *ANIMATE]
+
+
+JOBS: dict[str, dict[str, Callable[[Cluster], None]]] = {
+    "preprocess": {"preprocess, s3 to s3": preprocess},
+    "train": {
+        "train, checkpoints and models in the bucket": train,
+        "the same training on one machine, undisturbed": train_alone,
+    },
+    "animate": {
+        "animate --pairs, table and results in the bucket": animate,
+        "the same animations on one machine, undisturbed": animate_alone,
+    },
+    "evaluate": {
+        "evaluate, results in the bucket": evaluate,
+        "the same evaluation on one machine, undisturbed": evaluate_alone,
+    },
 }
-MORE: dict[str, Phase] = {
-    "animate --pairs, table and results in the bucket": animate,
-    "evaluate the registered model on a new machine outside of the cluster": evaluate,
-}
-
-
-def check_results(cluster: Cluster) -> bool:
-    """Print the checks; returns whether all are good."""
-
-    def check(name: str, is_good: bool, detail: str) -> bool:
-        print(f"{'ok    ' if is_good else 'FAILED'}  {name}: {detail}", flush=True)
-        return is_good
-
-    found = json.loads(cluster.desk.run(*STEP, "report", ALONE, *map(str, cluster.stages)).splitlines()[-1])
-    clips, expected = found["clips"], VIDEOS * FRAMES // CLIP_FRAMES
-    good = check(
-        "every clip once", len(clips) == expected and set(clips.values()) == {1}, f"{len(clips)} clips"
-    )
-    for stage in cluster.stages:
-        steps = STEPS[stage]
-        losses, alone = (found[key][str(stage)] for key in ("losses", "losses_alone"))
-        once = [step for step, _ in losses] == list(range(1, steps + 1))
-        good &= check(f"stage {stage}, every step recorded once", once, f"{len(losses)} records")
-        good &= check(
-            f"stage {stage}, losses equal bit for bit", losses == alone, f"last loss {losses[-1][1]!r}"
-        )
-        runs = found["runs"][str(stage)]
-        good &= check(f"stage {stage}, one MLflow run", runs == ["FINISHED"], ", ".join(runs))
-    if len(cluster.stages) < len(STEPS):
-        return good
-    frames, evaluation = found["frames"], found["evaluation"]
-    good &= check("every pair animated", frames == [HELD_OUT_FRAMES] * HELD_OUT**2, f"frames {frames}")
-    detail = f"PSNR {evaluation['metrics']['psnr']:.2f} dB"
-    return check("videos evaluated", evaluation["videos"] == HELD_OUT, detail) and good
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="preprocess and train stage 1 only")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="default: all")
     parser.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="preprocess and train stage 1 only")
     arguments = parser.parse_args()
-    if reason := missing_requirement():
+    wanted = ["preprocess", "train"] if arguments.quick else arguments.jobs
+    if "train" in wanted and "preprocess" not in wanted:
+        parser.error("--jobs train: also needs preprocess")
+    if reason := missing_requirement() or mlflow_stack.missing_program():
         print(f"try-cluster: {reason}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="machines-") as folder, ExitStack() as stack:
-        faults = [name for name in FAULTS if name in arguments.faults]
-        cluster = Cluster(Path(folder), stack, faults, [1] if arguments.quick else list(STEPS))
-        for name, phase in (QUICK if arguments.quick else QUICK | MORE).items():
-            with cluster.timed(name):
-                phase(cluster)
-        good = check_results(cluster)
+        jobs = [job for job in JOBS if job in wanted]
+        stages = [1] if arguments.quick else list(STEPS)
+        cluster = Cluster(Path(folder), stack, jobs, arguments.faults, stages)
+        with cluster.timed("machines, S3, MLflow with PostgreSQL and Ray started, videos uploaded"):
+            cluster.start()
+        for job in jobs:
+            for title, phase in JOBS[job].items():
+                with cluster.timed(title):
+                    phase(cluster)
+        parts = [
+            part for job in jobs for part in ([f"stage{n}" for n in stages] if job == "train" else [job])
+        ]
+        with cluster.timed("results read on a new machine"):
+            output = cluster.machine("reader").run(*STEP, "report", *parts)
+        good = check_results(json.loads(output.splitlines()[-1]), STEPS, CLIP_FRAMES)
         cluster.say("all checks passed" if good else "a check failed")
     return 0 if good else 1
 

@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,27 +18,11 @@ from mlflow import MlflowClient
 from pipelines import cli, storage, tracking
 from pipelines.config import TrackingConfig
 from pipelines.config.parser import load_config
+from tests.infra.mlflow_stack import SCRIPT, install_server_packages, missing_program
 from tests.pipelines.test_tracking import free_port
 
-INFRA = Path(__file__).parents[2] / "infra" / "mlflow"
-UV = Path(sys.prefix) / "uv" / "bin" / "uv"
-POSTGRES = [*Path("/usr/lib/postgresql").glob("*/bin/postgres"), shutil.which("postgres")]
-# In requirements.lock of the server, but not in that of this project.
-SERVER_PACKAGES = ("flask-wtf", "psycopg", "psycopg-binary", "wtforms")
 PASSWORD = "correct horse"
 START_SECONDS = 240  # also to stop; on a busy machine
-
-
-def install_server_packages(folder: Path) -> None:
-    lock = (INFRA / "requirements.lock").read_text()
-    entries = [re.search(rf"^{name}==(.|\n)*?(?=^\S)", lock, re.MULTILINE) for name in SERVER_PACKAGES]
-    (folder / "some.lock").write_text("".join(entry[0] for entry in entries if entry))
-    command = [UV, "pip", "install", "--python", sys.executable, "--target", folder / "packages", "--no-deps"]
-    result = subprocess.run(
-        [*command, "--require-hashes", "-r", folder / "some.lock"], capture_output=True, text=True
-    )
-    if result.returncode:
-        pytest.skip(f"the packages of the MLflow server cannot be installed: {result.stderr[-300:]}")
 
 
 class Stack:
@@ -62,7 +44,7 @@ class Stack:
         }
 
     def start(self) -> None:
-        script = [INFRA / "without-containers.sh", self.folder, str(self.port)]
+        script = [SCRIPT, self.folder, str(self.port)]
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(script, env=self.environment, stdout=log, stderr=log)
         deadline = time.monotonic() + START_SECONDS
@@ -90,13 +72,14 @@ class Stack:
 
 @pytest.fixture
 def stack(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
-    if not any(POSTGRES):
-        pytest.skip("requires PostgreSQL (Debian package postgresql)")
-    if not UV.exists():
-        pytest.skip("requires uv, which `make install` installs")
+    if reason := missing_program():
+        pytest.skip(reason)
     with tempfile.TemporaryDirectory(prefix="mlflow-") as folder:  # tmp_path is closed to the user postgres
         os.chmod(folder, 0o755)
-        install_server_packages(Path(folder))
+        try:
+            install_server_packages(Path(folder))
+        except RuntimeError as error:
+            pytest.skip(str(error))
         stack = Stack(Path(folder))
         stack.start()
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
