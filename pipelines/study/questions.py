@@ -267,7 +267,7 @@ def _scenes() -> Question:
     return Question(
         "scenes",
         "Moving scenes, turns, two people",
-        "The result follows the pose less well if the background moves, the light changes, the person turns its back, or another "
+        "The result follows the pose less well if the background moves, the light changes, the person turns to the sides, or another "
         "person crosses (model of stage 2; such a scene minus the same character and dance in a static scene).",
         tuple(
             Comparison(f"pose, {kind}", POSE, ((scene, simple),), -1, primary=True)
