@@ -29,7 +29,9 @@ from tests.user_errors import (  # noqa: F401  (pytest finds hooks by their name
     pytest_addoption,
     pytest_configure,
     pytest_runtest_logstart,
+    pytest_sessionfinish,
     pytest_terminal_summary,
+    pytest_testnodedown,
 )
 
 LONGEST = (

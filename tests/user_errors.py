@@ -5,6 +5,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,19 @@ current_test: dict[str, str] = {}
 
 def pytest_runtest_logstart(nodeid: str) -> None:
     current_test["name"] = nodeid
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)  # exists in the workers of pytest-xdist only
+    if output is not None:
+        output["user_errors"] = messages
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Collect the messages of a worker of pytest-xdist."""
+    for message, test in getattr(node, "workeroutput", {}).get("user_errors", {}).items():
+        messages.setdefault(message, test)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
