@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 from pipelines import storage, tracking
 from pipelines.cluster import connect
-from pipelines.config import Config, DrawConfig
+from pipelines.config import Config
 from pipelines.dataset import INFO_FILE
 from pipelines.demo import HELD_OUT_SEED, render
 from pipelines.lock import locked
@@ -125,9 +125,7 @@ def _read_state(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {"schema_version": 1, "mlflow_run_id": None, "settings": settings}
     try:
         state = json.loads(path.read_text())
-        # Studies of versions without `draw` drew bodies only.
-        started = _flat({"draw": dataclasses.asdict(DrawConfig())}) | state["settings"]
-        run_id = state["mlflow_run_id"]
+        started, run_id = dict(state["settings"]), state["mlflow_run_id"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: cannot be read, or is not a file of tcan study; restore it or use another OUT"

@@ -58,6 +58,21 @@ def test_each_format_preserves_the_frames(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4  # no temporary files
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
+def test_equal_frames_give_equal_videos(suffix: str, tmp_path: Path) -> None:
+    """An encoder that uses memory which it has not initialized gives different ones. Webm files have random identifiers."""
+    rng = np.random.default_rng(0)
+    texture = np.repeat(np.repeat(rng.integers(0, 256, (16, 32, 3), np.uint8), 8, 0), 8, 1)
+    frames = [np.roll(texture, 3 * shift, 1)[:96, :192] for shift in range(12)]
+    contents = set()
+    memory = []  # changes the contents of the memory that the next encoder receives
+    for number in range(8):
+        memory.append(rng.bytes(10_000 * (number + 1)))
+        write_video(frames, tmp_path / f"{number}{suffix}", 24)
+        contents.add(read_video(tmp_path / f"{number}{suffix}")[0].tobytes())
+    assert len(contents) == 1
+
+
 def test_gif_has_the_duration_of_the_video(tmp_path: Path) -> None:
     write_video(smooth_frames(24, 32, 32), tmp_path / "clip.gif", fps=29.97)
     with Image.open(tmp_path / "clip.gif") as gif:
