@@ -11,10 +11,17 @@ from matplotlib.figure import Figure
 from pipelines.study.analysis import Outcome, Results, mean_value
 from pipelines.study.cells import CELLS, evaluation_name
 from pipelines.study.questions import Condition, Curve, Question
+from pipelines.study.statistics import Verdict
 from tcan.atomic_write import atomic_write
 from tcan.video import read_video
 
-COLOURS = {"supported": "tab:green", "contradicted": "tab:red", "undecided": "tab:gray", None: "tab:blue"}
+COLOURS: dict[Verdict | None, str] = {
+    "supported": "tab:green",
+    "contradicted": "tab:red",
+    "negligible": "tab:olive",
+    "undecided": "tab:gray",
+    None: "tab:blue",  # no hypothesis
+}
 STRIP_TIMES = 6
 DPI = 110
 WEBP_QUALITY = 80

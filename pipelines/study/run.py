@@ -3,6 +3,7 @@
     OUT/study.json           configuration, and the id of the MLflow run
     OUT/videos/ OUT/dataset/ rendered puppets, clip dataset
     OUT/cells/               one folder per training and per evaluation (`pipelines.study.cells`)
+    OUT/logs/                what each evaluation and each training job prints
     OUT/report.md .html .json
     OUT/figures/             plots and image strips
     OUT/mlflow/              the MLflow runs, nested in the run of the study
@@ -13,6 +14,7 @@ Rerunning the command runs the missing and the failed cells, then writes the rep
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +234,11 @@ def _run_in_task(cell: Cell, out: Path, config: Config, run_id: str) -> str | No
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # Ray reserved one CPU; torch would use all of the machine
-    return run_cell(cell, out, config, run_id)
+    log = out / "logs" / f"{cell.name}.txt"
+    log.parent.mkdir(exist_ok=True)
+    # Lines of cells that run side by side would be mixed.
+    with open(log, "a") as file, redirect_stdout(file):
+        return run_cell(cell, out, config, run_id)
 
 
 def _log(run: tracking.Run, out: Path, report: dict[str, Any]) -> None:

@@ -9,13 +9,15 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from mlflow import MlflowClient
+from PIL import Image
 
 from pipelines.config.parser import load_config
 from pipelines.config.study import StudyConfig
@@ -23,9 +25,10 @@ from pipelines.demo import HELD_OUT_SEED
 from pipelines.inference import driving_poses
 from pipelines.puppets.world import sample_clip
 from pipelines.study import cost
-from pipelines.study.analysis import analyse, question_verdict
+from pipelines.study.analysis import Outcome, analyse, question_verdict
 from pipelines.study.cells import TrainingCell, cells_of, evaluation_name
 from pipelines.study.document import Heading, Paragraph, Table, to_html, to_markdown
+from pipelines.study.plots import COLOURS, plot_effects
 from pipelines.study.questions import (
     FLICKER,
     POSE,
@@ -37,6 +40,7 @@ from pipelines.study.questions import (
     questions,
 )
 from pipelines.study.run import _settings, study
+from pipelines.study.statistics import Verdict, paired_effect
 from tcan.errors import UserError
 from tcan.model import TCAN
 from tcan.pixels import to_controlnet_input
@@ -220,6 +224,17 @@ def test_too_few_videos_for_an_interval_raise_user_error() -> None:
         study(Path("unused"), [], 0, CONFIG)
 
 
+def test_effects_of_every_verdict_are_plotted(tmp_path: Path) -> None:
+    comparison = QUESTION.comparisons[0]
+    effect = paired_effect(np.random.default_rng(0).normal(1, 0.1, (2, 5)))
+    outcomes = [Outcome(comparison, effect, verdict=verdict) for verdict in (*get_args(Verdict), None)]
+    assert plot_effects(outcomes, tmp_path / "effects.png")
+    image = np.asarray(Image.open(tmp_path / "effects.png").convert("RGB")).reshape(-1, 3)
+    for verdict in (*get_args(Verdict), None):
+        colour = np.round(255 * np.array(to_rgb(COLOURS[verdict])))
+        assert (abs(image - colour).max(axis=1) <= 1).any()
+
+
 def test_report_only_requires_a_study(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no study; run the command without --report_only"):
         study(tmp_path, [QUESTION], 1, CONFIG, report_only=True)
@@ -272,6 +287,7 @@ def test_killed_study_resumes_and_a_failed_cell_does_not_stop_the_others(
     assert failed["effect"] is None and "no seed with all cells finished" in failed["note"]
     text = (out / "report.md").read_text()
     assert "stage1-dance-broken-seed0" in text and "figures/test-effects.png" in text
+    assert "PSNR, dB" in (out / "logs" / "stage1-dance-seed0.txt").read_text()
     html = (out / "report.html").read_text()
     assert html.count("data:image/png") == html.count("data:image/webp") == 1  # effects, strip
 
