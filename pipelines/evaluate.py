@@ -24,7 +24,13 @@ from pipelines import storage, tracking
 from pipelines.config import Config
 from pipelines.inference import choose_device, create_folder, driving_poses, load_pipeline
 from pipelines.lock import locked
-from pipelines.network_metrics import SetMetrics, image_similarities, set_metrics, video_metrics
+from pipelines.network_metrics import (
+    SetMetrics,
+    face_similarities,
+    image_similarities,
+    set_metrics,
+    video_metrics,
+)
 from pipelines.preprocess.sources import list_sources
 from pipelines.progress import progress
 from pipelines.protocol import at_protocol_size, check_videos, published
@@ -71,6 +77,8 @@ TABLE = (
     ("FID-VID", "fid_vid", 1, ".2f"),
     ("FVD", "fvd", 1, ".2f"),
     ("image similarity to the reference", "image_similarity", 1, ".4f"),
+    ("face similarity to the reference", "face_similarity", 1, ".4f"),
+    ("  compared frames per video", "face_frames", 1, ".1f"),
     ("joints within 5 %", "pose_5", 100, ".1f"),
     ("  wrists", "pose_5_wrists", 100, ".1f"),
     ("  elbows", "pose_5_elbows", 100, ".1f"),
@@ -331,9 +339,19 @@ def all_image_metrics(result: np.ndarray, truth: np.ndarray) -> dict[str, float]
 def compute_network_metrics(evaluated: list[Evaluated], networks: Networks) -> SetMetrics:
     """Add each video's metrics that need a network, and return those of the set of videos."""
     pairs = [video.pair for video in evaluated]
-    for video, row in zip(evaluated, image_similarities(pairs, networks), strict=True):
-        video.metrics |= video_metrics(video.pair, networks) | row
-    return set_metrics(pairs, networks)
+    images = image_similarities(pairs, networks)
+    # At the model's size, that of the poses, also in a protocol.
+    faces = face_similarities(
+        [(video.result, video.found) for video in evaluated],
+        [(video.truth, video.poses) for video in evaluated],
+        networks,
+    )
+    for video, image_row, face_row in zip(evaluated, images, faces, strict=True):
+        video.metrics |= video_metrics(video.pair, networks) | image_row | face_row
+    sets = set_metrics(pairs, networks)
+    if "face" in networks.loaded:
+        sets.samples["face_similarity"] = int(sum(row["face_frames"] for row in faces))
+    return sets
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Metrics of an evaluation that need a network: LPIPS, FID, FID-VID, FVD, image similarity; all with controls."""
+"""Metrics of an evaluation that need a network: LPIPS, FID, FID-VID, FVD, similarity of images and faces; all with controls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 
 from tcan.metrics import frechet_distance
+from tcan.metrics.face import face_embeddings
 from tcan.metrics.features import WINDOW, embeddings, fid_features, fid_vid_features, fvd_features, lpips
 from tcan.metrics.networks import Networks
 
 Pair = tuple[np.ndarray, np.ndarray]
 """Result and truth of a video: uint8 RGB `[F, H, W, 3]`."""
+
+Posed = tuple[np.ndarray, np.ndarray]
+"""A video and the poses in it: uint8 RGB `[F, H, W, 3]`, keypoints `[F, 18, 3]` in pixels."""
 
 FRECHET: dict[str, tuple[str, int, Callable[[Any, np.ndarray], np.ndarray]]] = {
     "fid": ("inception", 1, fid_features),
@@ -74,6 +78,38 @@ def image_similarities(pairs: Sequence[Pair], networks: Networks) -> list[dict[s
     return rows
 
 
+def face_similarities(
+    results: Sequence[Posed], truths: Sequence[Posed], networks: Networks
+) -> list[dict[str, float]]:
+    """Mean cosine similarity of the faces in each video's result to the face in its reference, the first frame of the truth.
+
+    Only frames whose result and truth both show nose and eyes are compared. NaN if there are none, or the reference shows none.
+    Controls: the true faces of the same frames (`_source`, without the first), and the references of the other videos (`_other`).
+
+    Returns:
+        the similarity, its controls, and face_frames, the number of compared frames.
+    """
+    network = networks.loaded.get("face")
+    if network is None:
+        return [{} for _ in results]
+    true = [face_embeddings(network, *truth) for truth in truths]
+    references = np.stack([faces[0] for faces in true])  # [N, D]
+    rows = []
+    for i, result in enumerate(results):
+        similarity = face_embeddings(network, *result) @ references.T  # [F, N], NaN without a face
+        source = true[i] @ references[i]  # [F]
+        compared = ~np.isnan(similarity[:, i]) & ~np.isnan(source)
+        rows.append(
+            {
+                "face_similarity": _mean(similarity[compared, i]),
+                "face_similarity_other": _mean(np.delete(similarity[compared], i, axis=1)),
+                "face_similarity_source": _mean(source[1:][compared[1:]]),
+                "face_frames": float(compared.sum()),
+            }
+        )
+    return rows
+
+
 def set_metrics(pairs: Sequence[Pair], networks: Networks) -> SetMetrics:
     """Fréchet distances between the results and the truths of all videos, and with still first frames (`_still`).
 
@@ -102,3 +138,9 @@ def set_metrics(pairs: Sequence[Pair], networks: Networks) -> SetMetrics:
         metrics.values[key] = frechet_distance(np.concatenate(found), truths)
         metrics.values[f"{key}_still"] = frechet_distance(np.concatenate(still), truths)
     return metrics
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN if there are none."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")

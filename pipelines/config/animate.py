@@ -132,6 +132,9 @@ class MetricNetworksConfig:
     image: str | None = None
     """Folder of a CLIP or DINO model in transformers' layout, for the image similarity."""
 
+    face: str | None = None
+    """File of the face similarity: a face recognition network in InsightFace's format (ArcFace), such as w600k_r50.onnx."""
+
 
 @dataclass
 class EvaluateConfig:

@@ -5,7 +5,6 @@ of MMDetection and MMPose.
 """
 
 import hashlib
-import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from tcan.errors import UserError, first_line
+from tcan.onnx_file import load_session, run_session
 from tcan.pose.parts import BODY, FACE, LEFT_HAND, NUM_POINTS, RIGHT_HAND, keep_parts
-from tcan.weights_file import impostor
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
-
-logger = logging.getLogger(__name__)
 
 PADDING_VALUE = 114  # gray of YOLOX's letterbox
 STRIDES = (8, 16, 32)
@@ -96,7 +93,7 @@ class OnnxPose:
         Raises:
             UserError: onnxruntime is not installed; other files than these two; hands or face, and a network without them.
         """
-        sessions = {file: _session(file, torch.device(device)) for file in sorted(folder.glob("*.onnx"))}
+        sessions = {file: load_session(file, torch.device(device)) for file in sorted(folder.glob("*.onnx"))}
         shapes = {file: _output_shapes(file, session) for file, session in sessions.items()}
         points = [file for file, session in sessions.items() if _is_pose_network(session, shapes[file])]
         boxes = [file for file, session in sessions.items() if _is_person_detector(session, shapes[file])]
@@ -124,7 +121,7 @@ class OnnxPose:
         """Move the networks to a device; onnxruntime loads them again for another one."""
         device = torch.device(device)
         if device != self.device:
-            self.boxes, self.points = (_session(file, device) for file in self.files)
+            self.boxes, self.points = (load_session(file, device) for file in self.files)
             self.device = device
         return self
 
@@ -145,7 +142,7 @@ class OnnxPose:
             people_of_batch = range(start, min(start + size, len(affines)))
             part = np.stack([self._crop(frames[frame_of[i]], affines[i]) for i in people_of_batch])
             missing = 0 if dynamic else size - len(part)  # a fixed batch is filled with copies
-            x, y = _outputs(self.points, np.concatenate([part, part[:1].repeat(missing, axis=0)]))
+            x, y = run_session(self.points, np.concatenate([part, part[:1].repeat(missing, axis=0)]))
             for offset in range(len(part)):
                 pose = _pose(x[offset], y[offset], affines[start + offset])
                 if pose.any():
@@ -165,7 +162,7 @@ class OnnxPose:
             )
         canvas = np.full((height, width, 3), PADDING_VALUE, np.uint8)
         canvas[:h, :w] = cv2.resize(frame[..., ::-1], (w, h), interpolation=cv2.INTER_LINEAR)
-        outputs = _outputs(
+        outputs = run_session(
             self.boxes, np.ascontiguousarray(canvas.transpose(2, 0, 1))[None].astype(np.float32)
         )
         found = outputs[0][0]
@@ -198,31 +195,6 @@ def _input_size(session: "InferenceSession") -> tuple[int, int]:
     return height, width
 
 
-def _session(file: Path, device: torch.device) -> "InferenceSession":
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError(
-            f"{file}: pose detectors in ONNX files need onnxruntime; run pip install 'tcan[onnx]' (on GPUs: "
-            "onnxruntime-gpu)"
-        ) from None
-    if problem := impostor(file):
-        raise UserError(f"{file}: {problem}")
-    providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
-    if device.type == "cuda":
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
-        else:
-            logger.warning("%s: runs on the CPU; install onnxruntime-gpu instead of onnxruntime", file)
-    options = onnxruntime.SessionOptions()
-    # Like the other networks: as many threads as torch, which jobs limit to the CPUs of a process.
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        return onnxruntime.InferenceSession(str(file), options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions have no common class
-        raise UserError(f"{file}: no valid ONNX file ({first_line(error)}); download it again") from error
-
-
 def _output_shapes(file: Path, session: "InferenceSession") -> list[tuple[int, ...]]:
     """Shapes of the outputs for one black image: the shapes in the file often have unknown sizes.
 
@@ -237,16 +209,9 @@ def _output_shapes(file: Path, session: "InferenceSession") -> list[tuple[int, .
     batch = shape[0] if isinstance(shape[0], int) else 1
     black = np.zeros((batch, 3, *_input_size(session)), np.float32)
     try:
-        return [output.shape for output in _outputs(session, black)]
+        return [output.shape for output in run_session(session, black)]
     except Exception as error:  # onnxruntime's exceptions have no common class
         raise UserError(f"{file}: fails on a black image ({first_line(error)}); use another file") from error
-
-
-def _outputs(session: "InferenceSession", images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Outputs for images `[B, 3, H, W]`, as float32 also for files in half precision."""
-    item = session.get_inputs()[0]
-    dtype = np.float16 if item.type == "tensor(float16)" else np.float32
-    return [output.astype(np.float32) for output in session.run(None, {item.name: images.astype(dtype)})]
 
 
 def _is_pose_network(session: "InferenceSession", shapes: list[tuple[int, ...]]) -> bool:
@@ -272,7 +237,7 @@ def describe_onnx(file: Path) -> str:
     Raises:
         UserError: as `OnnxPose.from_folder`, or the file is of neither kind.
     """
-    session = _session(file, torch.device("cpu"))
+    session = load_session(file, torch.device("cpu"))
     shapes = _output_shapes(file, session)
     height, width = _input_size(session)
     if _is_pose_network(session, shapes):

@@ -25,6 +25,7 @@ from pipelines.puppets.world import sample_clip
 from tcan.errors import UserError
 from tcan.metrics.networks import load_networks
 from tcan.pose import draw_poses
+from tcan.pose.skeleton import JOINTS
 from tcan.video import read_video
 from tests.tcan.metrics import network_files
 
@@ -114,11 +115,15 @@ def test_network_metrics_are_ideal_for_perfect_results_and_have_controls(tmp_pat
     network_files.write_torchvision_trunk(tmp_path / "alex.pth", "alex")
     network_files.write_i3d(tmp_path / "i3d.pt")
     network_files.write_clip(tmp_path / "clip")
-    files = {"alexnet": "alex.pth", "i3d": "i3d.pt", "image": "clip"}
+    network_files.write_face(tmp_path / "face.onnx")
+    files = {"alexnet": "alex.pth", "i3d": "i3d.pt", "image": "clip", "face": "face.onnx"}
     networks = load_networks({name: str(tmp_path / file) for name, file in files.items()})
     videos = [perfect_result(seed, 17) for seed in (1, 2)]
+    videos[1].found[3:5, JOINTS.index("left_eye"), 2] = 0
+    videos[1].poses[10, JOINTS.index("nose"), 2] = 0
     sets = compute_network_metrics(videos, networks)
-    assert sets.samples == {"fvd": 4}  # two windows of 16 frames in each video
+    # Two windows of 16 frames in each video; faces in both videos, except in three frames.
+    assert sets.samples == {"fvd": 4, "face_similarity": 31}
     assert sets.values["fvd"] == pytest.approx(0, abs=1e-6) and sets.values["fvd_still"] > 0
     assert sets.unavailable.keys() == {"lpips_vgg", "lpips_vgg_disco", "fid", "fid_vid"}
     for video in videos:
@@ -127,9 +132,14 @@ def test_network_metrics_are_ideal_for_perfect_results_and_have_controls(tmp_pat
         # The frames are the true ones, and the first is the reference.
         expected = (1 + 16 * metrics["image_similarity_source"]) / 17
         assert metrics["image_similarity"] == pytest.approx(expected, abs=1e-6)
+        expected = 1 + (metrics["face_frames"] - 1) * metrics["face_similarity_source"]
+        assert metrics["face_similarity"] * metrics["face_frames"] == pytest.approx(expected, abs=1e-6)
+        assert metrics["face_similarity_other"] < metrics["face_similarity"] < 1
         assert "lpips_vgg" not in metrics
+    assert [video.metrics["face_frames"] for video in videos] == [17, 14]
     rows = table(means([video.metrics for video in videos]) | sets.values)
     assert "LPIPS (AlexNet)" in rows and "FVD" in rows and "FID" not in rows
+    assert "face similarity to the reference" in rows and "15.5" in rows  # frames per video
 
     still = perfect_result(1, 3)
     still.truth = np.repeat(still.truth[:1], 3, axis=0)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tcan.metrics.networks.embedding import ImageEmbedding
+from tcan.metrics.networks.face import FaceEmbedding
 from tcan.metrics.networks.i3d import FVDI3D
 from tcan.metrics.networks.inception import FIDInception
 from tcan.metrics.networks.lpips import LPIPS
@@ -19,6 +20,7 @@ __all__ = [
     "METRICS",
     "FIDInception",
     "FIDVIDResNet",
+    "FaceEmbedding",
     "ImageEmbedding",
     "Networks",
     "load_networks",
@@ -31,6 +33,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "resnet3d": ("fid_vid",),
     "i3d": ("fvd",),
     "image": ("image_similarity",),
+    "face": ("face_similarity",),
 }
 """Network -> metrics that need it."""
 
@@ -41,6 +44,7 @@ LOADERS: dict[str, Callable[[Path], nn.Module]] = {
     "resnet3d": FIDVIDResNet,
     "i3d": FVDI3D,
     "image": ImageEmbedding,
+    "face": FaceEmbedding,
 }
 
 

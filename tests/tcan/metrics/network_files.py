@@ -3,8 +3,11 @@
 They check the layouts, the preprocessing and the arithmetic, not the values that published weights give.
 """
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import Inception3, alexnet, vgg16
@@ -125,6 +128,39 @@ def write_dino(folder: Path) -> None:
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
         folder
     )
+
+
+class LinearFaces(nn.Module):
+    """A linear map of the means of 8 x 8 pixels."""
+
+    def __init__(self, dimensions: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 14 * 14, dimensions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(nn.functional.avg_pool2d(x, 8).flatten(1))
+
+
+def write_face(path: Path, batch: int | None = None, dimensions: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """A small face recognition network; returns its matrix `[D, 588]` and vector `[D]`. batch None: a free batch dimension."""
+    torch.manual_seed(0)
+    network = LinearFaces(dimensions)
+    write_onnx(path, network, [batch or 2, 3, 112, 112], free_batch=batch is None)
+    return network.linear.weight.detach().numpy(), network.linear.bias.detach().numpy()
+
+
+def write_onnx(path: Path, network: nn.Module, shape: Sequence[int], free_batch: bool = False) -> None:
+    """Any network with one input of this shape."""
+    axes = {"input": {0: "batch"}} if free_batch else None
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(
+            network.eval(),
+            (torch.zeros(*shape),),
+            path,
+            input_names=["input"],
+            dynamic_axes=axes,
+            dynamo=False,
+        )
 
 
 def _random_statistics(network: nn.Module) -> None:
