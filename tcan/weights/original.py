@@ -318,22 +318,31 @@ def convert(part: str, where: str, weights: dict[str, Tensor], network: Any) -> 
     return result
 
 
-def load_original(part: str, path: Path) -> Any:
-    """Load one part of a single file as a network in float32 on the CPU.
+def original_part(part: str, path: Path) -> dict[str, Tensor]:
+    """The weights of one part of a single file, memory-mapped, with the file's keys.
 
     Raises:
-        UserError: as `open_weights`, `split_parts` and `convert`; the file does not contain this part; the position
-            tables of motion modules differ from those of AnimateDiff v2.
+        UserError: as `open_weights` and `split_parts`; the file does not contain this part.
     """
     parts = split_parts(path, open_weights(path))
     if part not in parts:
         titles = ", ".join(TITLES[found] for found in parts)
         raise UserError(f"{part}: {path} contains {titles}; provide a file that contains the {TITLES[part]}")
+    return parts[part]
+
+
+def load_original(part: str, path: Path) -> Any:
+    """Load one part of a single file as a network in float32 on the CPU.
+
+    Raises:
+        UserError: as `original_part` and `convert`; the position tables of motion modules differ from those of AnimateDiff v2.
+    """
+    weights = original_part(part, path)
     where = f"{part} from {path}"
-    network = build(part, parts[part])
-    weights = convert(part, where, parts[part], network)
-    check_positions(where, parts[part])
-    network.load_state_dict(weights, strict=False, assign=True)
+    network = build(part, weights)
+    converted = convert(part, where, weights, network)
+    check_positions(where, weights)
+    network.load_state_dict(converted, strict=False, assign=True)
     with quiet():  # diffusers warns about normalization layers that stay in float32
         return network.to(torch.float32).eval()
 
