@@ -176,7 +176,9 @@ def read_pairs(file: str | Path) -> list[Outcome]:
     folder = storage.absolute(file).rpartition("/")[0]
     pairs = []
     for row in rows:
-        image, driving, out = (_cell(row, column) and _absolute(_cell(row, column), folder) for column in COLUMNS)
+        image, driving, out = (
+            _cell(row, column) and _absolute(_cell(row, column), folder) for column in COLUMNS
+        )
         pairs.append(Outcome(image, driving, out, *(_cell(row, column) for column in PEOPLE)))
     seen: set[str] = set()
     for pair in pairs:

@@ -13,8 +13,8 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from pipelines.config import Config
 from tcan.acceleration import compile_tcan, compile_vae, is_compiled, use_fast_formats
 from tcan.errors import UserError
-from tcan.pipeline import TCANPipeline
 from tcan.lora import read_lora
+from tcan.pipeline import TCANPipeline
 from tcan.pipeline_input import check_window, set_timesteps
 from tcan.pose import PoseDetector, corrupt_poses
 from tcan.schedule import noise_schedule, sampler

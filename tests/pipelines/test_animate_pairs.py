@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -20,9 +21,10 @@ from tcan.video import read_image, read_video, write_image, write_video
 from tests.pipelines.test_cli import error_of
 
 
-def write_table(path: Path, *rows: tuple[str, str, str]) -> None:
+def write_table(path: Path, *rows: tuple[str, ...]) -> None:
+    head = ("image", "driving", "out", "person", "driving_person")
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("image", "driving", "out"), *rows])
+        csv.writer(file).writerows([head[: len(rows[0])], *rows])
 
 
 def report_of(path: Path) -> list[dict[str, str]]:
@@ -170,6 +172,35 @@ def test_pairs_in_a_bucket_are_read_rendered_and_skipped_when_complete(
         == f"{bucket}/pairs/none.mp4: no such file or folder; check the URI"
     )
     assert not [*Path(staging._folder().name).glob(f"{staging.TEMPORARY}*")]
+
+
+def test_people_are_selected_by_row(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Ray. The pose image of each result has its skeletons where the row's people are."""
+    left, right = (sample_clip("dance", seed, 4) for seed in (2, 5))
+    write_image(np.concatenate([left.frames[0], right.frames[0]], axis=1), tmp_path / "duo.png")
+    write_video(np.concatenate([left.frames, right.frames], axis=2), tmp_path / "duo.mp4", 12)
+    rows = (("left", "right"), ("", ""), ("200,60", "1"), ("left+right", "1+2"))
+    names = [(str(tmp_path / "duo.png"), str(tmp_path / "duo.mp4"), str(tmp_path / str(i))) for i in range(4)]
+    write_table(tmp_path / "pairs.csv", *((*name, *row) for name, row in zip(names, rows, strict=True)))
+    config = load_config("--animate.steps", "1", "--animate.guidance_scale", "1", "--animate.width", "128")
+    options = {"side_by_side": True, "person": "right"}
+    animator, sides = Animator(str(model_folder), config, options), []
+    for pair in read_pairs(tmp_path / "pairs.csv"):
+        assert animator.animate(pair)["status"] == "done"
+        drawn = read_image(Path(pair.out) / "000000.png")[:, 128:256].max(axis=(0, 2)) > 100
+        sides.append([bool(drawn[:64].any()), bool(drawn[64:].any())])
+    assert sides == [[True, False], [False, True], [False, True], [True, True]]
+
+    for row, reason in (
+        (("left+right", ""), "row 2: person left+right: 2 of the image, but"),
+        (("", "0"), "row 2: driving_person 0: invalid person"),
+        (("somebody", ""), "row 2: person somebody: invalid person"),
+    ):
+        write_table(tmp_path / "bad.csv", (*names[0], "left", "2"), (*names[1], *row))
+        arguments = ("--pairs", str(tmp_path / "bad.csv"), "--model", str(model_folder))
+        assert reason in error_of(capsys, "animate", *arguments)
 
 
 def test_invalid_tables_are_user_errors(
