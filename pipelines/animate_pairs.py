@@ -175,7 +175,11 @@ def read_pairs(file: str | Path) -> list[Outcome]:
         raise UserError(f"{file}: no pairs; add one row per animation")
     folder = storage.absolute(file).rpartition("/")[0]
     pairs = []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
+        if None in row:  # DictReader's key of further cells
+            raise UserError(
+                f"{file}, row {number}: more cells than columns; quote cells that contain a comma"
+            )
         image, driving, out = (
             _cell(row, column) and _absolute(_cell(row, column), folder) for column in COLUMNS
         )

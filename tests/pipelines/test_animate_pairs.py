@@ -218,6 +218,11 @@ def test_invalid_tables_are_user_errors(
             "no column driving (columns: image, video, out); the table needs image, driving",
         ),
         ("empty.csv", head, "no pairs; add one row per animation"),
+        (
+            "cells.csv",
+            "image,driving,out,person\na,b,c.mp4,310,95\n",
+            "row 1: more cells than columns; quote",
+        ),
         ("same.csv", f"{head}a,b,c.mp4\nd,e,c.mp4\n", "two pairs have the same output"),
     ):
         if text is not None:
