@@ -206,11 +206,11 @@ def _print_preprocess(config: Config) -> None:
 
 
 def _phases(estimate: InferenceMemory) -> list[str]:
-    lines = ["  phase        weights  activations"]
+    lines = ["  phase        weights    activations"]
     for phase, weights in estimate.weights.items():
         peak = estimate.activations.get(phase)
         text = "not estimated" if peak is None else f"{peak / GIB:.2f}"
-        lines.append(f"  {phase:<10}{weights / GIB:>10.2f}{text:>13}")
+        lines.append(f"  {phase:<10}{weights / GIB:>10.2f}{text:>15}")
     return lines
 
 

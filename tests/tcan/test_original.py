@@ -269,7 +269,7 @@ def test_loading_a_file_prints_nothing(tmp_path: Path, caplog: pytest.LogCapture
     [
         ("body_pose_model.pth", "model", "bodypose_model", "OpenPose body network (52.3 M)"),
         ("hand_pose_model.pth", "model", "handpose_model", "OpenPose hand network (36.8 M)"),
-        ("facenet.pth", "face", "FaceNet", "OpenPose face network (38.3 M)"),
+        ("facenet.pth", "face", "FaceNet", "OpenPose face network (38.4 M)"),
     ],
 )
 def test_openpose_networks_load_strictly_in_all_forms(
