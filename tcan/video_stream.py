@@ -17,6 +17,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 
 import av
 import decord
@@ -25,6 +26,7 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tcan.crop import fit_image
+from tcan.impostor import impostor
 from tcan.timestamps import Clock, constant_rate, resample
 
 AHEAD_BYTES = 512 * 2**20
@@ -282,7 +284,10 @@ def _read_header(path: str) -> _Header:
             tick = float(stream.time_base)
             return replace(_header(packets, tick, stream, container.format), exif=exif)
     except av.error.FFmpegError:
-        raise UnusableVideo("not a video, or an unsupported format") from None
+        found = impostor(Path(path), "a video")
+        raise UnusableVideo(
+            found.partition(";")[0] if found else "not a video, or an unsupported format"
+        ) from None
 
 
 def _exif_orientation(jpeg: bytes) -> int:

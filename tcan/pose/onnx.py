@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from tcan.errors import UserError, first_line
+from tcan.impostor import impostor
 from tcan.pose.parts import BODY, FACE, LEFT_HAND, NUM_POINTS, RIGHT_HAND, keep_parts
-from tcan.weights_file import impostor
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel
 
 from tcan.errors import UserError, first_line
 from tcan.fingerprint import fingerprint
+from tcan.impostor import impostor
 from tcan.pose import OpenPose
 from tcan.pose.hands import FaceDetector, HandDetector, OpenPoseParts
 from tcan.pose.onnx import OnnxPose
@@ -26,7 +27,6 @@ from tcan.weights.original import (
     num_positions,
     original_part,
 )
-from tcan.weights_file import impostor
 
 MINI = Path(__file__).parents[1] / "mini"
 MINI_MODEL = MINI / "trained"
