@@ -13,6 +13,7 @@ import torch
 
 from pipelines.config import Config
 from pipelines.inference import (
+    check_model,
     choose_device,
     create_folder,
     drawn_parts,
@@ -28,8 +29,9 @@ from pipelines.match import (
     find_characters,
     match_motion,
     output_size,
+    print_verdict,
+    refuse_problems,
     report,
-    warn_or_refuse,
 )
 from tcan.errors import UserError
 from tcan.pipeline import Callback, TCANPipeline
@@ -81,7 +83,8 @@ class Inputs:
 def animate(animation: Animation, model: Path, config: Config, dry_run: bool = False) -> None:
     """Animate the person of the image with the motion of the driving video's main person, at its frame rate.
 
-    With `dry_run`, only the poses are detected and checked; OUT.preview.png shows them over the image.
+    The verdict on the poses is printed first. With `dry_run`, nothing else happens: the settings and the files are checked
+    without reading pretrained weights, and OUT.preview.png shows the poses over the image.
     Frames are read and written one at a time; `TCANPipeline` documents the memory that grows with the video.
 
     Raises:
@@ -90,17 +93,21 @@ def animate(animation: Animation, model: Path, config: Config, dry_run: bool = F
     """
     inputs = read_inputs(animation, config)
     if dry_run:
+        check_model(model, config)
         info = read_model_info(model)
         size = output_size(inputs.image, (info["height"], info["width"]), config)
         detector = load_detector(model, config, choose_device(config))
         motion = read_motion(detector, animation, inputs, config, size)
         motion.poses = keep_parts(motion.poses, **drawn_parts(info, config))
         report(motion, animation.out.with_suffix(".preview.png"))
-        if animation.strict:
-            warn_or_refuse(motion, str(animation.out), strict=True)
+        refuse_problems(motion, str(animation.out), animation.strict)
         return
     with memory_advice(config):
-        count = render_animation(load_pipeline(model, config), animation, inputs, config)
+        pipe = load_pipeline(model, config)
+        motion = prepare_motion(pipe, animation, inputs, config)
+        print_verdict(motion)
+        refuse_problems(motion, str(animation.out), animation.strict)
+        count = render_animation(pipe, animation, inputs, motion, config)
     print(f"{animation.out}: {count} frames at {inputs.fps:g} frames/s", flush=True)
 
 
@@ -145,8 +152,7 @@ def read_inputs(animation: Animation, config: Config) -> Inputs:
 
 def _check_options(animation: Animation, config: Config) -> None:
     check_target(animation.out, animation.audio)
-    check_selection(animation.person, "--person")
-    check_selection(animation.driving_person, "--driving_person")
+    check_people(animation.person, animation.driving_person, "--", config)
     if animation.driving is None and animation.poses is None:
         raise UserError(
             f"{animation.out}: no driving motion; pass a video with --driving or poses with --poses"
@@ -159,6 +165,25 @@ def _check_options(animation: Animation, config: Config) -> None:
         )
     if animation.fps is not None and not 0.1 <= animation.fps <= 1000:
         raise UserError(f"--fps {animation.fps:g}: must be from 0.1 to 1000; pass frames per second")
+
+
+def check_people(person: str, driving_person: str, prefix: str, config: Config) -> None:
+    """Check the selections of people before anything runs.
+
+    Args:
+        prefix: start of the names of both selections in error messages.
+
+    Raises:
+        UserError: an invalid selection, or different numbers of people.
+    """
+    check_selection(person, f"{prefix}person")
+    check_selection(driving_person, f"{prefix}driving_person")
+    first, second = (len(selection.split("+")) for selection in (person, driving_person))
+    if first != second and config.animate.retarget != "none":
+        raise UserError(
+            f"{prefix}person {person}: {first} of the image, but {prefix}driving_person {driving_person} are {second}; select "
+            "the same number of people"
+        )
 
 
 def _read_characters(animation: Animation, image: np.ndarray, config: Config) -> list[np.ndarray] | None:
@@ -203,18 +228,24 @@ def read_motion(
     return match_motion(inputs.image, drivers, characters, inputs.size, config, size, str(animation.image))
 
 
-def render_animation(pipe: TCANPipeline, animation: Animation, inputs: Inputs, config: Config) -> int:
+def prepare_motion(pipe: TCANPipeline, animation: Animation, inputs: Inputs, config: Config) -> Motion:
+    """The poses of an animation, fitted to its output; see `read_motion`."""
+    size = output_size(inputs.image, (pipe.height, pipe.width), config)
+    return read_motion(pipe.pose_detector, animation, inputs, config, size)
+
+
+def render_animation(
+    pipe: TCANPipeline, animation: Animation, inputs: Inputs, motion: Motion, config: Config
+) -> int:
     """Animate, and write frames while they are decoded. Returns the number of frames.
 
     Raises:
         UserError: see `animate`.
     """
-    height, width = output_size(inputs.image, (pipe.height, pipe.width), config)
-    motion = read_motion(pipe.pose_detector, animation, inputs, config, (height, width))
-    warn_or_refuse(motion, str(animation.out), animation.strict)
     create_folder(animation.out.parent)
     frames = generate_frames(pipe, motion, config)
     if animation.side_by_side:
+        height, width = motion.image.shape[:2]
         drawn = (pipe.draw(pose[None], height, width)[0] for pose in motion.poses)
         frames = side_by_side(motion.image, drawn, frames)
     write_video(frames, animation.out, inputs.fps, animation.driving if animation.audio else None)

@@ -29,11 +29,12 @@ from ray.exceptions import RayActorError
 from tqdm import tqdm
 
 from pipelines import storage, tracking
-from pipelines.animate import Animation, read_inputs, render_animation
+from pipelines.animate import Animation, check_people, prepare_motion, read_inputs, render_animation
 from pipelines.cluster import connect, is_local
 from pipelines.config import Config
 from pipelines.inference import find_model, load_pipeline
 from pipelines.lock import locked
+from pipelines.match import problems, refuse_problems
 from pipelines.mlflow_store import resolve
 from pipelines.progress import progress
 from pipelines.staging import local_output, original_names, temporary_inputs
@@ -42,6 +43,7 @@ from tcan.pipeline import TCANPipeline
 from tcan.weights import MINI_MODEL, read_model_info
 
 COLUMNS = ("image", "driving", "out")
+PEOPLE = ("person", "driving_person")  # optional columns
 MAX_WORKER_DEATHS = 2  # per pair: the first can be the fault of the machine
 MAX_LOADING_DEATHS = 5  # in a row: meanwhile, no worker has loaded the model or finished a pair
 MAX_LOGGED_VIDEOS = 16  # results that are copied to the MLflow run
@@ -55,6 +57,8 @@ class Outcome:
     image: str
     driving: str
     out: str
+    person: str = ""  # empty: the option of all pairs
+    driving_person: str = ""
     status: str = "failed"  # done, skipped (the output exists), failed
     frames: int = 0
     seconds: float = 0.0
@@ -68,17 +72,21 @@ def animate_pairs(file: str | Path, model: str | Path, config: Config, **options
         file: .csv (with a header) or .parquet with the columns image, driving and out: paths and URIs. Relative paths
             start at the table's folder. Paths must be valid on every machine of the cluster.
         model: "mini", a folder, a URI, or a model in MLflow (`tracking.local_model`).
-        options: fields of `Animation` for all pairs, such as `audio`.
+        options: fields of `Animation` for all pairs, such as `audio`; `person` and `driving_person` for pairs without a value
+            in the column of this name.
 
     Returns:
         one outcome per pair, in the order of the table.
 
     Raises:
-        UserError: a table that cannot be read; a model folder that is incomplete or does not match its pretrained
+        UserError: a table that cannot be read; an invalid selection of people; a model folder that is incomplete or does not match its pretrained
             models; failed pairs, raised after all pairs are processed.
     """
     file = storage.absolute(file)
     outcomes = read_pairs(file)
+    for row, outcome in enumerate(outcomes, start=1):
+        people = _people(outcome, options)
+        check_people(people["person"], people["driving_person"], f"{file}, row {row}: ", config)
     folder, _, name = file.rpartition("/")
     model_info = read_model_info(find_model(str(model), config))
     if model != "mini" and storage.local_path(model).exists():
@@ -167,12 +175,15 @@ def read_pairs(file: str | Path) -> list[Outcome]:
         raise UserError(f"{file}: no pairs; add one row per animation")
     folder = storage.absolute(file).rpartition("/")[0]
     pairs = []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
+        if None in row:  # DictReader's key of further cells
+            raise UserError(
+                f"{file}, row {number}: more cells than columns; quote cells that contain a comma"
+            )
         image, driving, out = (
-            cell and _absolute(cell, folder)
-            for cell in (str(row[column] or "").strip() for column in COLUMNS)
+            _cell(row, column) and _absolute(_cell(row, column), folder) for column in COLUMNS
         )
-        pairs.append(Outcome(image, driving, out))
+        pairs.append(Outcome(image, driving, out, *(_cell(row, column) for column in PEOPLE)))
     seen: set[str] = set()
     for pair in pairs:
         if pair.out in seen:
@@ -181,6 +192,17 @@ def read_pairs(file: str | Path) -> list[Outcome]:
             )
         seen.update([pair.out] if pair.out else [])
     return pairs
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    """Text of a cell; empty if the cell or the column is missing."""
+    value = row.get(column)
+    return "" if value is None else str(value).strip()
+
+
+def _people(pair: Outcome, options: dict[str, Any]) -> dict[str, str]:
+    """The selections of people of a pair, by the names of the options."""
+    return {name: getattr(pair, name) or options.get(name, "largest") for name in PEOPLE}
 
 
 def _absolute(name: str, folder: str) -> str:
@@ -339,9 +361,12 @@ class Animator:
         """Animate a pair; returns the number of frames."""
         image, driving = local_input(pair.image), local_input(pair.driving)
         with local_output(pair.out) as out:
-            animation = Animation(image, out, driving, **self.options)
+            animation = Animation(image, out, driving, **self.options | _people(pair, self.options))
             inputs = read_inputs(animation, self.config)
-            frames = render_animation(self.pipe, animation, inputs, self.config)
+            motion = prepare_motion(self.pipe, animation, inputs, self.config)
+            refuse_problems(motion, pair.out, animation.strict)
+            self.notes += problems(motion)
+            frames = render_animation(self.pipe, animation, inputs, motion, self.config)
         if storage.is_remote(pair.out) and not Path(pair.out).suffix:
             info = {"frames": frames, "fps": inputs.fps}
             storage.write(f"{pair.out}/{FRAMES_FILE}", json.dumps(info).encode())

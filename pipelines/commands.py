@@ -125,8 +125,8 @@ COMMANDS = {
                 "Keypoints of the reference image, in the formats of --poses. Default: detected in the image."
             ),
             "--pairs": _path(
-                "Table (.csv or .parquet, local or s3://...) with the columns image, driving and out, instead of a single image. Missing "
-                "results are generated on the Ray cluster."
+                "Table (.csv or .parquet, local or s3://...) with the columns image, driving and out, and optionally person and "
+                "driving_person, instead of a single image. Missing results are generated on the Ray cluster."
             ),
             "--model": MINI_OR_OWN,
             "--out": _path("Result: .mp4, .webm, .gif, or a folder of PNG images (no suffix)."),
@@ -144,7 +144,7 @@ COMMANDS = {
             "--driving_person": DRIVING_PERSON,
             "--dry-run": {
                 "action": "store_true",
-                "help": "Check of the poses only: prints the findings and writes OUT.preview.png.",
+                "help": "Check of the settings and the poses only: prints the findings and writes OUT.preview.png.",
             },
             "--strict": {
                 "action": "store_true",
@@ -292,7 +292,7 @@ COMMANDS = {
             },
         },
         run_command.memory,
-        ("pretrained", "preprocess", "train", "animate"),
+        ("pretrained", "draw", "preprocess", "train", "animate"),
     ),
     "jobs": Command(
         "List, follow or stop the jobs of a Ray cluster that were submitted with --submit.",

@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler, SchedulerMixin
 
 from pipelines.config import Config
 from tcan.acceleration import compile_tcan, compile_vae, is_compiled, use_fast_formats
 from tcan.errors import UserError
+from tcan.lora import read_lora
 from tcan.pipeline import TCANPipeline
-from tcan.pipeline_input import check_window
+from tcan.pipeline_input import check_window, set_timesteps
 from tcan.pose import PoseDetector, corrupt_poses
-from tcan.schedule import sampler
+from tcan.schedule import noise_schedule, sampler
 from tcan.weights import MINI_MODEL, load_pose_detector, read_model_info
+from tcan.weights.model_folder import read_parts, untrained_model
+from tcan.weights.pretrained import NETWORKS, check_source, load_scheduler, motion_positions
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,9 +65,8 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
     )
     pipe.register_modules(pose_detector=detector)
     pipe.model_info["draw"] = drawn_parts(pipe.model_info, config)
-    check_window(config.animate, pipe.tcan.max_frames)
+    pipe.scheduler = _chosen_scheduler(pipe.scheduler, pipe.tcan.max_frames, config)
     use_fast_formats(torch.device(device), pipe.tcan, pipe.vae)
-    pipe.scheduler = sampler(pipe.scheduler, config.animate.scheduler)
     if config.animate.lora is not None:
         pipe.load_lora_weights(config.animate.lora)
         pipe.fuse_lora(config.animate.lora_scale)
@@ -80,6 +83,38 @@ def load_pipeline(model: Path, config: Config) -> TCANPipeline:
         pipe.enable_sequential_cpu_offload(device=device)
     pipe.set_progress_bar_config(desc="denoising", disable=None)  # None: shown only on a terminal
     return pipe
+
+
+def check_model(model: Path, config: Config) -> None:
+    """Refuse what `load_pipeline` refuses, without reading pretrained weights, whose fingerprints are therefore not compared.
+
+    Raises:
+        UserError: see `load_pipeline`.
+    """
+    info = read_model_info(model)
+    tcan = untrained_model(model, info)
+    read_parts(model, info, tcan)
+    sources = {part: entry["source"] for part, entry in info["pretrained"].items()}
+    if config.animate.pretrained == "config":
+        sources |= dataclasses.asdict(config.pretrained)
+    for part in NETWORKS:
+        check_source(part, sources[part])
+    schedule = noise_schedule(load_scheduler(sources["scheduler"]), **info.get("schedule", {}))
+    _chosen_scheduler(schedule, motion_positions(sources["motion_adapter"]), config)
+    if config.animate.lora is not None:
+        read_lora(config.animate.lora, tcan.denoiser)
+
+
+def _chosen_scheduler(schedule: DDIMScheduler, positions: int, config: Config) -> SchedulerMixin:
+    """The scheduler of the configuration, with the noise schedule of a model whose motion modules have these positions.
+
+    Raises:
+        UserError: the window is longer; an unknown scheduler, or one that does not support the schedule or the steps.
+    """
+    check_window(config.animate, positions)
+    chosen = sampler(schedule, config.animate.scheduler)
+    set_timesteps(chosen, config.animate.steps)
+    return chosen
 
 
 def drawn_parts(model_info: Mapping[str, Any], config: Config) -> dict[str, bool]:

@@ -169,27 +169,28 @@ def problems(motion: Motion) -> list[str]:
     return [finding_text(motion, index, finding) for index, finding in motion.findings if finding.problem]
 
 
-def warn_or_refuse(motion: Motion, source: str, strict: bool) -> None:
-    """Log the problems, or refuse to continue.
+def refuse_problems(motion: Motion, source: str, strict: bool) -> None:
+    """Refuse to continue with poses that do not match the image.
 
     Raises:
         UserError: `strict`, and there are problems.
     """
-    found = problems(motion)
-    if strict and found:
+    if strict and (found := problems(motion)):
         raise UserError(f"{source}: {'; '.join(found)}; use other inputs, or omit --strict")
-    for text in found:
-        logger.warning("%s: %s", source, text)
+
+
+def print_verdict(motion: Motion) -> None:
+    """Print all findings, one a line."""
+    for index, finding in motion.findings:
+        kind = "problem" if finding.problem else "ok"
+        print(f"{kind:<8}{finding.check:<8}  {finding_text(motion, index, finding)}", flush=True)
 
 
 def report(motion: Motion, preview: Path) -> None:
     """Write the preview and print all findings."""
     create_folder(preview.parent)
     write_image(contact_sheet(motion), preview)
-    for index, finding in motion.findings:
-        print(
-            f"{'problem' if finding.problem else 'ok':<8}{finding.check:<8}  {finding_text(motion, index, finding)}"
-        )
+    print_verdict(motion)
     count = len(problems(motion))
     print(f"{preview}: {len(motion.poses)} frames, {count} problems", flush=True)
 

@@ -20,18 +20,22 @@ from tcan.memory import (
     InferenceMemory,
     TrainingMemory,
     animation_memory,
+    detection_memory,
+    encoding_memory,
     fake_network,
     fake_tcan,
-    preprocess_memory,
     training_memory,
 )
+from tcan.pose.hands import CROPS_PER_BATCH, FACE_SIDE, HAND_SIDES
 from tcan.pose.onnx import OnnxPose
+from tcan.pose.openpose_loading import open_pose_module
 from tcan.weights.original import SD15
 from tcan.weights.pretrained import locate
 
 BATCHES = (1, 2, 4, 8)
 GIB = 2**30
 CARDS = (6, 8, 12, 16, 24, 40, 80)  # GiB
+DETECTED_FRAMES = 16  # default batch of `tcan.pose.find_people`
 RESERVED, MARGIN = 0.75, 1.05
 """GiB of the CUDA context with the libraries' workspaces, and factor of the allocator's fragmentation."""
 
@@ -170,10 +174,15 @@ def _print_animation(config: Config) -> None:
         batch: animation_memory(tcan, vae, animate.window, height, width, batch, guidance)
         for batch in batches
     }
+    draw = config.draw
+    detector = _detector_memory(config.pretrained.pose, DETECTED_FRAMES, height, width, draw.hands, draw.face)
     print(f"animate: window of {animate.window} frames of {width} x {height}, {animate.precision}, GiB")
-    print("\n".join(_phases(estimates[batches[0]])))
+    print("\n".join(_phases(estimates[batches[0]] | detector)))
+    # Offloading leaves the pose detector on the CPU.
     options = {
-        f"decode_batch {batch}, offload {offload}": estimates[batch].peak(offload)
+        f"decode_batch {batch}, offload {offload}": (
+            estimates[batch] | detector if offload == "none" else estimates[batch]
+        ).peak(offload)
         for offload in ("none", "model", "sequential")
         for batch in batches
     }
@@ -181,26 +190,27 @@ def _print_animation(config: Config) -> None:
 
 
 def _print_preprocess(config: Config) -> None:
-    network, input_height = _pose_network(config.pretrained.pose)
     vae = fake_network(lambda: _vae(config.pretrained), torch.float32)
     height, width = _largest(config.buckets)
+    source, parts = config.pretrained.pose, (config.preprocess.hands, config.preprocess.face)
     estimates = {
-        batch: preprocess_memory(vae, network, input_height, batch, height, width)
+        batch: encoding_memory(vae, batch, height, width)
+        | _detector_memory(source, batch, height, width, *parts)
         for batch in (64, 32, 16, 8, 4, 2, 1)
     }
     batch = config.preprocess.batch_frames
     print(f"preprocess: frames of {width} x {height}, fp32, GiB")
     print("\n".join(_phases(estimates.get(batch) or estimates[16])))
-    if OnnxPose.is_in(Path(config.pretrained.pose).expanduser()):
-        print("  The memory of ONNX networks is not estimated; that of OpenPose's network is shown instead.")
     options = {f"batch_frames {batch}": estimate.peak() for batch, estimate in estimates.items()}
     print("\n".join(_fitting(options)) + "\n", flush=True)
 
 
 def _phases(estimate: InferenceMemory) -> list[str]:
-    lines = ["  phase        weights  activations"]
-    for phase, peak in estimate.activations.items():
-        lines.append(f"  {phase:<10}{estimate.weights[phase] / GIB:>10.2f}{peak / GIB:>13.2f}")
+    lines = ["  phase        weights    activations"]
+    for phase, weights in estimate.weights.items():
+        peak = estimate.activations.get(phase)
+        text = "not estimated" if peak is None else f"{peak / GIB:.2f}"
+        lines.append(f"  {phase:<10}{weights / GIB:>10.2f}{text:>15}")
     return lines
 
 
@@ -235,6 +245,26 @@ def _vae(pretrained: PretrainedConfig) -> AutoencoderKL:
     return AutoencoderKL.from_config(_config("vae", pretrained))
 
 
+def _detector_memory(
+    source: str, batch: int, height: int, width: int, hands: bool, face: bool
+) -> InferenceMemory:
+    """Memory of the networks of `load_pose_detector` for frames of this size. ONNX files: their size, without activations."""
+    folder = Path(source).expanduser()
+    folder = folder / "pose" if (folder / "pose").is_dir() else folder
+    if source != "mini" and OnnxPose.is_in(folder):
+        return InferenceMemory({"ONNX": sum(file.stat().st_size for file in folder.glob("*.onnx"))}, {})
+    network, input_height = _pose_network(source)
+    memory = detection_memory("pose", network, batch, height, width, input_height)
+    for on, name, module, network_class, side in (
+        (hands, "hands", "model", "handpose_model", max(HAND_SIDES)),
+        (face, "face", "face", "FaceNet", FACE_SIDE),
+    ):
+        if on:
+            part = fake_network(getattr(open_pose_module(module), network_class), torch.float32)
+            memory |= detection_memory(name, part, CROPS_PER_BATCH, side, side, side)
+    return memory
+
+
 def _pose_network(source: str) -> tuple[nn.Module, float]:
     """The pose network on fake tensors and its input height: of a local `BodyPoseNetwork` folder, else OpenPose's."""
     folder = Path(locate(source, "pose")[0]) if source == "mini" else Path(source).expanduser()
@@ -245,8 +275,6 @@ def _pose_network(source: str) -> tuple[nn.Module, float]:
         return fake_network(lambda: BodyPoseNetwork.from_config(config), torch.float32), config[
             "input_height"
         ]
-    from tcan.pose.openpose_loading import open_pose_module
-
     return fake_network(open_pose_module("model").bodypose_model, torch.float32), 184.0
 
 

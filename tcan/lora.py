@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tcan.errors import UserError, first_line
-from tcan.weights_file import impostor
+from tcan.impostor import impostor
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 

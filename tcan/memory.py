@@ -117,7 +117,11 @@ class InferenceMemory:
     weights: dict[str, int]
     """Weights of the networks of each phase."""
     activations: dict[str, int]
-    """Peak of each phase, excluding weights."""
+    """Peak of each phase, excluding weights. A phase without a value is not estimated."""
+
+    def __or__(self, other: "InferenceMemory") -> "InferenceMemory":
+        """Memory of a job with the phases of both."""
+        return InferenceMemory(self.weights | other.weights, self.activations | other.activations)
 
     def peak(self, offload: str = "none") -> int:
         """Bytes on the device.
@@ -173,35 +177,40 @@ def animation_memory(
     )
 
 
-def preprocess_memory(
-    vae: AutoencoderKL,
-    pose_network: nn.Module,
-    input_height: float,
-    batch_frames: int,
-    height: int,
-    width: int,
-) -> InferenceMemory:
-    """Return the memory of the preprocessing actor: of VAE encoding and of the pose network, without its decoding.
+def encoding_memory(vae: AutoencoderKL, batch_frames: int, height: int, width: int) -> InferenceMemory:
+    """Return the memory of VAE encoding.
 
     Args:
-        vae, pose_network: networks, or fake ones.
-        input_height: see `tcan.pose.OpenPose`.
+        vae: a network, or a fake one.
         batch_frames: frames per batch.
         height, width: in pixels.
     """
-    side = [-(-round(x * input_height / height) // 8) * 8 for x in (height, width)]
 
     def encode() -> None:
         frames = torch.zeros(batch_frames, height, width, 3, dtype=torch.uint8, device=vae.device)
         vae.encode(to_vae_input(frames, vae.dtype))
 
-    def detect() -> None:
-        pose_network(torch.zeros(batch_frames, 3, *side, device=next(pose_network.parameters()).device))
+    return InferenceMemory({"VAE": _weights(vae)}, {"VAE": _forward_peak(encode, vae)})
 
-    return InferenceMemory(
-        weights={"VAE": _weights(vae), "pose": _weights(pose_network)},
-        activations={"VAE": _forward_peak(encode, vae), "pose": _forward_peak(detect, pose_network)},
-    )
+
+def detection_memory(
+    name: str, network: nn.Module, batch: int, height: int, width: int, input_height: float
+) -> InferenceMemory:
+    """Return the memory of a pose network, without its decoding.
+
+    Args:
+        name: of the phase.
+        network: a network, or a fake one.
+        batch: images per batch.
+        height, width: of the images in pixels.
+        input_height: to which they are resized; see `tcan.pose.OpenPose`.
+    """
+    side = [-(-round(x * input_height / height) // 8) * 8 for x in (height, width)]
+
+    def detect() -> None:
+        network(torch.zeros(batch, 3, *side, device=next(network.parameters()).device))
+
+    return InferenceMemory({name: _weights(network)}, {name: _forward_peak(detect, network)})
 
 
 def _weights(network: nn.Module) -> int:

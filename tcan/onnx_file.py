@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from tcan.errors import UserError, first_line
-from tcan.weights_file import impostor
+from tcan.impostor import impostor
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

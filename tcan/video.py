@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
+from tcan.impostor import impostor
 from tcan.pixels import pil_to_uint8
 from tcan.video_stream import UnusableVideo, VideoStream
 
@@ -309,8 +310,9 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
             f"{path}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels; scale the image down"
         ) from None
     except (UnidentifiedImageError, OSError, SyntaxError):
+        found = impostor(path, "an image")
         raise UserError(
-            f"{path}: cannot be read as an image (damaged or unsupported format); use another file"
+            f"{path}: {found or 'cannot be read as an image (damaged or unsupported format); use another file'}"
         ) from None
 
 
@@ -335,7 +337,9 @@ def write_image(image: np.ndarray, path: str | os.PathLike) -> None:
 def _existing_file(path: str | os.PathLike, kind: str) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder, not a' if path.is_dir() else 'no such'} {kind}; check the path")
+        raise UserError(
+            f"{path}: {'a folder, not a file' if path.is_dir() else f'no such {kind}'}; check the path"
+        )
     if path.stat().st_size == 0:
         raise UserError(f"{path}: empty file; use another {kind}")
     return path

@@ -7,23 +7,26 @@ header declares but the file lacks, and ignores edit lists, aspect ratios, mirro
 The decoder processes of preprocessing import this module, so it does not import torch.
 """
 
+import io
 import logging
 import os
 import struct
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
+from pathlib import Path
 
 import av
 import decord
 import numpy as np
 from av.video.reformatter import Colorspace, VideoReformatter
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tcan.crop import fit_image
+from tcan.impostor import impostor
 from tcan.timestamps import Clock, constant_rate, resample
 
 AHEAD_BYTES = 512 * 2**20
@@ -63,6 +66,7 @@ class _Header:
     discontinuous: bool  # the clock may jump
     codec: str
     container: str
+    exif: int = 1  # EXIF orientation of the first frame, if it is a JPEG image
 
 
 class VideoStream:
@@ -137,7 +141,7 @@ class VideoStream:
         if first is None:
             raise UnusableVideo("no frame can be decoded")
         self.start = time or 0.0
-        self.height, self.width = _to_rgb(first, header.ratio, VideoReformatter()).shape[:2]
+        self.height, self.width = _to_rgb(first, header, VideoReformatter()).shape[:2]
         if first.color_trc in HDR:
             self._warn(f"HDR ({HDR[first.color_trc]}); tone-mapped to BT.709")
         if first.colorspace not in MATRICES:
@@ -195,7 +199,7 @@ class VideoStream:
         frames = ((clock(time), frame) for time, frame in self._decoded())
         for time, frame in self._deinterlaced(frames):
             count, corrupt = count + 1, corrupt + frame.is_corrupt
-            yield time, _to_rgb(frame, self._header.ratio, reformatter)
+            yield time, _to_rgb(frame, self._header, reformatter)
         if corrupt > max(1, MAX_CORRUPT * count):
             raise UnusableVideo(f"damaged: {corrupt} of {count} frames are corrupt")
 
@@ -268,15 +272,28 @@ def _read_header(path: str) -> _Header:
     try:
         with av.open(path) as container:
             stream = main_stream(container)
-            packets = [
-                (packet.pts, packet.dts, packet.duration, packet.is_discard, packet.is_keyframe)
-                for packet in container.demux(stream)
-                if packet.size
-            ]
+            packets, exif = [], 1
+            for packet in container.demux(stream):
+                if not packet.size:
+                    continue
+                if not packets and stream.codec_context.name == "mjpeg":
+                    exif = _exif_orientation(bytes(packet))
+                packets.append(
+                    (packet.pts, packet.dts, packet.duration, packet.is_discard, packet.is_keyframe)
+                )
             tick = float(stream.time_base)
-            return _header(packets, tick, stream, container.format)
+            return replace(_header(packets, tick, stream, container.format), exif=exif)
     except av.error.FFmpegError:
-        raise UnusableVideo("not a video, or an unsupported format") from None
+        found = impostor(Path(path), "a video")
+        raise UnusableVideo(
+            found.partition(";")[0] if found else "not a video, or an unsupported format"
+        ) from None
+
+
+def _exif_orientation(jpeg: bytes) -> int:
+    with suppress(UnidentifiedImageError, OSError, SyntaxError), Image.open(io.BytesIO(jpeg)) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 def _header(packets: list[tuple], tick: float, stream: av.VideoStream, form: av.ContainerFormat) -> _Header:
@@ -348,9 +365,9 @@ class _BestTime:
         return dts
 
 
-def _to_rgb(frame: av.VideoFrame, ratio: Fraction, reformatter: VideoReformatter) -> np.ndarray:
-    """Upright uint8 RGB `[H, W, 3]` with square pixels, from a frame with pixels of the aspect ratio `ratio`."""
-    height, width = frame.height, frame.width
+def _to_rgb(frame: av.VideoFrame, header: _Header, reformatter: VideoReformatter) -> np.ndarray:
+    """Upright uint8 RGB `[H, W, 3]` with square pixels."""
+    height, width, ratio = frame.height, frame.width, header.ratio
     width, height = (round(width * ratio), height) if ratio >= 1 else (width, round(height / ratio))
     options: dict[str, int] = {}
     if frame.color_trc in HDR:
@@ -360,7 +377,7 @@ def _to_rgb(frame: av.VideoFrame, ratio: Fraction, reformatter: VideoReformatter
     converted = reformatter.reformat(
         frame, width, height, "rgb24", interpolation="BICUBIC", threads=1, **options
     )
-    return _upright(converted.to_ndarray(), frame)
+    return _upright(converted.to_ndarray(), frame, header.exif)
 
 
 def _is_rotated(frame: av.VideoFrame) -> bool:
@@ -369,12 +386,15 @@ def _is_rotated(frame: av.VideoFrame) -> bool:
     return frame.rotation != 0
 
 
-def _upright(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+def _upright(image: np.ndarray, frame: av.VideoFrame, exif: int) -> np.ndarray:
     """Apply a frame's display matrix (ISO 14496-12, 6.2.2): nine int32; x' = a x + c y, y' = b x + d y."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # PyAV cannot list side data of a kind that it does not know, such as EXIF
-        return np.rot90(image, frame.rotation // 90)
+        if exif not in range(2, 9):
+            return np.rot90(image, frame.rotation // 90)
+        image = image.swapaxes(0, 1) if exif > 4 else image
+        return image[:: -1 if exif in (3, 4, 7, 8) else 1, :: -1 if exif in (2, 3, 6, 7) else 1]
     if matrix is None:
         return image
     a, b, _, c, d = struct.unpack("<9i", bytes(matrix))[:5]

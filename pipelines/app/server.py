@@ -99,9 +99,9 @@ class OnlyThisHost:
 
 
 def _description(model: str, studio: "Studio", max_upload_mb: int) -> str:
-    height, width = studio.size
+    pipe = studio.pipe
     return (
-        f"Animate the person of an image with the motion of a video. Model: {model}, {width} x {height} pixels, on "
-        f"{studio.pipe.device.type.upper()}. Driving videos: at most {studio.max_frames} frames. Files: at most "
+        f"Animate the person of an image with the motion of a video. Model: {model}, {pipe.width} x {pipe.height} pixels, on "
+        f"{pipe.device.type.upper()}. Driving videos: at most {studio.max_frames} frames. Files: at most "
         f"{max_upload_mb} MB, deleted when the page is closed."
     )

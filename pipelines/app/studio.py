@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from pipelines.animate import Animation, Inputs, generate_frames, read_motion, side_by_side
+from pipelines.animate import Animation, Inputs, generate_frames, prepare_motion, side_by_side
 from pipelines.config import Config
 from pipelines.inference import memory_advice
 from pipelines.match import Motion, check_character, clean_people
@@ -104,7 +104,6 @@ class Studio:
 
     def __init__(self, pipe: TCANPipeline, config: Config, max_frames: int) -> None:
         self.pipe, self.config, self.max_frames = pipe, config, max_frames
-        self.size = config.animate.height or pipe.height, config.animate.width or pipe.width
         self._device = threading.Lock()
 
     def read_image(self, path: Path, session: Session) -> tuple[DetectedPeople, Path]:
@@ -184,9 +183,8 @@ class Studio:
             )
             characters = [check_character(clean.poses[0], character.path.name) for clean in selected]
         animation = Animation(Path(character.path.name), Path(), Path(driver.path.name))
-        size = driver.height, driver.width
-        inputs = Inputs(character.image, driver.fps, None, drivers, size, characters)
-        return read_motion(None, animation, inputs, self.config, self.size)
+        inputs = Inputs(character.image, driver.fps, None, drivers, (driver.height, driver.width), characters)
+        return prepare_motion(self.pipe, animation, inputs, self.config)
 
     def animate(
         self, session: Session, sampling: dict[str, Any], seed: int, progress: Progress
@@ -207,7 +205,7 @@ class Studio:
         folder, job = session.new_folder(), session.new_job()
         result = folder / f"{character.path.stem}-{driver.path.stem}.mp4"
         comparison = result.with_name(f"{result.stem}-side-by-side.mp4")
-        height, width = self.size
+        height, width = motion.image.shape[:2]
         with self._use_device(job), memory_advice(config):
             frames = generate_frames(self.pipe, motion, config, self._on_step(config, job, progress))
             job.check("during the denoising")

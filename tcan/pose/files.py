@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError
+from tcan.impostor import impostor
 from tcan.pose.keypoints import add_missing_necks, are_normalized
 from tcan.pose.parts import BODY, FACE, LEFT_HAND, NUM_POINTS, RIGHT_HAND
 
@@ -146,7 +147,10 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot read the poses ({error.strerror}); check the path") from None
     except (ValueError, RecursionError):  # ValueError includes UnicodeDecodeError
-        raise UserError(f"{path}: not JSON; give keypoints in the format of OpenPose or tcan pose") from None
+        found = impostor(path, "JSON")
+        raise UserError(
+            f"{path}: {found or 'not JSON; give keypoints in the format of OpenPose or tcan pose'}"
+        ) from None
 
 
 def _parse_frame(frame: Any, where: str) -> NDArray[np.float32]:

@@ -7,13 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
 from tcan.errors import UserError, first_line
-from tcan.weights_file import impostor
+from tcan.weights_file import open_weights
 
 OPENPOSE_FILE = "body_pose_model.pth"
 HAND_FILE = "hand_pose_model.pth"
@@ -23,12 +22,16 @@ FACE_FILE = "facenet.pth"
 def find_openpose_file(source: str | Path, name: str) -> Path:
     """Path of one of OpenPose's files in a folder or in a Hugging Face Hub repository (`owner/name[@revision]`).
 
+    A folder can contain it as .safetensors, too.
+
     Raises:
         UserError: the folder lacks the file, or the download failed.
     """
     if not Path(source).is_dir():
         return _download(str(source), name)
     path = Path(source) / name
+    if not path.is_file() and (converted := path.with_suffix(".safetensors")).is_file():
+        return converted
     if not path.is_file():
         missing = f"neither config.json nor {name}" if name == OPENPOSE_FILE else f"no {name}"
         raise UserError(
@@ -53,25 +56,20 @@ def load_openpose_network(network: nn.Module, path: Path, name: str, *, in_block
 
     Args:
         network: modified in place and returned.
-        path: the weights file.
+        path: the weights file, in any form of `open_weights`.
         name: OpenPose's name of that file, for error messages.
         in_blocks: the network's parameter names start with a block name that the file's keys lack.
 
     Raises:
         UserError: the file is not readable, or its keys or shapes do not match the network.
     """
-    if found := impostor(path):
-        raise UserError(f"pose network {path}: {found}")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load can raise any exception on a file that is not a pickle
-        raise UserError(
-            f"pose network {path}: not a weights file ({first_line(error)}); download OpenPose's {name} again"
-        ) from error
+        weights = open_weights(path)
+    except UserError as error:
+        raise UserError(f"pose network {error}") from None
     names = {key.split(".", 1)[1] if in_blocks else key: key for key in network.state_dict()}
-    keys = weights.keys() if isinstance(weights, dict) else set()
-    if keys != names.keys():
-        missing, unexpected = sorted(names.keys() - keys), sorted(map(str, keys - names.keys()))
+    if weights.keys() != names.keys():
+        missing, unexpected = sorted(names.keys() - weights.keys()), sorted(weights.keys() - names.keys())
         raise UserError(
             f"pose network {path}: not OpenPose's {name}: {len(missing)} keys missing {missing[:3]}, "
             f"{len(unexpected)} unexpected {unexpected[:3]}; give the original file"

@@ -30,7 +30,6 @@ from tcan.weights.original import (
     check_positions,
     convert,
     num_positions,
-    open_weights,
     split_parts,
 )
 from tcan.weights.pretrained import (
@@ -42,6 +41,7 @@ from tcan.weights.pretrained import (
     load_scheduler,
     pretrained_fingerprint,
 )
+from tcan.weights_file import open_weights
 
 OPENPOSE_NETWORKS = {
     "hands": (HAND_FILE, "model", "handpose_model", True),
@@ -67,9 +67,10 @@ def describe(path: Path) -> str:
         return _describe_model_folder(path)
     if OnnxPose.is_in(path):
         return f"pose detector in ONNX files, fingerprint {OnnxPose.from_folder(path).fingerprint}"
-    if (path / OPENPOSE_FILE).is_file():
-        files = (path / name for name in (OPENPOSE_FILE, HAND_FILE, FACE_FILE))
-        return "; ".join(_describe_file(file) for file in files if file.is_file())
+    names = [Path(name) for name in (OPENPOSE_FILE, HAND_FILE, FACE_FILE)]
+    files = [path / file for name in names for file in (name, name.with_suffix(".safetensors"))]
+    if found := [file for file in files if file.is_file()]:
+        return "; ".join(map(_describe_file, found))
     return _describe_diffusers_folder(path)
 
 

@@ -19,6 +19,7 @@ from tcan import __version__
 from tcan.appa import save_appa
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError, first_line
+from tcan.impostor import impostor
 from tcan.model import TCAN
 from tcan.variant import Variant
 from tcan.weights.common import check_keys, check_shapes, quiet
@@ -29,7 +30,6 @@ from tcan.weights.pretrained import (
     load_scheduler,
     pretrained_fingerprint,
 )
-from tcan.weights_file import impostor
 
 MODEL_FILE = "tcan.json"
 MODEL_PARTS = {

@@ -14,9 +14,7 @@ Any other key is an error. The prefix `module.` of all keys (`DataParallel`) is 
 keys. `tcan/sd15` contains the architectures; nothing is downloaded.
 """
 
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +31,12 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
 )
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tcan.errors import UserError, first_line
+from tcan.errors import UserError
 from tcan.weights.common import check_keys, check_shapes, quiet
-from tcan.weights_file import impostor
+from tcan.weights_file import open_weights
 
 SD15 = Path(__file__).parents[1] / "sd15"  # configurations without weights
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -146,79 +143,8 @@ UNUSED = (
     r"|(cond_stage_model|embedding_manager)\..*|logit_scale|text_projection(\.weight)?"
 )
 POSITIONS = (".pos_encoder.pe", ".pos_embed.pe")
-WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes of all keys that `DataParallel` and `torch.compile` add."""
 ANIMATELCM_POSITIONS = 64
 """Positions of motion modules whose file has no position tables: those of AnimateLCM, which were trained with 64."""
-
-
-def open_weights(path: Path) -> dict[str, Tensor]:
-    """Memory-map the tensors of a safetensors file or a PyTorch pickle on the CPU, by name without `WRAPPERS`.
-
-    The format is recognized by the content: files are renamed, and blobs of the Hub's cache have no suffix. Pickles in
-    PyTorch's format before 1.6, which is not a zip file, are read into memory.
-
-    Raises:
-        UserError: the file does not exist, is not a weights file, or is a pickle that contains code.
-    """
-    if found := impostor(path):
-        raise UserError(f"{path}: {found}")
-    try:
-        with (
-            path.open("rb") as file,
-            torch.serialization.safe_globals([(_Inert, name) for name in _INERT]),
-        ):
-            # A safetensors file begins with the size of its header in 8 bytes, then the header, which is JSON.
-            if file.read(9)[8:] == b"{":
-                return _unwrap(load_file(path))
-            file.seek(0)
-            # torch.load chooses the format of a path by its suffix, and maps only paths.
-            mmap = path.suffix != ".safetensors" and zipfile.is_zipfile(path)
-            content = torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except pickle.UnpicklingError as error:
-        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path}: contains {foreign[1]}, which could execute code; provide the weights as .safetensors"
-            ) from None
-        raise UserError(
-            f"{path}: not a weights file (neither safetensors nor a PyTorch pickle); provide another file"
-        ) from None
-    except Exception as error:  # torch.load can raise any exception on a file that is not a pickle
-        raise UserError(
-            f"{path}: not a weights file, or incomplete ({first_line(error)}); copy or download it again"
-        ) from None
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]  # trainers save their state next to it
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(
-            f"{path}: not a weights file: contains values other than tensors; provide another file"
-        )
-    return _unwrap(content)
-
-
-def _unwrap(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    while weights and (found := [w for w in WRAPPERS if all(name.startswith(w) for name in weights)]):
-        weights = {name.removeprefix(found[0]): tensor for name, tensor in weights.items()}
-    return weights
-
-
-class _Inert:
-    """Replaces the other objects in old Lightning checkpoints when they are unpickled; ignores all arguments and state."""
-
-    def __init__(self, *arguments: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-_INERT = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "numpy.core.multiarray.scalar",
-    "numpy.dtype",
-)
 
 
 def split_parts(path: Path, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -318,22 +244,31 @@ def convert(part: str, where: str, weights: dict[str, Tensor], network: Any) -> 
     return result
 
 
-def load_original(part: str, path: Path) -> Any:
-    """Load one part of a single file as a network in float32 on the CPU.
+def original_part(part: str, path: Path) -> dict[str, Tensor]:
+    """The weights of one part of a single file, memory-mapped, with the file's keys.
 
     Raises:
-        UserError: as `open_weights`, `split_parts` and `convert`; the file does not contain this part; the position
-            tables of motion modules differ from those of AnimateDiff v2.
+        UserError: as `open_weights` and `split_parts`; the file does not contain this part.
     """
     parts = split_parts(path, open_weights(path))
     if part not in parts:
         titles = ", ".join(TITLES[found] for found in parts)
         raise UserError(f"{part}: {path} contains {titles}; provide a file that contains the {TITLES[part]}")
+    return parts[part]
+
+
+def load_original(part: str, path: Path) -> Any:
+    """Load one part of a single file as a network in float32 on the CPU.
+
+    Raises:
+        UserError: as `original_part` and `convert`; the position tables of motion modules differ from those of AnimateDiff v2.
+    """
+    weights = original_part(part, path)
     where = f"{part} from {path}"
-    network = build(part, parts[part])
-    weights = convert(part, where, parts[part], network)
-    check_positions(where, parts[part])
-    network.load_state_dict(weights, strict=False, assign=True)
+    network = build(part, weights)
+    converted = convert(part, where, weights, network)
+    check_positions(where, weights)
+    network.load_state_dict(converted, strict=False, assign=True)
     with quiet():  # diffusers warns about normalization layers that stay in float32
         return network.to(torch.float32).eval()
 

@@ -14,12 +14,19 @@ from transformers import CLIPTextModel
 
 from tcan.errors import UserError, first_line
 from tcan.fingerprint import fingerprint
+from tcan.impostor import impostor
 from tcan.pose import OpenPose
 from tcan.pose.hands import FaceDetector, HandDetector, OpenPoseParts
 from tcan.pose.onnx import OnnxPose
 from tcan.weights.common import check_keys, quiet
-from tcan.weights.original import SD15, SUFFIXES, check_positions, load_original
-from tcan.weights_file import impostor
+from tcan.weights.original import (
+    SD15,
+    SUFFIXES,
+    check_positions,
+    load_original,
+    num_positions,
+    original_part,
+)
 
 MINI = Path(__file__).parents[1] / "mini"
 MINI_MODEL = MINI / "trained"
@@ -188,10 +195,7 @@ def load_part(part: str, source: str, variant: str | None = None) -> Any:
     if Path(source).expanduser().is_file():
         return load_original(part, Path(source).expanduser())
     path, options = locate(source, part)
-    files = sorted(Path(path).glob("*")) if Path(path).is_dir() else []
-    for file in files:
-        if found := impostor(file):
-            raise UserError(f"{part} from {file}: {found}")
+    files = _folder_files(part, path)
     variants = [_existing_variant(files, variant)] if files else list(dict.fromkeys((variant, None, "fp16")))
     for attempt in variants:
         try:
@@ -217,6 +221,52 @@ def load_part(part: str, source: str, variant: str | None = None) -> Any:
         )
         module.register_to_config(use_motion_mid_block=False)
     return module
+
+
+def check_source(part: str, source: str) -> None:
+    """Check what is known about the source of a part without reading its weights. Sources on the Hub are not contacted.
+
+    Raises:
+        UserError: as `load_part`.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        original_part(part, path)
+    else:
+        _folder_files(part, locate(source, part)[0])
+
+
+def motion_positions(source: str) -> int:
+    """Number of positions of motion modules, the maximum number of frames of a window, without reading their weights.
+
+    Raises:
+        UserError: as `load_part`.
+    """
+    part = "motion_adapter"
+    path = Path(source).expanduser()
+    if path.is_file():
+        return num_positions(original_part(part, path))
+    folder, options = locate(source, part)
+    try:
+        with quiet():
+            return MotionAdapter.load_config(folder, **options)["motion_max_seq_length"]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{part}: cannot load {source} ({first_line(error)}); check the source and the connection"
+        ) from None
+
+
+def _folder_files(part: str, folder: str) -> list[Path]:
+    """The files of a local folder; none on the Hub.
+
+    Raises:
+        UserError: a file that was saved in the place of weights.
+    """
+    files = sorted(Path(folder).glob("*")) if Path(folder).is_dir() else []
+    for file in files:
+        if found := impostor(file):
+            raise UserError(f"{part} from {file}: {found}")
+    return files
 
 
 def _existing_variant(files: list[Path], preferred: str | None) -> str | None:

@@ -321,18 +321,51 @@ def test_dry_run_prints_the_verdict_and_writes_only_a_preview(
 ) -> None:
     files = {"image": puppets / "hero.png", "out": tmp_path / "out.mp4", "driving": puppets / "dance.mp4"}
     animate(Animation(**files), model_folder, config(), dry_run=True)
-    text = capsys.readouterr().out
-    assert re.findall(r"^(?:ok|problem) +(\w+) ", text, re.MULTILINE) == [
-        "frame",
-        "limbs",
-        "scale",
-        "missing",
-        "flips",
-    ]
+    verdict = re.findall(r"^(?:ok|problem) +(\w+)  .*", text := capsys.readouterr().out, re.MULTILINE)
+    assert verdict == ["frame", "limbs", "scale", "missing", "flips"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.preview.png"]
     sheet = read_image(tmp_path / "out.preview.png")
     assert sheet.shape == (3 * 336, 3 * 336, 3)  # the image and 6 frames; a margin of 20% around 240 pixels
     assert (sheet[:336, :336].max(axis=2) > 200).any() and not (sheet[-336:, 336:] != 32).any()
+
+    animate(Animation(**files), model_folder, config())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [*text.splitlines()[:5], f"{tmp_path / 'out.mp4'}: 6 frames at 24 frames/s"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--animate.window", "33"], "animate.window = 33: the model's motion modules have 32 positions"),
+        (["--animate.scheduler", "NoScheduler"], "scheduler NoScheduler: not supported"),
+        (["--animate.scheduler", "LCMScheduler", "--animate.steps", "51"], "steps = 51: not supported"),
+        (["--animate.lora", "no-lora.safetensors"], "LoRA no-lora.safetensors: cannot be read"),
+        (
+            ["--animate.pretrained", "config", "--pretrained.vae", "no-vae.ckpt"],
+            "vae: no such file: no-vae.ckpt",
+        ),
+        (["--animate.device", "cuda"], "animate.device = cuda: no GPU"),
+    ],
+)
+def test_dry_run_refuses_the_settings_that_the_job_refuses(
+    model_folder: Path, puppets: Path, tmp_path: Path, options: list[str], reason: str
+) -> None:
+    files = {"image": puppets / "hero.png", "out": tmp_path / "out.mp4", "driving": puppets / "dance.mp4"}
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match=re.escape(reason)):
+            animate(Animation(**files), model_folder, config(*options), dry_run)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_refuses_an_incomplete_model(model_folder: Path, puppets: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    (model / "motion_adapter" / "diffusion_pytorch_model.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1"
+    )
+    files = {"image": puppets / "hero.png", "out": tmp_path / "out.mp4", "driving": puppets / "dance.mp4"}
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match=r"motion_adapter.*: a Git LFS pointer"):
+            animate(Animation(**files), model, config(), dry_run)
 
 
 def test_match_reports_without_a_model(
@@ -345,8 +378,8 @@ def test_match_reports_without_a_model(
     assert "missing --out" in error_of(capsys, "pose", str(puppets / "dance.mp4"))
 
 
-def test_driver_who_leaves_the_frame_is_refused_by_strict_and_named_by_a_warning(
-    model_folder: Path, puppets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_driver_who_leaves_the_frame_is_refused_by_strict_and_named_by_the_verdict(
+    model_folder: Path, puppets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The driver is 20% of the character's height and walks across the frame: its movement is scaled up."""
     walk = np.concatenate(read_poses(puppets / "dance.json").people)
@@ -358,7 +391,7 @@ def test_driver_who_leaves_the_frame_is_refused_by_strict_and_named_by_a_warning
         animate(Animation(**files, strict=True), model_folder, config())
     assert not (tmp_path / "out").exists()
     animate(Animation(**files), model_folder, config())
-    assert "% of the joints are outside the frame, most often" in caplog.text
+    assert re.search(r"^problem frame .*% of the joints are outside", capsys.readouterr().out, re.MULTILINE)
     assert len(images(tmp_path / "out")) == len(walk)
 
 
@@ -383,6 +416,11 @@ def test_two_people_get_the_motions_that_are_mapped_to_them(model_folder: Path, 
         np.testing.assert_array_equal(both[:, index : index + 1], motion(*selection))
     with pytest.raises(UserError, match=r"duo\.png: 1 people selected, but 2 in the driving motion"):
         motion("left", "left+right")
+    selection = Animation(**files, out=tmp_path / "out", person="left", driving_person="left+right")
+    with pytest.raises(
+        UserError, match=r"--person left: 1 of the image, but --driving_person left\+right are 2"
+    ):
+        read_inputs(selection, wide)
 
     animation = Animation(
         **files, out=tmp_path / "out", person="left+right", driving_person="2+1", side_by_side=True

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -20,9 +21,10 @@ from tcan.video import read_image, read_video, write_image, write_video
 from tests.pipelines.test_cli import error_of
 
 
-def write_table(path: Path, *rows: tuple[str, str, str]) -> None:
+def write_table(path: Path, *rows: tuple[str, ...]) -> None:
+    head = ("image", "driving", "out", "person", "driving_person")
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("image", "driving", "out"), *rows])
+        csv.writer(file).writerows([head[: len(rows[0])], *rows])
 
 
 def report_of(path: Path) -> list[dict[str, str]]:
@@ -172,6 +174,35 @@ def test_pairs_in_a_bucket_are_read_rendered_and_skipped_when_complete(
     assert not [*Path(staging._folder().name).glob(f"{staging.TEMPORARY}*")]
 
 
+def test_people_are_selected_by_row(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Ray. The pose image of each result has its skeletons where the row's people are."""
+    left, right = (sample_clip("dance", seed, 4) for seed in (2, 5))
+    write_image(np.concatenate([left.frames[0], right.frames[0]], axis=1), tmp_path / "duo.png")
+    write_video(np.concatenate([left.frames, right.frames], axis=2), tmp_path / "duo.mp4", 12)
+    rows = (("left", "right"), ("", ""), ("200,60", "1"), ("left+right", "1+2"))
+    names = [(str(tmp_path / "duo.png"), str(tmp_path / "duo.mp4"), str(tmp_path / str(i))) for i in range(4)]
+    write_table(tmp_path / "pairs.csv", *((*name, *row) for name, row in zip(names, rows, strict=True)))
+    config = load_config("--animate.steps", "1", "--animate.guidance_scale", "1", "--animate.width", "128")
+    options = {"side_by_side": True, "person": "right"}
+    animator, sides = Animator(str(model_folder), config, options), []
+    for pair in read_pairs(tmp_path / "pairs.csv"):
+        assert animator.animate(pair)["status"] == "done"
+        drawn = read_image(Path(pair.out) / "000000.png")[:, 128:256].max(axis=(0, 2)) > 100
+        sides.append([bool(drawn[:64].any()), bool(drawn[64:].any())])
+    assert sides == [[True, False], [False, True], [False, True], [True, True]]
+
+    for row, reason in (
+        (("left+right", ""), "row 2: person left+right: 2 of the image, but"),
+        (("", "0"), "row 2: driving_person 0: invalid person"),
+        (("somebody", ""), "row 2: person somebody: invalid person"),
+    ):
+        write_table(tmp_path / "bad.csv", (*names[0], "left", "2"), (*names[1], *row))
+        arguments = ("--pairs", str(tmp_path / "bad.csv"), "--model", str(model_folder))
+        assert reason in error_of(capsys, "animate", *arguments)
+
+
 def test_invalid_tables_are_user_errors(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +218,11 @@ def test_invalid_tables_are_user_errors(
             "no column driving (columns: image, video, out); the table needs image, driving",
         ),
         ("empty.csv", head, "no pairs; add one row per animation"),
+        (
+            "cells.csv",
+            "image,driving,out,person\na,b,c.mp4,310,95\n",
+            "row 1: more cells than columns; quote",
+        ),
         ("same.csv", f"{head}a,b,c.mp4\nd,e,c.mp4\n", "two pairs have the same output"),
     ):
         if text is not None:

@@ -317,6 +317,32 @@ def test_memory_prints_a_stage_by_gpus_and_zero_stage(capsys: pytest.CaptureFixt
     assert error_of(capsys, "memory", "--gpus", "0").startswith("--gpus 0: must be at least 1")
 
 
+@pytest.mark.parametrize("job", ["animate", "preprocess"])
+def test_memory_counts_the_configured_pose_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], job: str
+) -> None:
+    """Their weights have the sizes of OpenPose's files, in bytes, and of the ONNX files."""
+    section = {"animate": "draw", "preprocess": "preprocess"}[job]
+    sources = [tmp_path / "openpose", tmp_path / "onnx"]
+    for source in sources:
+        source.mkdir()
+    for name, size in (("boxes.onnx", 2**30), ("points.onnx", 2**29)):
+        with (sources[1] / name).open("wb") as file:
+            file.truncate(size)
+    options = [f"--{section}.hands", "true", f"--{section}.face", "true"]
+    found = []
+    for source in sources:
+        assert cli.main(["memory", "--job", job, f"--pretrained.pose={source}", *options]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        found.append({row[0]: row[1:] for row in rows if row and row[0] in ("pose", "hands", "face", "ONNX")})
+    files = {"pose": 209267595, "hands": 147341049, "face": 153718792}
+    assert {name: float(row[0]) for name, row in found[0].items()} == {
+        name: round(size / 2**30, 2) for name, size in files.items()
+    }
+    assert min(float(row[1]) for row in found[0].values()) > 0.01
+    assert found[1] == {"ONNX": ["1.50", "not", "estimated"]}
+
+
 def test_file_name_with_a_leading_dash_is_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,9 +8,10 @@ from tcan.memory import (
     InferenceMemory,
     TrainingMemory,
     animation_memory,
+    detection_memory,
+    encoding_memory,
     fake_network,
     fake_tcan,
-    preprocess_memory,
     training_memory,
 )
 from tcan.model import TCAN, diffusion_loss
@@ -117,8 +118,9 @@ def test_inference_estimates_match_the_measured_peaks(pretrained: dict) -> None:
     def encode() -> None:
         vae.encode(to_vae_input(torch.zeros(4, SIZE, SIZE, 3, dtype=torch.uint8), torch.float32))
 
-    actor = preprocess_memory(
-        fake_network(tiny_vae, torch.float32), fake_network(BodyPoseNetwork, torch.float32), 64, 4, SIZE, SIZE
+    body = fake_network(BodyPoseNetwork, torch.float32)
+    actor = encoding_memory(fake_network(tiny_vae, torch.float32), 4, SIZE, SIZE) | detection_memory(
+        "pose", body, 4, SIZE, SIZE, 64
     )
     for name, estimated, run in (
         ("denoising", estimate.activations["denoising"], denoise),

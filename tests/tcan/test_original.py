@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tcan.errors import UserError
 from tcan.pose import OpenPose
+from tcan.pose.hands import FaceDetector, HandDetector
 from tcan.pose.openpose_loading import open_pose_module
 from tcan.weights import load_part, load_pretrained
 from tcan.weights.check import describe
@@ -265,19 +267,38 @@ def test_loading_a_file_prints_nothing(tmp_path: Path, caplog: pytest.LogCapture
 @pytest.mark.parametrize(
     ("name", "module", "network", "text"),
     [
+        ("body_pose_model.pth", "model", "bodypose_model", "OpenPose body network (52.3 M)"),
         ("hand_pose_model.pth", "model", "handpose_model", "OpenPose hand network (36.8 M)"),
-        ("facenet.pth", "face", "FaceNet", "OpenPose face network (38.3 M)"),
+        ("facenet.pth", "face", "FaceNet", "OpenPose face network (38.4 M)"),
     ],
 )
-def test_describe_knows_hand_and_face_networks(
+def test_openpose_networks_load_strictly_in_all_forms(
     tmp_path: Path, name: str, module: str, network: str, text: str
 ) -> None:
-    state = getattr(open_pose_module(module), network)().state_dict()
-    in_blocks = network == "handpose_model"
-    shapes = {key.split(".", 1)[1] if in_blocks else key: tuple(t.shape) for key, t in state.items()}
-    path = save(files.tensors(shapes), tmp_path / name)
-    millions = f"({sum(t.numel() for t in state.values()) / 1e6:.1f} M)"
-    assert describe(path) == f"{text.split(' (')[0]} {millions}, as a single file"
+    """Of OpenPose's file, with the prefix of `DataParallel` in the dictionary of a trainer, and as safetensors."""
+    build = getattr(open_pose_module(module), network)
+    in_blocks = network != "FaceNet"
+    state = {key.split(".", 1)[1] if in_blocks else key: value for key, value in build().state_dict().items()}
+    weights = files.tensors({key: tuple(value.shape) for key, value in state.items()})
+    wrapped = {f"module.{key}": value for key, value in weights.items()}
+    converted = name.replace(".pth", ".safetensors")
+    load = {"bodypose_model": OpenPose, "handpose_model": HandDetector, "FaceNet": FaceDetector}[network]
+    for form, (content, file) in enumerate(
+        ((weights, name), ({"state_dict": wrapped}, name), (wrapped, converted))
+    ):
+        folder = tmp_path / str(form)
+        folder.mkdir()
+        if file == converted:
+            save_file({key: value.contiguous() for key, value in content.items()}, folder / file)
+        else:
+            save(content, folder / file)
+        assert describe(folder / file) == f"{text}, as a single file"
+        loaded = load.from_pretrained(folder).network.state_dict()
+        assert list(files.values(loaded)) == list(files.values(weights))
+    wrapped.pop("module.conv1_1.bias")
+    for source in (load.from_pretrained, describe):
+        with pytest.raises(UserError, match=rf"not OpenPose's {name}: 1 keys missing \['conv1_1.bias'\]"):
+            source(save(wrapped, tmp_path / "0" / name))
 
 
 @pytest.mark.parametrize(

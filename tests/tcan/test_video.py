@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from tcan.crop import fit_image, fit_keypoints
 from tcan.errors import UserError
+from tcan.pose import read_poses
 from tcan.video import VideoFrames, check_target, is_image, read_image, read_video, write_image, write_video
 
 
@@ -308,3 +309,20 @@ def test_keypoints_are_cropped_like_the_image() -> None:
     y, x = np.argwhere(fitted[..., 0] > 127).mean(axis=0) + 0.5
     np.testing.assert_allclose(mapped[4], [x, y, 0.7], atol=0.6)
     assert not mapped[:4].any()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a Git LFS pointer, not the file itself",
+        ),
+        ("<!DOCTYPE html><html></html>", "an HTML page, not "),
+    ],
+)
+def test_what_was_saved_in_the_place_of_an_input_is_named(tmp_path: Path, content: str, reason: str) -> None:
+    for name, read in (("a.png", read_image), ("a.mp4", VideoFrames), ("a.json", read_poses)):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=f"{name}: .*{reason}"):
+            read(tmp_path / name)

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from tcan import video_stream
 from tcan.video import VideoFrames
@@ -74,6 +74,24 @@ def test_mirrored_display_matrix_is_applied(tmp_path: Path, folder: Path, hflip:
     _, image = next(iter(VideoStream(tmp_path / "a.mp4")))
     _, plain = next(iter(VideoStream(folder / "no_b.mp4")))
     np.testing.assert_allclose(image[:: -1 if vflip else 1, :: -1 if hflip else 1], plain, atol=2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_of_mjpeg_frames_is_applied(tmp_path: Path, orientation: int) -> None:
+    """As PIL does for a JPEG image."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24, :32], pixels[:24, 32:], pixels[24:, :32] = (220, 30, 30), (30, 200, 30), (40, 40, 220)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    jpeg = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.mjpeg").write_bytes(3 * jpeg)
+    zoo._ffmpeg(*f"-f mjpeg -i {tmp_path}/a.mjpeg -c copy {tmp_path}/a.avi".split())
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")))
+    video = VideoStream(tmp_path / "a.avi")
+    assert (video.height, video.width) == expected.shape[:2]
+    for _, image in video:
+        assert difference(image, expected) < 8
 
 
 def test_animated_webp_keeps_frames_and_times(tmp_path: Path, source: np.ndarray) -> None:

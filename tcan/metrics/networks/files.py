@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tcan.errors import UserError, first_line
+from tcan.impostor import impostor
 from tcan.weights.common import check_keys, check_shapes
-from tcan.weights_file import impostor
 
 COUNTERS = ".num_batches_tracked"
 """Suffix of counters of batch normalization. Files of PyTorch before 0.4 lack them, and inference does not use them."""
