@@ -285,5 +285,8 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if status := re.search(r"google::cloud::Status\((\w+): ", text):
         reason = text[status.end() :].partition(" error_info={")[0]
-        text = f"{status[1]}: " + re.split("with a last message of |The underlying error message was: ", reason)[-1]
+        text = (
+            f"{status[1]}: "
+            + re.split("with a last message of |The underlying error message was: ", reason)[-1]
+        )
     return text[:200]

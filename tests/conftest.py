@@ -1,4 +1,4 @@
-"""Shared environment and fixtures: a local Ray cluster, servers of S3 and of Google Cloud Storage, random pretrained models and a model on them."""
+"""Shared environment and fixtures: a local Ray cluster, servers of buckets, random pretrained models and a model on them."""
 
 import os
 import signal
@@ -90,7 +90,11 @@ def gcs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "tests.gcs_server", "corpus"]
     with (
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parents[1]
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=Path(__file__).parents[1],
         ) as server,
         pytest.MonkeyPatch.context() as patch,
     ):

@@ -64,7 +64,9 @@ def test_checkpoints_that_were_never_registered_are_deleted_from_a_bucket(any_bu
     ):
         storage.write(f"{any_bucket}/killed/stage1/{name}", b"{}")
     remove_incomplete(f"{any_bucket}/killed/stage1")
-    assert storage.list_files(f"{any_bucket}/killed", recursive=True) == [f"{any_bucket}/killed/stage1/run.json"]
+    assert storage.list_files(f"{any_bucket}/killed", recursive=True) == [
+        f"{any_bucket}/killed/stage1/run.json"
+    ]
 
 
 def test_pose_and_train_read_and_write_a_bucket(any_bucket: str, tmp_path: Path, capsys) -> None:
@@ -86,5 +88,7 @@ def test_pose_and_train_read_and_write_a_bucket(any_bucket: str, tmp_path: Path,
     )
     assert line.startswith(f"{any_bucket}/dataset: encoded with another VAE")
     storage.write(f"{any_bucket}/run/stage1/run.json", b"{")
-    with pytest.raises(UserError, match=f"{any_bucket}/run/stage1/run.json: cannot be read, or is not a file of"):
+    with pytest.raises(
+        UserError, match=f"{any_bucket}/run/stage1/run.json: cannot be read, or is not a file of"
+    ):
         read_run(f"{any_bucket}/run/stage1")
