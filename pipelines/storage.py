@@ -92,10 +92,10 @@ def check_bucket(name: str) -> None:
     bucket = f"{name.partition('://')[0]}://{path.partition('/')[0]}"
     try:
         info = filesystem.get_file_info(path.partition("/")[0])
+    except PermissionError:
+        # From Google's client: roles for reading and writing objects do not include reading the properties of the bucket.
+        return
     except OSError as error:
-        # Google's roles for reading and writing objects do not include reading the properties of the bucket.
-        if "PERMISSION_DENIED" in str(error) and name.startswith("gs://"):
-            return
         raise UserError(
             f"{bucket}: cannot be reached: {one_line(error)}; check the endpoint and the credentials"
         ) from None

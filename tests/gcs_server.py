@@ -19,7 +19,6 @@ from gcp_storage_emulator.handlers.buckets import create_bucket
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
-
 READ_ONLY = "read-only"
 """Name of a second bucket, with the permissions of the role "Storage Object Viewer". The emulator has no permissions."""
 # Requests that this role does not allow: the properties of the bucket, and uploads.
