@@ -214,12 +214,14 @@ def checkpoints(storage: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_rerun_after_sigterm_and_sigkill_resumes(uninterrupted, tmp_path, pretrained, clips, bucket):
-    """Dataset, checkpoints and model are in a bucket."""
+def test_rerun_after_sigterm_and_sigkill_resumes(
+    uninterrupted, tmp_path, pretrained, clips, bucket, gcs_bucket
+):
+    """The dataset is on Google Cloud Storage, checkpoints and model are on S3."""
     from mlflow import MlflowClient
 
-    upload(clips, f"{bucket}/clips")
-    training = Stage1(f"{bucket}/clips", tmp_path, arguments(pretrained, tmp_path), f"{bucket}/run")
+    upload(clips, f"{gcs_bucket}/clips")
+    training = Stage1(f"{gcs_bucket}/clips", tmp_path, arguments(pretrained, tmp_path), f"{bucket}/run")
 
     def wait_for(driver: psutil.Popen, condition: Callable[[], Any]) -> None:
         while not condition():
