@@ -272,7 +272,8 @@ def _read_header(path: str) -> _Header:
     try:
         with av.open(path) as container:
             stream = main_stream(container)
-            packets, exif = [], 1
+            packets: list[tuple] = []
+            exif = 1
             for packet in container.demux(stream):
                 if not packet.size:
                     continue
