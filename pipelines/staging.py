@@ -39,6 +39,7 @@ def _download(uri: str, root: str) -> Path:
     with _read_errors(uri):
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
+            storage.check_bucket(uri)
             raise UserError(f"{uri}: no such file or folder; check the URI")
         # `copy_files` creates subfolders, but not the folder itself.
         (local if info.type == pafs.FileType.Directory else local.parent).mkdir(parents=True, exist_ok=True)

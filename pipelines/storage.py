@@ -7,6 +7,7 @@ Arrow's file systems read credentials and endpoint from their usual locations: A
 import errno
 import io
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ import pyarrow.parquet as pq
 from tcan.errors import UserError
 
 SCHEMES = ("s3://", "gs://")
+# Google's client retries for 15 minutes by default, also if the endpoint is wrong. S3's client gives up after about 20 s.
+GCS_RETRY_SECONDS = 30
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Errors that the user can fix: the disk is full, over quota or read-only, or permissions are missing.
 USER_ERRNOS = DISK_FULL_ERRNOS | {
@@ -62,7 +65,7 @@ def locate(name: str | Path) -> tuple[pafs.FileSystem, str]:
     bucket = path.partition("/")[0]
     try:
         return _bucket(scheme, bucket), path
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"{scheme}://{bucket}: cannot be reached: {one_line(error)}; check the endpoint and the credentials"
         ) from None
@@ -70,7 +73,13 @@ def locate(name: str | Path) -> tuple[pafs.FileSystem, str]:
 
 @lru_cache
 def _bucket(scheme: str, bucket: str) -> pafs.FileSystem:
-    return pafs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+    if scheme != "gs":
+        return pafs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+    filesystem = pafs.FileSystem.from_uri(f"gs://{bucket}?retry_limit_seconds={GCS_RETRY_SECONDS}")[0]
+    # The first request reads the credentials. Errors in them are no OSErrors; later requests raise only OSErrors.
+    with suppress(OSError):
+        filesystem.get_file_info(bucket)
+    return filesystem
 
 
 def check_bucket(name: str) -> None:
@@ -83,6 +92,9 @@ def check_bucket(name: str) -> None:
     bucket = f"{name.partition('://')[0]}://{path.partition('/')[0]}"
     try:
         info = filesystem.get_file_info(path.partition("/")[0])
+    except PermissionError:
+        # From Google's client: roles for reading and writing objects do not include reading the properties of the bucket.
+        return
     except OSError as error:
         raise UserError(
             f"{bucket}: cannot be reached: {one_line(error)}; check the endpoint and the credentials"
@@ -120,6 +132,8 @@ def list_files(folder: str | Path, recursive: bool = False) -> list[str]:
         raise UserError(
             f"{folder}: cannot be listed: {one_line(error)}; check the bucket and the credentials"
         ) from None
+    if not found and is_remote(folder):
+        check_bucket(str(folder))
     return sorted(prefix + item.path for item in found if item.type == pafs.FileType.File)
 
 
@@ -255,6 +269,8 @@ def user_errors(name: str | Path) -> Iterator[None]:
         if not is_remote(name) and error.errno not in USER_ERRNOS:
             raise
         reason = os.strerror(error.errno).lower() if error.errno in USER_ERRNOS else one_line(error)
+        if is_remote(name) and error.errno == errno.ENOENT:  # buckets need no folders
+            reason = "no such bucket"
         space = "free disk space or " if error.errno in DISK_FULL_ERRNOS else ""
         raise UserError(
             f"{name}: cannot be written: {reason}; {space}choose another OUT, then rerun"
@@ -262,5 +278,15 @@ def user_errors(name: str | Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's complete message on one line, truncated to 200 characters."""
-    return " ".join(str(error).split())[:200]
+    """An error's complete message on one line, truncated to 200 characters.
+
+    Messages of Google's client are reduced to the status and the reason, which follows explanations of any length.
+    """
+    text = " ".join(str(error).split())
+    if status := re.search(r"google::cloud::Status\((\w+): ", text):
+        reason = text[status.end() :].partition(" error_info={")[0]
+        text = (
+            f"{status[1]}: "
+            + re.split("with a last message of |The underlying error message was: ", reason)[-1]
+        )
+    return text[:200]

@@ -1,8 +1,9 @@
-"""Shared environment and fixtures: a local Ray cluster, an S3 server, random pretrained models and a model on them."""
+"""Shared environment and fixtures: a local Ray cluster, servers of buckets, random pretrained models and a model on them."""
 
 import os
 import signal
 import subprocess
+import sys
 
 # A shell starts jobs in the background with SIGINT ignored; programs that tests start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -77,6 +78,36 @@ def bucket() -> Iterator[str]:
         assert requests.put(f"http://127.0.0.1:{port}/corpus", timeout=60).ok
         yield "s3://corpus"
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def gcs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URI of a bucket on a local server of Google Cloud Storage, configured like `bucket`."""
+    from tests.gcs_server import write_credentials
+
+    credentials = tmp_path_factory.mktemp("gcs") / "account.json"
+    write_credentials(credentials)
+    command = [sys.executable, "-m", "tests.gcs_server", "corpus"]
+    with (
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        ) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        assert server.stdout is not None
+        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", server.stdout.readline().strip())
+        patch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(credentials))
+        yield "gs://corpus"
+        server.kill()
+
+
+@pytest.fixture(params=["bucket", "gcs_bucket"], ids=["s3", "gs"])
+def any_bucket(request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def _list_remote(uri: str) -> tuple[str, list[str]]:
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         files = storage.list_files("/".join(parts[:fixed]), recursive=True)
         return "pattern", [file for file in files if fnmatch.fnmatchcase(file, uri)]
+    storage.check_bucket(uri)
     return "nothing", []
 
 

@@ -1,95 +1,19 @@
-"""Sources and datasets in a bucket, on a local S3 server (moto)."""
+"""A dataset in a bucket on a local S3 server (moto)."""
 
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.fs as pafs
 import pytest
 
 from pipelines import cli, storage
 from pipelines.dataset import clip_files, decode_row, read_info, rejected_files
 from pipelines.preprocess.job import preprocess
-from pipelines.preprocess.shards import writing
-from pipelines.preprocess.sources import identify, list_sources
 from pipelines.train.clips import ClipStore
-from tcan.errors import UserError
 from tests.pipelines.faults import write_video
 from tests.pipelines.test_preprocess import OPTIONS, make_config
-
-
-def test_sources_in_a_bucket_are_listed_and_identified(bucket: str, tmp_path: Path) -> None:
-    names = ["a.mp4", "deep/er/b c.MKV", "deep/舞.webm", "c.txt", "empty.mp4"]
-    for name in names:
-        storage.write(f"{bucket}/list/{name}", b"" if name == "empty.mp4" else name.encode())
-    storage.write(f"{bucket}/list/these.txt", f"# mine\na.mp4\n{tmp_path}/x.mp4\ns3://other/y.mp4\n".encode())
-
-    def listed(source: str) -> list[str]:
-        return [name.removeprefix(f"{bucket}/list/") for name in list_sources(f"{bucket}/list{source}")]
-
-    assert listed("") == listed("/") == ["a.mp4", "deep/er/b c.MKV", "deep/舞.webm", "empty.mp4"]
-    assert listed("/deep/*.MKV") == ["deep/er/b c.MKV"]
-    assert listed("/a.mp4") == ["a.mp4"]
-    assert listed("/these.txt") == [f"{tmp_path}/x.mp4", "a.mp4", "s3://other/y.mp4"]
-    for source, message in (("/nothing", "no such file"), ("/*.avi", "no file matches")):
-        with pytest.raises(UserError, match=message):
-            listed(source)
-    with pytest.raises(UserError, match="s3://nowhere: no such bucket"), writing("s3://nowhere/out"):
-        pass
-
-    (tmp_path / "a.mp4").write_bytes(b"a.mp4")
-    local, remote, empty, missing = identify(
-        [
-            str(tmp_path / "a.mp4"),
-            f"{bucket}/list/a.mp4",
-            f"{bucket}/list/empty.mp4",
-            f"{bucket}/list/missing.mp4",
-        ],
-        {},
-    )
-    assert (
-        local.video_id == remote.video_id and remote.version is not None and remote.version.startswith("5-")
-    )
-    assert (empty.problem, missing.problem) == ("empty file", "no such file")
-    # Known versions are not read; their id comes from the mapping.
-    assert identify([remote.path], {(remote.path, remote.version): "known"})[0].video_id == "known"
-
-
-def test_files_are_overwritten_and_deleted(bucket: str) -> None:
-    storage.write(f"{bucket}/files/x", b"12")
-    storage.write(f"{bucket}/files/x", b"345")
-    assert (storage.list_files(f"{bucket}/files"), storage.read_bytes(f"{bucket}/files/x")) == (
-        [f"{bucket}/files/x"],
-        b"345",
-    )
-    storage.delete(f"{bucket}/files/x")
-    storage.delete(f"{bucket}/files/x")
-    assert storage.list_files(f"{bucket}/files") == []
-    with pytest.raises(UserError, match=r"s3://no-such-bucket/x: cannot be written: .*bucket"):
-        storage.write("s3://no-such-bucket/x", pa.py_buffer(b"1"))
-
-
-def test_incomplete_uploads_are_never_visible(bucket: str) -> None:
-    """A thread lists the bucket during the multipart upload of a 40 MB file."""
-    seen, finished = set(), threading.Event()
-    filesystem, path = storage.locate(f"{bucket}/seen")
-
-    def watch() -> None:
-        while not finished.is_set():
-            files = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
-            seen.add(tuple((item.path, item.size) for item in files))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    storage.write(f"{bucket}/seen/x", bytes(40 * 10**6))
-    finished.set()
-    watcher.join()
-    assert filesystem.get_file_info(f"{path}/x").size == 40 * 10**6
-    assert () in seen and seen <= {(), ((f"{path}/x", 40 * 10**6),)}
 
 
 def read_rows(dataset: str) -> dict[str, dict]:

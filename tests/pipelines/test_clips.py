@@ -201,15 +201,15 @@ def test_positions_point_to_the_values_of_many_row_groups(tmp_path: Path) -> Non
             assert content[row[column] :].startswith(clip[column])
 
 
-def test_frames_of_a_bucket_are_read_again_from_the_disk(bucket: str, tmp_path: Path) -> None:
+def test_frames_of_a_bucket_are_read_again_from_the_disk(any_bucket: str, tmp_path: Path) -> None:
     """The files are deleted from the bucket after the first read."""
-    upload(write_clips(tmp_path / "dataset", 64), f"{bucket}/cached")
-    store = ClipStore(f"{bucket}/cached", cache_bytes=0, disk_bytes=1 << 20)
+    upload(write_clips(tmp_path / "dataset", 64), f"{any_bucket}/cached")
+    store = ClipStore(f"{any_bucket}/cached", cache_bytes=0, disk_bytes=1 << 20)
     reference = ClipStore(tmp_path / "dataset")
     positions = [0, 1, 2, 63, 64]
     store.frames(store.videos[0], positions), store.reference_latent(store.videos[0])
     store._open.clear()
-    for name in clip_files(f"{bucket}/cached"):
+    for name in clip_files(f"{any_bucket}/cached"):
         storage.delete(name)
     again, expected = (s.frames(s.videos[0], positions) for s in (store, reference))
     assert all((again[column] == expected[column]).all() for column in expected)

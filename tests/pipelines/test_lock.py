@@ -1,4 +1,4 @@
-"""Locks of output folders, locally and in a bucket on a local S3 server. Owners are killed processes."""
+"""Locks of output folders, locally and in buckets on local servers. Owners are killed processes."""
 
 import subprocess
 import sys
@@ -73,11 +73,11 @@ def test_only_one_of_many_local_jobs_gets_the_lock(tmp_path: Path) -> None:
 
 
 def test_bucket_lock_refuses_a_second_job_and_expires_after_a_kill(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
+    any_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 1.0)
     monkeypatch.setattr(lock, "EXPIRY_SECONDS", 4.0)
-    folder = f"{bucket}/locked/run"
+    folder = f"{any_bucket}/locked/run"
     owner = start_owner(folder)
     with (
         pytest.raises(UserError, match=f"another train job is writing here .process {owner.pid}"),
@@ -93,7 +93,7 @@ def test_bucket_lock_refuses_a_second_job_and_expires_after_a_kill(
 
 
 def test_only_one_of_jobs_that_start_together_locks_a_bucket(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
+    any_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 1.0)
     outcomes: list[str] = []
@@ -101,7 +101,7 @@ def test_only_one_of_jobs_that_start_together_locks_a_bucket(
 
     def work() -> None:
         try:
-            with locked(f"{bucket}/race", "train"):
+            with locked(f"{any_bucket}/race", "train"):
                 outcomes.append("locked")
                 finish.wait(60)
         except UserError:
