@@ -1,4 +1,4 @@
-"""A dataset in a bucket on a local S3 server (moto)."""
+"""A dataset in a bucket on a local S3 server, of videos on a local server of Google Cloud Storage."""
 
 import re
 import subprocess
@@ -35,6 +35,7 @@ def modification_times(dataset: str) -> dict[str, int]:
 @pytest.mark.slow
 def test_preprocess_reads_and_writes_buckets_as_local_folders(
     bucket: str,
+    gcs_bucket: str,
     pretrained_folder: Path,
     tmp_path: Path,
     ray_cluster: None,
@@ -46,7 +47,7 @@ def test_preprocess_reads_and_writes_buckets_as_local_folders(
     (folder / "text.mp4").write_text("text")
     (folder / "twin.mp4").write_bytes((folder / "0 ä.mp4").read_bytes())
     last = folder / "2 ä.mp4"
-    videos, out = f"{bucket}/videos", f"{bucket}/data/set"
+    videos, out = f"{gcs_bucket}/videos", f"{bucket}/data/set"
     options = [
         *OPTIONS,
         f"--pretrained.vae={pretrained_folder}",

@@ -213,12 +213,14 @@ def checkpoints(storage: str) -> list[int]:
 
 
 @pytest.mark.slow
-def test_rerun_after_sigterm_sigint_and_sigkill_resumes(uninterrupted, tmp_path, pretrained, clips, bucket):
-    """Dataset, checkpoints and model are in a bucket."""
+def test_rerun_after_sigterm_sigint_and_sigkill_resumes(
+    uninterrupted, tmp_path, pretrained, clips, bucket, gcs_bucket
+):
+    """The dataset is on S3, checkpoints and model are on Google Cloud Storage."""
     from mlflow import MlflowClient
 
     upload(clips, f"{bucket}/clips")
-    training = Stage1(f"{bucket}/clips", tmp_path, arguments(pretrained, tmp_path), f"{bucket}/run")
+    training = Stage1(f"{bucket}/clips", tmp_path, arguments(pretrained, tmp_path), f"{gcs_bucket}/run")
 
     def wait_for(driver: psutil.Popen, condition: Callable[[], Any]) -> None:
         while not condition():
@@ -239,15 +241,15 @@ def test_rerun_after_sigterm_sigint_and_sigkill_resumes(uninterrupted, tmp_path,
         driver.send_signal(number)
         assert driver.wait() == status, training.output()
         assert training.output().count("stopped; rerun the command to resume") == count
-        previous, last_checkpoint = last_checkpoint, max(checkpoints(f"{bucket}/run"))
+        previous, last_checkpoint = last_checkpoint, max(checkpoints(f"{gcs_bucket}/run"))
         assert previous < last_checkpoint < STEPS[1]  # written on the signal: no periodic checkpoint was due
     driver = training.start(2)
-    wait_for(driver, lambda: max(checkpoints(f"{bucket}/run")) > last_checkpoint)
+    wait_for(driver, lambda: max(checkpoints(f"{gcs_bucket}/run")) > last_checkpoint)
     driver.kill()
     driver.wait()
     training.finish(training.start(2))
 
-    config, out = load_config(*arguments(pretrained, tmp_path)), local_input(f"{bucket}/run")
+    config, out = load_config(*arguments(pretrained, tmp_path)), local_input(f"{gcs_bucket}/run")
     assert losses(config, out, 1) == losses(*uninterrupted, 1)
     assert weights(out / "stage1" / "model") == weights(uninterrupted[1] / "stage1" / "model")
     assert len([*(out / "stage1").glob("step_*/state.json")]) == config.train.num_checkpoints
