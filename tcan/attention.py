@@ -58,7 +58,8 @@ class Appearance:
         """A slice where possible, as in guidance: it needs neither a copy of the clips nor an upload."""
         if clips == list(range(clips[0] if clips else 0, clips[-1] + 1 if clips else 0)):
             return slice(clips[0], clips[-1] + 1) if clips else slice(0, 0)
-        return torch.tensor(clips, device=self.features[0].device)
+        # `torch.tensor` on a GPU would wait for all of its work.
+        return torch.tensor(clips).to(self.features[0].device, non_blocking=True)
 
 
 class AppearanceAttention:

@@ -62,7 +62,7 @@ class Validation:
         for band, weight, batch in self._batches:
             sums[band] += torch.stack([weight * loss(batch), torch.tensor(weight, device=device)])
         dist.all_reduce(sums)
-        means = (sums[:, 0] / sums[:, 1]).tolist()
+        means = (sums[:, 0] / sums[:, 1]).cpu().tolist()
         width = TIMESTEPS // BANDS
         names = [f"validation_loss_t{band * width:03d}-{(band + 1) * width - 1:03d}" for band in range(BANDS)]
         return {"validation_loss": sum(means) / BANDS, **dict(zip(names, means, strict=True))}
@@ -79,7 +79,7 @@ class SampleImages:
         self._batches, self._device = join_batches([sampler.batch(0, [i]) for i in range(count)]), device
         self._vae = pretrained.vae.to(device)
         self._scheduler: Any = type(pretrained.scheduler).from_config(pretrained.scheduler.config)
-        self._scheduler.set_timesteps(IMAGE_STEPS, device=device)
+        self._scheduler.set_timesteps(IMAGE_STEPS)  # on the host, which needs their values at each step
         self._truth = [self._decode(batch.latents) for batch in self._batches]
         self._reference = [self._decode(batch.reference[:, None]) for batch in self._batches]
 
@@ -112,7 +112,8 @@ class SampleImages:
         t = batch.inputs(self._device)
         latents = t["noise"]
         for step in self._scheduler.timesteps:
-            eps = model(latents, step.expand(len(latents)), t["pose"], t["reference"])
+            timestep = step.expand(len(latents)).to(self._device, non_blocking=True)
+            eps = model(latents, timestep, t["pose"], t["reference"])
             latents = self._scheduler.step(eps.float(), step, latents).prev_sample
         return self._decode(latents)
 
