@@ -1,8 +1,10 @@
 """Count of dispatched operators: on a GPU, each launches at least one kernel from the CPU, except views."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -18,8 +20,8 @@ class CountOperators(TorchDispatchMode):
     def outside(self, backend: Callable[..., Any]) -> Callable[..., Any]:
         """A backend of `torch.compile` that compiles as `backend` does."""
 
-        def compile_graph(*arguments: Any) -> Callable[..., Any]:
-            graph = backend(*arguments)
+        def compile_graph(*arguments: Any) -> Any:
+            graph: Any = backend(*arguments)
 
             def run(*inputs: Any) -> Any:
                 self._in_graph = True
@@ -28,9 +30,15 @@ class CountOperators(TorchDispatchMode):
                 finally:
                     self._in_graph = False
 
+            run._boxed_call = getattr(graph, "_boxed_call", False)  # type: ignore[attr-defined]
             return run
 
         return compile_graph
+
+    def outside_forward_and_backward(self) -> Callable[..., Any]:
+        """The backend "aot_eager", which also compiles the backward pass."""
+        compile_graph = self.outside(boxed_nop)
+        return partial(aot_eager, fw_compiler=compile_graph, bw_compiler=compile_graph)
 
     @classmethod
     def is_infra_mode(cls) -> bool:
