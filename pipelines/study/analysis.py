@@ -61,9 +61,10 @@ def differences(comparison: Comparison, results: Results, seeds: Sequence[int]) 
     Only seeds of which all cells are finished are included.
 
     Raises:
-        UserError: there is no such seed.
+        UserError: there is no such seed; the metric is 0 in every video, such as joints that are found nowhere.
     """
     rows: list[dict[str, float]] = []
+    is_zero = True
     for seed in seeds:
         pairs = [
             [video_values(condition, comparison.metric, results, seed) for condition in pair]
@@ -71,9 +72,16 @@ def differences(comparison: Comparison, results: Results, seeds: Sequence[int]) 
         ]
         if all(values is not None for pair in pairs for values in pair):
             rows.append(_mean_difference(pairs))
+            is_zero &= not any(
+                value for pair in pairs for values in pair for value in (values or {}).values()
+            )
     if not rows:
         raise UserError(
             f"{comparison.label}: no seed with all cells finished; fix the failed cells and rerun the command"
+        )
+    if is_zero:
+        raise UserError(
+            f"{comparison.label}: 0 in all videos of both conditions, which decides nothing; use easier videos"
         )
     videos = sorted({video for row in rows for video in row})
     return np.array([[row.get(video, np.nan) for video in videos] for row in rows])

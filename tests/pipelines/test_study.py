@@ -175,6 +175,15 @@ def test_seeds_with_failed_cells_and_undefined_metrics_are_ignored() -> None:
     assert "no seed with all cells finished" in outcome.note
 
 
+def test_comparison_without_any_found_joint_decides_nothing() -> None:
+    question = dataclasses.replace(QUESTION, comparisons=(Comparison("a", POSE, ((FEWER, BASE),), 1, True),))
+    nothing, one = np.zeros((1, 4)), np.array([[0.0, 0.1, 0.0, 0.0]])
+    (outcome,) = analyse(question, results_with(POSE.key, (BASE, nothing), (FEWER, nothing)), [0])
+    assert outcome.effect is None and "0 in all videos of both conditions" in outcome.note
+    (outcome,) = analyse(question, results_with(POSE.key, (BASE, nothing), (FEWER, one)), [0])
+    assert outcome.effect is not None
+
+
 def test_document_has_the_same_contents_as_markdown_and_html(tmp_path: Path) -> None:
     link = "[1.5](http://h/#/runs/0)"
     blocks = [Heading(1, "T & U"), Paragraph("a `b` **c**"), Table(("x", "y"), [("1 | 2", link)])]
