@@ -41,8 +41,10 @@ def _download(uri: str, root: str) -> Path:
         if info.type == pafs.FileType.NotFound:
             storage.check_bucket(uri)
             raise UserError(f"{uri}: no such file or folder; check the URI")
-        # `copy_files` creates subfolders, but not the folder itself.
-        (local if info.type == pafs.FileType.Directory else local.parent).mkdir(parents=True, exist_ok=True)
+        # `copy_files` does not create the folder itself, and on Google Cloud Storage no subfolders.
+        names = storage.list_files(uri, recursive=True) if info.type == pafs.FileType.Directory else [uri]
+        for name in names:
+            _local_path(name, root).parent.mkdir(parents=True, exist_ok=True)
         pafs.copy_files(
             path, str(local), source_filesystem=filesystem, destination_filesystem=pafs.LocalFileSystem()
         )

@@ -19,7 +19,7 @@ import tempfile
 import uuid
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -168,9 +168,13 @@ def remove_incomplete(run: str) -> None:
         known = ray.train.Result.from_path(run)
         complete = {os.path.basename(checkpoint.path) for checkpoint, _ in known.best_checkpoints}
     filesystem, folder = storage.locate(run)
-    for found in filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
-        if found.base_name.startswith(PREFIX) and found.base_name not in complete:
-            filesystem.delete_dir(found.path)
+    # Recursive, because Google Cloud Storage lists no folders.
+    selector = pafs.FileSelector(folder, allow_not_found=True, recursive=True)
+    names = {item.path[len(folder) + 1 :].partition("/")[0] for item in filesystem.get_file_info(selector)}
+    for name in sorted(names - complete):
+        if name.startswith(PREFIX):
+            with suppress(FileNotFoundError):  # raised there after the deletion of the files in a folder
+                filesystem.delete_dir(f"{folder}/{name}")
 
 
 def _repair_checkpoint_list(run: Path) -> None:
