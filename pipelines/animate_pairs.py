@@ -183,7 +183,8 @@ def read_pairs(file: str | Path) -> list[Outcome]:
         image, driving, out = (
             _cell(row, column) and _absolute(_cell(row, column), folder) for column in COLUMNS
         )
-        pairs.append(Outcome(image, driving, out, *(_cell(row, column) for column in PEOPLE)))
+        person, driving_person = (_cell(row, column) for column in PEOPLE)
+        pairs.append(Outcome(image, driving, out, person, driving_person))
     seen: set[str] = set()
     for pair in pairs:
         if pair.out in seen:
