@@ -38,7 +38,7 @@ OWN_MODEL = (
     "a folder (local or s3://...), models:/NAME@ALIAS (e.g. models:/tcan@latest), or an MLflow run id."
 )
 MINI_OR_OWN = _path(f"Trained model: mini (the one in this package), {OWN_MODEL}", default="mini")
-MODEL = _required_path(f"Trained model: {OWN_MODEL}")
+MODEL = _required_path(f"Trained model: mini (the one in this package), {OWN_MODEL}")
 
 PERSON = {
     "type": str,

@@ -107,6 +107,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the folder does not exist, contains no dataset or an unfinished one, or has another schema version.
     """
+    folder = str(folder).rstrip("/")  # Google Cloud Storage refuses empty path components
     file = f"{folder}/{INFO_FILE}"
     try:
         info = json.loads(storage.read_bytes(file))

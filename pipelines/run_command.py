@@ -96,9 +96,9 @@ def pose(arguments: Any, config: Any) -> None:
 
 def evaluate(arguments: Any, config: Any) -> None:
     from pipelines.evaluate import evaluate
-    from pipelines.tracking import local_model
+    from pipelines.inference import find_model
 
-    evaluate(arguments.videos, local_model(arguments.model, config.tracking), arguments.out, config)
+    evaluate(arguments.videos, find_model(arguments.model, config), arguments.out, config)
 
 
 def export(arguments: Any, config: Any) -> None:
