@@ -86,7 +86,9 @@ TRAIN = [
         "batch_size=2", "micro_batch=1", "checkpoint_every=3", "sample_every=0", "validate_every=0"
     )),
 ]  # fmt: skip
-ANIMATE = ["--animate.steps=2", "--animate.guidance_scale=1", "--evaluate.frames=8"]
+ANIMATE = ["--animate.steps=2", "--animate.guidance_scale=1"]
+# So many steps that the faults after the first video come before the end of the job.
+EVALUATE = ["--animate.steps=20", "--animate.guidance_scale=1", "--evaluate.frames=8"]
 
 
 class Cluster:
@@ -300,7 +302,7 @@ def evaluate_alone(cluster: Cluster) -> None:
 
 def _evaluate_command(cluster: Cluster, out: str) -> list[str]:
     model = "models:/tcan@run" if "train" in cluster.jobs else "mini"
-    return ["evaluate", f"{BUCKET}/heldout", "--model", model, "--out", f"{BUCKET}/{out}", *ANIMATE]
+    return ["evaluate", f"{BUCKET}/heldout", "--model", model, "--out", f"{BUCKET}/{out}", *EVALUATE]
 
 
 JOBS: dict[str, dict[str, Callable[[Cluster], None]]] = {
