@@ -44,6 +44,7 @@ from tcan.pose import retarget as retarget_poses
 from tcan.pose.parts import BODY, keep_parts
 from tcan.sampling import SamplingConfig
 from tcan.schedule import noise_schedule
+from tcan.transfer import copied_to_host, upload_tensor
 from tcan.weights import load_model, load_pose_detector, load_pretrained, read_model_info, save_model
 from tcan.weights.common import quiet
 from tcan.window_inputs import WindowInputs
@@ -234,8 +235,7 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         """Generate the latents of all frames, in host memory (method.md, Inference).
 
         The appearance features are computed once per timestep, for all windows. The ControlNet residuals and the UNet's
-        down blocks are computed once per window, for both rows of guidance. The ControlNet's pose embedding does not
-        depend on the timestep: it is computed once per window, for at most `CACHED_WINDOWS` windows.
+        down blocks are computed once per window, for both rows of guidance; the pose embedding once for all timesteps.
 
         Args:
             image: uint8 RGB `[H, W, 3]`, of the output's size.
@@ -269,12 +269,12 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         options = {"generator": on_cpu(generator)} if stochastic else {}
 
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
-            t = timestep.to(device).reshape(1)
+            t = torch.full((1,), timestep.item(), dtype=timestep.dtype, device=device)
             features = self.tcan.appearance(reference, t)
             noisy = scheduler.scale_model_input(latents, timestep)[None]
             predictions = (
                 self.predict_noise(
-                    noisy[:, frames].to(device, reference.dtype),
+                    upload_tensor(noisy[:, frames], device, reference.dtype),
                     t,
                     clip.pose_embedding(index),
                     features,
@@ -285,7 +285,7 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
                 )
                 for index, frames in enumerate(clip.windows.indices)
             )
-            prediction = clip.windows.average(eps.float().cpu() for eps in predictions)[0]
+            prediction = clip.windows.average(copied_to_host(eps.float() for eps in predictions))[0]
             latents = scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
             if callback_on_step_end is not None:
                 current = latents[: len(poses)]

@@ -1,5 +1,7 @@
 """Copies between host and device that do not make the host wait."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +15,12 @@ def upload(array: NDArray[np.uint8], device: torch.device | str) -> Tensor:
     pinned = torch.empty(array.shape, dtype=torch.uint8, pin_memory=True)
     np.copyto(pinned.numpy(), array)
     return pinned.to(device, non_blocking=True)
+
+
+def upload_tensor(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The same for a tensor in host memory, which is converted to `dtype`."""
+    tensor = tensor.to(dtype)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class HostCopy:
@@ -30,3 +38,16 @@ class HostCopy:
         if self._event:
             self._event.synchronize()
         return self._host.numpy()
+
+
+def copied_to_host(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield copies of tensors in host memory, each after the next tensor has been computed, so that a GPU does not wait for the
+    host in between."""
+    last: HostCopy | None = None
+    for tensor in tensors:
+        copy = HostCopy(tensor)
+        if last is not None:
+            yield torch.from_numpy(last.numpy())
+        last = copy
+    if last is not None:
+        yield torch.from_numpy(last.numpy())

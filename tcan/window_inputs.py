@@ -52,10 +52,11 @@ class WindowInputs:
     def _cached(self, cache: dict[int, Tensor], index: int, compute: Callable[[int], Tensor]) -> Tensor:
         """A value of a window on the device: from the cache, else computed."""
         if index in cache:
-            return cache[index].to(self._device)
+            return cache[index].to(self._device, non_blocking=True)
         value = compute(index)
         if index < CACHED_WINDOWS:
-            cache[index] = value.cpu()
+            host = value.cpu()
+            cache[index] = host.pin_memory() if self._device.type == "cuda" else host
         return value.to(self._device)
 
     def pose_embedding(self, index: int) -> Tensor:

@@ -253,10 +253,19 @@ def test_clip_of_several_windows_runs_on_cuda(size: str, dtype: torch.dtype, cud
     """From the image to decoded frames, with guidance, temperature map and ControlNet scale."""
     networks = Networks(size, dtype, cuda)
     side, steps, frames = networks.side, 2, 6
+    uploads: list[int] = []  # of each step
+
+    def at_end_of_step(*arguments: object) -> dict:
+        uploads.append(len(cuda.uploads))
+        cuda.uploads.clear()
+        return {}
+
     output = networks.pipeline()(
         np.zeros((side, side, 3), np.uint8), moving_poses(frames, side), retarget="none", steps=steps, window=4, overlap=2,
-        controlnet_scale=0.8, ptm_limit=side // 16, start_from_reference=True, decode_batch=4,
+        controlnet_scale=0.8, ptm_limit=side // 16, start_from_reference=True, decode_batch=4, callback_on_step_end=at_end_of_step,
     )  # fmt: skip
+    # The first step uploads the image, and the pose images and temperature map of each window.
+    assert uploads == [1 + 2 * 2, 0]
     assert output.frames.shape == (frames, side, side, 3)
     latent = side // 8
     window, windows = (1, 4, 4, latent, latent), 2
