@@ -87,7 +87,7 @@ TRAIN = [
     )),
 ]  # fmt: skip
 ANIMATE = ["--animate.steps=2", "--animate.guidance_scale=1"]
-# So many steps that the faults after the first video come before the end of the job.
+# Enough steps that the faults after the first video come before the end of the job.
 EVALUATE = ["--animate.steps=20", "--animate.guidance_scale=1", "--evaluate.frames=8"]
 
 

@@ -173,7 +173,7 @@ def write_corpus(folder: Path) -> dict[str, tuple[str, str]]:
     bad("a (1).mp4", "list", "empty file").touch()  # an interrupted download next to the complete file
     bad("b copy.mp4", "duplicate", str(original)).write_bytes(original.read_bytes())
     bad("text.mp4", "decode", "not a video").write_text("not a video\n" * 50)
-    bad("error page.mp4", "decode", "not a video").write_text("<html><body>404</body></html>")
+    bad("error page.mp4", "decode", "an HTML page, not a video").write_text("<html><body>404</body></html>")
     bad("noise.mp4", "decode", "not a video").write_bytes(np.random.default_rng(0).bytes(20_000))
     for fraction in (0.5, 0.9):
         long = good(f"cut at {fraction}.mp4", 60)  # the frames before the cut are used
