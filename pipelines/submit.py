@@ -66,7 +66,8 @@ def submit(
             head node.
 
     Raises:
-        UserError: the requirements file does not exist; no Ray cluster responds at the address, or it rejects the job.
+        UserError: the requirements file does not exist; no Ray cluster responds at the address, it runs another version of Ray,
+            or it rejects the job.
     """
     if environment is not None and not Path(environment).is_file():
         raise UserError(
@@ -75,6 +76,7 @@ def submit(
     if job_id is not None and not re.fullmatch(r"[\w.-]+", job_id):
         raise UserError(f"--job_id {job_id}: letters, digits, dots, - and _ only; set e.g. train-1")
     client = _connect(address)
+    _check_version(client, address)
     if job_id is not None and (status := _status(client, job_id)):
         print(f"job {job_id} on {address}: already submitted, {status.lower()}; this is its log", flush=True)
         return _follow_until_interrupted(client, address, job_id)
@@ -187,6 +189,21 @@ def _connect(address: str) -> "JobSubmissionClient":
             f"--submit {address}: no Ray cluster responds ({reason}); pass the address of its dashboard, e.g. "
             "http://head:8265, and set RAY_AUTH_MODE=token if it requires a token"
         ) from None
+
+
+def _check_version(client: "JobSubmissionClient", address: str) -> None:
+    """Raise UserError if the cluster runs another version of Ray than this environment.
+
+    The job runs with the Python and the Ray of the cluster, for which this code is not tested.
+    """
+    import ray
+
+    version = client._do_request("GET", "/api/version").json()["ray_version"]
+    if version != ray.__version__:
+        raise UserError(
+            f"--submit {address}: the cluster runs Ray {version}, this environment has {ray.__version__}; use an image with "
+            "the versions of requirements.lock"
+        )
 
 
 def _pack(folder: Path, argv: Sequence[str]) -> list[str]:

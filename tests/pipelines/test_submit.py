@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import pty
 import shlex
@@ -15,10 +16,12 @@ import time
 import venv
 import zipfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from ray.dashboard.modules.version import CURRENT_VERSION
 
 from pipelines.cli import main
 from pipelines.dataset import read_info
@@ -69,6 +72,36 @@ def test_unreachable_cluster_is_a_user_error() -> None:
     assert process.returncode == 2
     assert process.stderr.startswith(f"tcan: error: --submit {address}: no Ray cluster responds")
     assert process.stderr.count("\n") == 1
+
+
+def test_cluster_with_another_version_of_ray_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """The server has the version that Ray's own client requires, and reports another release of Ray."""
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            answer = {
+                "version": CURRENT_VERSION,
+                "ray_version": "2.9.0",
+                "ray_commit": "",
+                "session_name": "",
+            }
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert main(["preprocess", "a", "b", "--submit", address]) == 2
+        server.shutdown()
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"tcan: error: --submit {address}: the cluster runs Ray 2.9.0, this environment has "
+    )
+    assert error.count("\n") == 1
 
 
 def test_unusable_environment_option_is_a_user_error(
