@@ -161,7 +161,8 @@ def read_pairs(file: str | Path) -> list[Outcome]:
             rows, names = table.to_pylist(), table.column_names
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else storage.one_line(error)
-        raise UserError(f"{file}: cannot be read ({reason}); check the path") from None
+        access = ", the endpoint and the credentials" if storage.is_remote(file) else ""
+        raise UserError(f"{file}: cannot be read ({reason}); check the path{access}") from None
     except (ValueError, csv.Error) as error:  # errors of pyarrow and of text decoding are ValueErrors
         raise UserError(
             f"{file}: cannot be read as a table ({first_line(error)}); check the format"

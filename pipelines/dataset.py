@@ -119,7 +119,10 @@ def read_info(folder: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{folder}: no dataset here (no {INFO_FILE}); give the output folder of tcan preprocess"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        where = "the endpoint and the credentials" if storage.is_remote(file) else "its permissions"
+        raise UserError(f"{file}: cannot be read ({storage.one_line(error)}); check {where}") from None
+    except ValueError as error:
         raise UserError(
             f"{file}: cannot be read ({storage.one_line(error)}); rerun the same tcan preprocess command to regenerate it"
         ) from None
