@@ -29,11 +29,16 @@ CLIP_BYTES = 16 * 64 * 64 * 3
 
 
 def busy_decoder() -> psutil.Process:
-    """Wait for and return a decoder process of this cluster that has sent a clip of its current video."""
+    """Wait for and return a decoder process of this cluster that has sent a clip of its current video.
+
+    It is the child of one that waits for videos, to which Linux adds the counters of its finished children.
+    """
     while True:
         for process in psutil.Process().children(recursive=True):
             try:
-                if str(DECODER) in process.cmdline() and process.io_counters().write_chars > CLIP_BYTES:
+                parent = process.parent()
+                is_child = parent is not None and str(DECODER) in parent.cmdline()
+                if is_child and process.io_counters().write_chars > CLIP_BYTES:
                     return process
             except psutil.Error:  # the process has just exited
                 continue
