@@ -21,13 +21,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines import tracking
+from pipelines.cli import main
 from pipelines.config import Config
 from pipelines.config.parser import load_config
 from pipelines.staging import local_input, upload
 from pipelines.storage import read_bytes
 from tcan.errors import UserError
 from tcan.model import TCAN, diffusion_loss
-from tcan.weights import load_pretrained
+from tcan.weights import load_pretrained, read_model_info
 from tests import compare_losses
 from tests.pipelines.test_cli import error_of
 from tests.runs import Stage1, workers_of
@@ -211,6 +212,20 @@ def checkpoints(storage: str) -> list[int]:
     except FileNotFoundError:
         return []
     return [int(known["checkpoint_dir_name"].split("_")[1]) for known in snapshot["checkpoint_results"]]
+
+
+def test_dataset_and_results_are_in_a_bucket(tmp_path, pretrained, clips, bucket, ray_cluster) -> None:
+    upload(clips, f"{bucket}/short")
+    keys = "--train.workers=1", "--train.stage1.steps=2", "--train.stage1.batch_size=2", "--train.log_every=1"
+    keys += "--train.stage1.validate_every=0", "--stage=1"
+    command = "train", f"{bucket}/short", "--out", f"{bucket}/short-run"
+    assert main([*command, *arguments(pretrained, tmp_path, *keys)]) == 0
+    config, out = make_config(pretrained, tmp_path), local_input(f"{bucket}/short-run")
+    curve = losses(config, out, 1)
+    assert list(curve) == [1, 2] and all(len(values) == 1 for values in curve.values())
+    assert read_model_info(out / "stage1" / "model")["stage"] == 1
+    assert len([*(out / "stage1").glob("step_*/state.json")]) == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
