@@ -87,8 +87,8 @@ class _Format:
 
 
 FORMATS = {
-    # Every player supports yuv420p. x264's macroblock tree uses memory that it has not initialized, on CPUs with AVX-512 and at
-    # many sizes, such as 448 x 640: the same frames give different files.
+    # Every player supports yuv420p. With x264's macroblock tree, the same frames give different files on CPUs with AVX-512 at many
+    # sizes, such as 448 x 640, depending on the contents of freed memory.
     ".mp4": _Format(
         "mp4",
         "libx264",
