@@ -231,7 +231,14 @@ def pause_s3(cluster: Cluster) -> None:
     """Pause the S3 server for `S3_SECONDS`: it accepts connections and does not respond."""
     os.killpg(cluster.s3.pid, signal.SIGSTOP)
     cluster.say(f"fault: S3 server paused for {S3_SECONDS} s")
-    cluster.later(S3_SECONDS, lambda: os.killpg(cluster.s3.pid, signal.SIGCONT))
+
+    def resume() -> None:
+        # nsenter stops when its child does, possibly again after the first signal; then it would not end with its machine.
+        for _ in range(3):
+            os.killpg(cluster.s3.pid, signal.SIGCONT)
+            time.sleep(0.5)
+
+    cluster.later(S3_SECONDS, resume)
 
 
 FAULTS = {"machine": switch_off_worker, "mlflow": stop_mlflow, "s3": pause_s3}
