@@ -79,8 +79,8 @@ def animate_pairs(file: str | Path, model: str | Path, config: Config, **options
         one outcome per pair, in the order of the table.
 
     Raises:
-        UserError: a table that cannot be read; an invalid selection of people; a model folder that is incomplete or does not match its pretrained
-            models; failed pairs, raised after all pairs are processed.
+        UserError: a table that cannot be read; an invalid selection of people; a model folder that is incomplete or does not
+            match its pretrained models; failed pairs, raised after all pairs are processed.
     """
     file = storage.absolute(file)
     outcomes = read_pairs(file)

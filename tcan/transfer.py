@@ -18,7 +18,7 @@ def upload(array: NDArray[np.uint8], device: torch.device | str) -> Tensor:
 
 
 def upload_tensor(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The same for a tensor in host memory, which is converted to `dtype`."""
+    """Convert a tensor in host memory to `dtype` and copy it to a device, to a GPU from pinned memory."""
     tensor = tensor.to(dtype)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
@@ -41,8 +41,8 @@ class HostCopy:
 
 
 def copied_to_host(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield copies of tensors in host memory, each after the next tensor has been computed, so that a GPU does not wait for the
-    host in between."""
+    """Yield copies of tensors in host memory, each after the next tensor has been requested, so that a GPU does not wait for
+    the host in between."""
     last: HostCopy | None = None
     for tensor in tensors:
         copy = HostCopy(tensor)
