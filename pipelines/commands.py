@@ -260,7 +260,8 @@ COMMANDS = {
                 "type": QuestionName,
                 "default": list(get_args(QuestionName)),
                 "help": "Questions: APPA on/off; temporal ControlNet on/off under pose errors; strength of the temperature map; "
-                "ControlNet frozen/fine-tuned; operations of the temporal ControlNet; sampling options.",
+                "ControlNet frozen/fine-tuned, weak; scenes, several people, long videos; pose detectors and body maps; operations of the "
+                "temporal ControlNet; sampling options.",
             },
             "--seeds": {"type": int, "default": 3, "help": "Number of trainings of each model (>= 1)."},
             "--report_only": {

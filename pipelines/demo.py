@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from pipelines.animate import Animation, animate
 from pipelines.config import Config, TrackingConfig
-from pipelines.evaluate import evaluate, table
+from pipelines.evaluate import evaluate
+from pipelines.metrics_table import table
 from pipelines.preprocess.job import preprocess
 from pipelines.puppets.variations import HeldOut, sample_held_out
 from pipelines.puppets.world import FPS, write_clip

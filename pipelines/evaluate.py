@@ -11,7 +11,6 @@ OUT/videos/*.mp4      reference, driving pose, truth and result side by side
 import csv
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +23,7 @@ from pipelines import storage, tracking
 from pipelines.config import Config
 from pipelines.inference import choose_device, create_folder, driving_poses, load_pipeline
 from pipelines.lock import locked
+from pipelines.metrics_table import protocol_lines, table, unavailable_lines
 from pipelines.network_metrics import (
     SetMetrics,
     face_similarities,
@@ -52,51 +52,18 @@ from tcan.metrics import (
     ssim_disco,
     warping_error,
 )
-from tcan.metrics.networks import METRICS, Networks, load_networks
+from tcan.metrics.networks import Networks, load_networks
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
-from tcan.pose import read_poses, track_main_person
+from tcan.pose import PoseDetector, read_poses, track_main_person
 from tcan.pose.openpose import body_detector
 from tcan.pose.parts import BODY
 from tcan.video import read_video, write_image, write_video
+from tcan.weights import load_pose_detector
 
 SHEET_TIMES = 4
 SHEET_VIDEOS = 8
 SHEET_CELL = 128  # pixels
-
-# Rows of the printed table: label, metric, unit factor, format. The key of a control is the metric's with a suffix.
-TABLE = (
-    ("L1 (0 to 1)", "l1", 1, ".4f"),
-    ("PSNR, dB", "psnr", 1, ".2f"),
-    ("  face", "psnr_face", 1, ".2f"),
-    ("  hands", "psnr_hands", 1, ".2f"),
-    ("SSIM", "ssim", 1, ".4f"),
-    ("LPIPS (AlexNet)", "lpips_alex", 1, ".4f"),
-    ("LPIPS (VGG)", "lpips_vgg", 1, ".4f"),
-    ("FID", "fid", 1, ".2f"),
-    ("FID-VID", "fid_vid", 1, ".2f"),
-    ("FVD", "fvd", 1, ".2f"),
-    ("image similarity to the reference", "image_similarity", 1, ".4f"),
-    ("face similarity to the reference", "face_similarity", 1, ".4f"),
-    ("  compared frames per video", "face_frames", 1, ".1f"),
-    ("joints within 5 %", "pose_5", 100, ".1f"),
-    ("  wrists", "pose_5_wrists", 100, ".1f"),
-    ("  elbows", "pose_5_elbows", 100, ".1f"),
-    ("  ankles", "pose_5_ankles", 100, ".1f"),
-    ("joints within 10 %", "pose_10", 100, ".1f"),
-    ("  of the true joints, within 5 %", "pose_5_true", 100, ".1f"),
-    ("background flicker, grey levels", "flicker", 1, ".2f"),
-    ("warping error, 1e-3", "warping_error", 1000, ".3f"),
-    ("colour distance to the reference, dE", "colour_distance", 1, ".2f"),
-    ("frames nearest to their own reference", "identified", 100, ".1f"),
-)
-CONTROLS = {
-    "still": "first frame, still",
-    "mean_pose": "mean pose",
-    "other": "another video's",
-    "source": "source",
-    "chance": "chance",
-}
 
 
 @dataclass
@@ -145,15 +112,19 @@ def evaluate(videos: str | Path, model: Path, out: str | Path, config: Config) -
     files = dataclasses.asdict(config.evaluate.networks)
     networks = load_networks(files, choose_device(config), "evaluate.networks.")
     pipe = load_pipeline(model, config)
+    scorer = body_detector(pipe.pose_detector)
+    if config.evaluate.detector is not None:
+        scorer = load_pose_detector(config.evaluate.detector, choose_device(config))
     out = storage.absolute(out)
     with locked(out, "evaluate"):
-        return _evaluate(paths, videos, pipe, networks, model, out, config)
+        return _evaluate(paths, videos, pipe, scorer, networks, model, out, config)
 
 
 def _evaluate(
     paths: list[str],
     videos: str | Path,
     pipe: TCANPipeline,
+    scorer: PoseDetector,
     networks: Networks,
     model: Path,
     out: str,
@@ -165,7 +136,7 @@ def _evaluate(
     with tracking.run("evaluate", name, config.tracking, settings, out, parents) as run:
         with local_output(out) as folder:
             create_folder(folder / "videos")
-            evaluated, rejected = _reconstruct_all(paths, pipe, folder / "videos", config)
+            evaluated, rejected = _reconstruct_all(paths, pipe, scorer, folder / "videos", config)
             if not evaluated:
                 raise UserError(
                     f"{videos}: none of the {len(paths)} videos can be used; see the reasons above"
@@ -211,7 +182,7 @@ def _evaluate(
 
 
 def _reconstruct_all(
-    paths: list[str], pipe: TCANPipeline, folder: Path, config: Config
+    paths: list[str], pipe: TCANPipeline, scorer: PoseDetector, folder: Path, config: Config
 ) -> tuple[list[Evaluated], list[dict[str, str]]]:
     """Reconstruct the videos and write the comparisons to the folder; returns also the sources without a result."""
     evaluated: list[Evaluated] = []
@@ -219,7 +190,7 @@ def _reconstruct_all(
     for number, name in enumerate(progress(paths, "video", len(paths))):
         try:
             path = _local_video(name)
-            evaluated.append(reconstruct(pipe, path, config, number))
+            evaluated.append(reconstruct(pipe, scorer, path, config, number))
         except UserError as error:
             rejected.append({"source": name, "reason": str(error)})
             print(f"skipped: {error}", flush=True)
@@ -236,10 +207,13 @@ def _local_video(name: str) -> Path:
     return local_input(name)
 
 
-def reconstruct(pipe: TCANPipeline, path: Path, config: Config, number: int = 0) -> Evaluated:
+def reconstruct(
+    pipe: TCANPipeline, scorer: PoseDetector, path: Path, config: Config, number: int = 0
+) -> Evaluated:
     """Animate the first frame of a video with the video's poses.
 
     Args:
+        scorer: finds the joints in the result.
         number: of the video, for the seed of the pose errors.
 
     Raises:
@@ -268,7 +242,7 @@ def reconstruct(pipe: TCANPipeline, path: Path, config: Config, number: int = 0)
         return_dict=False,
     )
     result = to_uint8(frames_01)
-    people = body_detector(pipe.pose_detector).detect(result)
+    people = scorer.detect(result)
     # Without gap filling: undetected joints count as misses.
     found = track_main_person(people, pipe.height, pipe.width)[:, BODY]
     scored = (at_protocol_size(result), at_protocol_size(frames)) if protocol else None
@@ -361,47 +335,6 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
         values = [row[key] for row in rows if key in row and not np.isnan(row[key])]
         result[key] = float(np.mean(values)) if values else float("nan")
     return result
-
-
-def table(metrics: dict[str, float]) -> str:
-    """Format the metrics as lines of text, each with its controls."""
-    lines = [f"{'metric':<38}{'result':>8}   controls"]
-    for label, key, factor, form in TABLE:
-        if key not in metrics:
-            continue
-        controls = [
-            f"{name} {format(metrics[f'{key}_{suffix}'] * factor, form)}"
-            for suffix, name in CONTROLS.items()
-            if np.isfinite(metrics.get(f"{key}_{suffix}", np.nan))
-        ]
-        lines.append(f"{label:<38}{format(metrics[key] * factor, form):>8}   {', '.join(controls)}".rstrip())
-    return "\n".join(lines)
-
-
-def unavailable_lines(unavailable: Mapping[str, str], files: Mapping[str, str | None]) -> str:
-    """The unavailable metrics whose network is configured, one line per reason.
-
-    Args:
-        unavailable: metric -> reason.
-        files: network -> configured file; None: not configured.
-    """
-    configured = {
-        metric for network, file in files.items() if file is not None for metric in METRICS[network]
-    }
-    reasons: dict[str, list[str]] = {}
-    for metric, reason in unavailable.items():
-        if metric in configured:
-            reasons.setdefault(reason, []).append(metric)
-    return "\n".join(f"unavailable: {', '.join(metrics)} ({reason})" for reason, metrics in reasons.items())
-
-
-def protocol_lines(protocol: Mapping[str, Any]) -> str:
-    """The metrics in the conventions of the protocol."""
-    lines = [f"{protocol['name']}, in the conventions of its scripts (docs/metrics.md):"]
-    lines += [f"  {key:<24}{value:.6g}" for key, value in protocol["metrics"].items()]
-    if protocol["videos"] != protocol["videos_of_the_protocol"]:
-        lines.append(f"  not comparable: {protocol['videos']} of {protocol['videos_of_the_protocol']} videos")
-    return "\n".join(lines)
 
 
 def contact_sheet(evaluated: list[Evaluated]) -> np.ndarray:

@@ -72,11 +72,10 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
         pipe = TCANPipeline.from_pretrained("runs/model").to("cuda")
         frames = pipe(image, driving_frames, generator=torch.Generator().manual_seed(0)).frames
 
-    Device memory depends on the window and the frame size, not on the number of frames. Host memory grows with the number of
-    frames, because each denoising step visits all windows before the next step starts. It contains all poses, and all latents
-    (16 bytes per 8 x 8 pixels: 64 KiB per frame at 512 x 512) with the scheduler's working copies. Pose images are drawn per
-    window, frames are decoded per batch, and `tcan.window_inputs.CACHED_WINDOWS` bounds the cached pose embeddings and
-    temperature maps. The output's `frames` are all frames: for a long video, request "latent" and iterate over `decode`.
+    Device memory depends on the window and the frame size, not on the number of frames. Host memory grows with it, because
+    each denoising step visits all windows: it contains all poses, and all latents (16 bytes per 8 x 8 pixels: 64 KiB per frame
+    at 512 x 512) with the scheduler's copies. Pose images are drawn per window, frames are decoded per batch, and
+    `tcan.window_inputs.CACHED_WINDOWS` bounds the cached inputs of windows. For a long video, request "latent" and use `decode`.
     """
 
     scheduler: SchedulerMixin  # set by register_modules
@@ -408,7 +407,8 @@ class TCANPipeline(VaeOptions, LoraOptions, DiffusionPipeline):
     def draw(self, poses: np.ndarray, height: int | None = None, width: int | None = None) -> np.ndarray:
         """Draw keypoints `[F, N, 3]` (N: 18 or 130) with the parts and strokes of the training: uint8 RGB `[F, H, W, 3]`."""
         poses = keep_parts(poses, **self.model_info.get("draw", {}))
-        return draw_poses(poses, height or self.height, width or self.width, self._info("stick_width"))
+        style = self.model_info.get("pose_style", "skeleton")
+        return draw_poses(poses, height or self.height, width or self.width, self._info("stick_width"), style)
 
     def scale_poses(
         self,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 
-from pipelines import evaluate
+from pipelines import evaluate, metrics_table
 from pipelines.evaluate import Evaluated
 from pipelines.preprocess.person_crop import crop_around
 from pipelines.puppets.world import sample_clip
@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 @pytest.fixture
 def recipe(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Names after the code of the recipe with this title was executed."""
-    monkeypatch.setattr(evaluate, "TABLE", evaluate.TABLE)
+    monkeypatch.setattr(metrics_table, "TABLE", metrics_table.TABLE)
     monkeypatch.setattr(evaluate, "compute_metrics", evaluate.compute_metrics)
     section = PAGE.read_text().split(f"### {request.param}\n")[1].split("\n### ")[0]
     (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
@@ -48,7 +48,7 @@ def test_metric(recipe: dict[str, Any]) -> None:
     )
     evaluate.compute_metrics([video])
     (row,) = [
-        row for row in evaluate.table(evaluate.means([video.metrics])).splitlines() if "sharpness" in row
+        row for row in metrics_table.table(evaluate.means([video.metrics])).splitlines() if "sharpness" in row
     ]
     value = f"{video.metrics['sharpness']:.2f}"
     assert row.split()[3] == value and row.endswith(f"source {value}")  # the result is the source upside down

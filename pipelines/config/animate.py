@@ -150,6 +150,10 @@ class EvaluateConfig:
     """Driving poses. detected: those that the pose network finds in the video. true: those of the pose file next to each
     video, with its name and .json."""
 
+    detector: str | None = None
+    """Source of the pose network that finds the joints in the results, in the forms of `pretrained.pose`. Default: the network
+    of the model. To compare models of different pose networks, set the same one."""
+
     protocol: Literal["none", "tiktok-disco"] = "none"
     """Protocol of published results. tiktok-disco: all frames of the 10 test videos of DisCo, at 256 x 256, with its
     conventions of the metrics; `evaluate.frames` and `evaluate.videos` have no effect."""

@@ -33,9 +33,25 @@ class StudyConfig:
     pose_error_sizes: int = 2
     """Number of sizes of each kind of pose errors (1 to 4)."""
 
+    controlnet_steps: int = 400
+    """Number of further training steps of mini's ControlNet for the poses of each detector (>= 1)."""
+
+    weak_controlnet_steps: int = 100
+    """Number of training steps of the weak ControlNet (>= 1)."""
+
+    detector_steps: int = 1200
+    """Number of training steps of the detector of coordinates (>= 1)."""
+
+    characters: int = 1000
+    """Number of rendered characters to train these networks with (>= 32)."""
+
     def __post_init__(self) -> None:
         check(self, "study.", at_least(1), train_videos=24)
         check(self, "study.", at_least(16), train_frames=64)
+        check(
+            self, "study.", at_least(1), controlnet_steps=400, weak_controlnet_steps=100, detector_steps=1200
+        )
+        check(self, "study.", at_least(32), characters=1000)
         check(self, "study.", at_least(2), frames=16)
         check(self, "study.", between(1, 1000), steps=8)
         check(self, "study.", at_least(3), held_out_videos=10)

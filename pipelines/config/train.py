@@ -62,6 +62,10 @@ class TrainConfig:
     drop_reference: float = 0.1
     """Fraction of the stage 1 samples without a reference (0 to 1). Classifier-free guidance requires such samples."""
 
+    pose_style: Literal["skeleton", "body_map"] = "skeleton"
+    """Style of the pose images. skeleton (the paper's): OpenPose's sticks. body_map: parts of the body filled with colors
+    as in DensePose's images, which requires a ControlNet trained on them. Saved in the model folder."""
+
     stage1_reference: Literal["random", "first"] = "random"
     """Reference of a stage 1 sample. random (the paper's): any frame of the video, far from the target. first: the first
     frame of the video."""

@@ -80,19 +80,23 @@ def cached(folder: Path, name: str, count: int, frames_each: int, every: int, fi
 
 
 class Corpus:
-    """Training frames, cached in `folder`: images (three frames of each character) and clips."""
+    """Training frames, cached in `folder`: images (three frames of each character) and clips.
 
-    def __init__(self, folder: Path):
+    Args:
+        characters, clips: numbers of characters and of clips.
+    """
+
+    def __init__(self, folder: Path, characters: int = CHARACTERS, clips: int = CLIPS):
         folder.mkdir(parents=True, exist_ok=True)
         # 17 frames are 0.7 s, enough for another pose of the same dance.
-        self.images = cached(folder, "images", CHARACTERS, FRAMES_EACH, every=17, first_seed=0)
-        self.clips = cached(folder, "clips", CLIPS, CLIP_FRAMES, every=1, first_seed=CHARACTERS)
+        self.images = cached(folder, "images", characters, FRAMES_EACH, every=17, first_seed=0)
+        self.clips = cached(folder, "clips", clips, CLIP_FRAMES, every=1, first_seed=CHARACTERS)
 
     def random_images(
         self, rng: np.random.Generator, count: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sample frames `[B, H, W, 3]`, keypoints `[B, 18, 3]` and masks `[B, H, W]` of `count` different characters."""
-        which = np.sort(rng.choice(CHARACTERS, count, replace=False))
+        which = np.sort(rng.choice(len(self.images.frames), count, replace=False))
         frame = rng.integers(FRAMES_EACH)
         return (
             self.images.frames[which, frame],

@@ -21,7 +21,7 @@ from tcan.appearance import capture_features, install_appearance
 from tcan.attention import Appearance
 from tcan.model import TCAN
 from tcan.pixels import to_controlnet_input
-from tcan.pose.draw import draw_poses
+from tcan.pose.draw import PoseStyle, draw_poses
 from tcan.schedule import min_snr_weight
 
 CHANNELS = (48, 96, 128, 128)
@@ -99,10 +99,21 @@ def new_scheduler() -> DDIMScheduler:
 
 
 class Samples:
-    """Training batches as a function of the step: latents, the reference latent of another frame, poses, noise."""
+    """Training batches as a function of the step: latents, the reference latent of another frame, poses, noise.
 
-    def __init__(self, corpus: Corpus, image_latents: Tensor, clip_latents: Tensor):
-        self.images, self.clips = corpus.images, corpus.clips
+    Args:
+        image_latents, clip_latents: of the frames of the corpus, `[N, F, C, h, w]`.
+        pose_style: of the pose images.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        image_latents: Tensor,
+        clip_latents: Tensor,
+        pose_style: PoseStyle = "skeleton",
+    ):
+        self.images, self.clips, self.pose_style = corpus.images, corpus.clips, pose_style
         self.image_latents, self.clip_latents = image_latents, clip_latents
         self.scheduler = new_scheduler()
 
@@ -137,7 +148,7 @@ class Samples:
     ) -> dict[str, Tensor]:
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
         timestep = torch.from_numpy(rng.integers(1000, size=len(latents)))
-        poses = np.stack([draw_poses(clip, SIZE, SIZE, STICK_WIDTH) for clip in keypoints])
+        poses = np.stack([draw_poses(clip, SIZE, SIZE, STICK_WIDTH, self.pose_style) for clip in keypoints])
         return {
             "noisy": self.scheduler.add_noise(latents, noise, timestep),
             "noise": noise,
@@ -176,10 +187,20 @@ def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionM
 
 
 def train_controlnet(
-    samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path
+    samples: Samples,
+    unet: UNet2DConditionModel,
+    prompt: Tensor,
+    work: Path,
+    *,
+    start: ControlNetModel | None = None,
+    steps: int = STEPS["controlnet"],
 ) -> ControlNetModel:
-    """Train the ControlNet inside a TCAN whose other parts are frozen and untrained."""
-    tcan = TCAN(unet, ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
+    """Train a ControlNet inside a TCAN whose other parts are frozen and untrained.
+
+    Args:
+        start: weights to start from; None: an untrained ControlNet.
+    """
+    tcan = TCAN(unet, start or ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
     tcan.controlnet.requires_grad_(True)
     for block in tcan.controlnet.down_blocks:
         if hasattr(block, "motion_modules"):
@@ -190,9 +211,7 @@ def train_controlnet(
         noise = sample.pop("noise")
         return samples.loss(tcan(**sample), sample | {"noise": noise})
 
-    fitted = fit(
-        "controlnet", tcan, loss_at, steps=STEPS["controlnet"], lr=LEARNING_RATE["controlnet"], work=work
-    )
+    fitted = fit("controlnet", tcan, loss_at, steps=steps, lr=LEARNING_RATE["controlnet"], work=work)
     controlnet = ControlNetModel.from_unet(unet)
     weights = {k: v for k, v in fitted.controlnet.state_dict().items() if "motion_modules" not in k}
     controlnet.load_state_dict(weights)

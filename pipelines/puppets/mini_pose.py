@@ -11,7 +11,7 @@ from pipelines.puppets.corpus import SIZE, Corpus, Rendered, render_held_out
 from pipelines.puppets.fit import fit
 from pipelines.puppets.scene import sample_background
 from tcan.metrics.pose import joint_errors
-from tcan.pose import OpenPose, track_main_person
+from tcan.pose import OpenPose, PoseDetector, track_main_person
 from tcan.pose.network import BodyPoseNetwork
 from tcan.pose.targets import pose_targets
 
@@ -43,7 +43,8 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
     held_out = {name: render_held_out(name, 30) for name in ("dance", "bizarre")}
 
     def evaluate(step: int, average: BodyPoseNetwork) -> str:
-        fractions = {name: detected_fractions(average, rendered) for name, rendered in held_out.items()}
+        detector = OpenPose(average, average.config.input_height, average.config.blur_sigma)
+        fractions = {name: detected_fractions(detector, rendered) for name, rendered in held_out.items()}
         return ", ".join(
             f"{name} {within_5:.1%} within 5 %, {within_3:.1%} within 3 %"
             for name, (within_5, within_3) in fractions.items()
@@ -52,9 +53,8 @@ def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
     return fit("pose", network, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work, evaluate=evaluate)
 
 
-def detected_fractions(network: BodyPoseNetwork, rendered: Rendered) -> tuple[float, float]:
+def detected_fractions(detector: PoseDetector, rendered: Rendered) -> tuple[float, float]:
     """Fractions of the true joints detected within 5 % and within 3 % of the image height."""
-    detector = OpenPose(network, network.config.input_height, network.config.blur_sigma)
     people = detector.detect(rendered.frames.reshape(-1, SIZE, SIZE, 3))
     found = np.concatenate([track_main_person([frame_people], SIZE, SIZE) for frame_people in people])
     errors = joint_errors(found, rendered.keypoints.reshape(-1, 18, 3), SIZE)

@@ -25,11 +25,13 @@ def render(
     background: Callable[[int], tuple[np.ndarray, float]],
     seconds: np.ndarray,
     size: int,
+    headless: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Render frames `[F, size, size, 3]`, keypoints `[F, 18, 3]` and mask `[F, size, size]` at times `seconds` `[F]`.
 
     Args:
         background: size -> (uint8 RGB `[size, size, 3]`, y position of the far edge of the floor).
+        headless: omit the head; its points in the keypoints have score 0.
     """
     steps = [0.5, 0.5] if size <= 128 else [0.5]  # two steps of 0.5 are much faster than one of 0.25
     factor = 2 ** len(steps)
@@ -38,6 +40,7 @@ def render(
     skeleton, scale, floor = _place(character, dance, seconds)
     sway = skeleton.head[:, 0] - pose_body(dance, character.body, seconds - 0.12).head[:, 0]
     artist = _Artist(character, skeleton, scale, floor, np.clip(-0.6 * sway, -0.035, 0.035), still)
+    artist.headless = headless
 
     frames = np.empty((len(seconds), size, size, 3), np.uint8)
     mask = np.empty((len(seconds), size, size), bool)
@@ -99,6 +102,8 @@ def _extent(
 
 class _Artist:
     """Draws the frames of one puppet. Everything that is constant over frames is computed once."""
+
+    headless = False
 
     def __init__(
         self,
@@ -187,6 +192,8 @@ class _Artist:
         scores = np.ones(points.shape)
         for column, name in enumerate(hidden, start=14):
             scores[:, column] = self.depths[name] > -0.45
+        if self.headless:
+            scores[:, [0, 14, 15, 16, 17]] = 0
         return np.stack([points.real, points.imag, scores], axis=-1).astype(np.float32)
 
     # Strokes
@@ -234,7 +241,8 @@ class _Artist:
         self._shadow(index)
         if self.look.tail != "none":
             self._tail()
-        self._back_hair()
+        if not self.headless:
+            self._back_hair()
 
         depths = {
             name: getattr(self.skeleton, name)[index][..., 2]
@@ -251,7 +259,8 @@ class _Artist:
             self._leg(side)
         self._hips()
         self._torso()
-        self._head()
+        if not self.headless:
+            self._head()
         for side in map(int, np.argsort(depths["wrists"])):
             self._arm(side, *behind[side], back=False)
         return canvas

@@ -1,4 +1,4 @@
-"""Held-out variations of `dance` clips: moving scenes, two puppets, turns, other styles of drawing, and other bodies.
+"""Held-out variations of `dance` clips: moving scenes, several puppets, turns, other styles of drawing, and other bodies.
 
 A clip has the character and the dance of the `dance` clip of the same seed, so that both can be compared pairwise.
 """
@@ -17,19 +17,32 @@ from pipelines.puppets.scene import TINTS, Image, rgb, sample_background
 from pipelines.puppets.world import DISTRIBUTIONS, ENERGY, FPS, Clip, sample_clip
 
 Variation = Literal[
-    "parallax", "passing", "light", "turns", "crossing", "sketch", "xray", "noise", "four_arms"
+    "parallax",
+    "passing",
+    "light",
+    "turns",
+    "crossing",
+    "sketch",
+    "xray",
+    "noise",
+    "four_arms",
+    "three",
+    "headless",
 ]
 """Moving scenes: parallax (the camera pans, with posts behind the puppet that move faster than the wall), passing (a ball
 crosses behind the puppet), light (brightness and color of the light change). Difficult poses: turns (the puppet turns
-to both sides until its shoulders are behind each other; the renderer has no views from behind), crossing (a second, smaller puppet crosses in front of it). Styles: sketch (pencil drawing), xray (bright body on
-a dark background), noise (blur and grain of a photo in dim light). Bodies: four_arms."""
+to both sides until its shoulders are behind each other; the renderer has no views from behind), crossing (a second, smaller
+puppet crosses in front of it), three (a second puppet crosses in front of it, a third one behind it). Styles: sketch (pencil
+drawing), xray (bright body on a dark background), noise (blur and grain of a photo in dim light). Bodies: four_arms, headless.
+
+A clip depends on the position of its variation in this list: new ones are appended."""
 VARIATIONS: tuple[Variation, ...] = get_args(Variation)
 HeldOut = Distribution | Variation
 
 DANCE = DISTRIBUTIONS.index("dance")
 SUPERSAMPLING = 4  # of backgrounds that move, so that they move by fractions of a pixel
 OTHER_PUPPET = 1_000_000  # added to the seed
-OTHER_SCALE = 0.8  # of the crossing puppet; the larger one is the main person
+OTHER_SCALE = 0.8  # of the crossing puppets; the larger one is the main person
 
 
 @dataclass(frozen=True)
@@ -89,8 +102,9 @@ def _layer(
     seconds: np.ndarray,
     size: int,
     change: Callable[[Choreography], Choreography] = lambda dance: dance,
+    headless: bool = False,
 ) -> Layer:
-    """The puppet of a `dance` clip with a changed dance.
+    """The puppet of a `dance` clip with a changed dance, or without its head.
 
     A pixel is c + t b with the background b, so renderings on black and on white give c and t.
     """
@@ -98,7 +112,10 @@ def _layer(
     dance = change(sample_choreography(_stream(1, seed), ENERGY["dance"]))
 
     def on(gray: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return render(character, dance, lambda n: (np.full((n, n, 3), gray, np.uint8), 0.0), seconds, size)
+        def plain(n: int) -> tuple[np.ndarray, float]:
+            return np.full((n, n, 3), gray, np.uint8), 0.0
+
+        return render(character, dance, plain, seconds, size, headless)
 
     black, keypoints, mask = on(0)
     white = on(255)[0].astype(np.float32)
@@ -224,6 +241,23 @@ def _four_arms(seed: int, seconds: np.ndarray, size: int, rng: np.random.Generat
     return _clip(frames, replace(layer, mask=layer.mask | behind.mask))
 
 
+def _three(seed: int, seconds: np.ndarray, size: int, rng: np.random.Generator) -> Clip:
+    period = 2 * np.pi * seconds / 1.2
+    way = rng.choice([-1, 1]) * 0.2 * size * np.cos(period + rng.uniform(0, 1))
+    layer = _layer(seed, seconds, size).moved(way)
+    front = _layer(seed + OTHER_PUPPET, seconds, size).moved(-1.5 * way, OTHER_SCALE)
+    # A quarter of a period later than the one in front.
+    side = rng.choice([-1, 1]) * 0.3 * size * np.sin(period + rng.uniform(0, 1))
+    behind = _layer(seed + 2 * OTHER_PUPPET, seconds, size).moved(side, OTHER_SCALE)
+    frames = front.over(layer.over(behind.over(_still(seed, size))))
+    return _clip(frames, layer, (front.keypoints, behind.keypoints))
+
+
+def _headless(seed: int, seconds: np.ndarray, size: int, rng: np.random.Generator) -> Clip:
+    layer = _layer(seed, seconds, size, headless=True)
+    return _clip(layer.over(_still(seed, size)), layer)
+
+
 _SAMPLERS: Mapping[str, Callable[[int, np.ndarray, int, np.random.Generator], Clip]] = {
     "parallax": _parallax,
     "passing": _passing,
@@ -234,4 +268,6 @@ _SAMPLERS: Mapping[str, Callable[[int, np.ndarray, int, np.random.Generator], Cl
     "xray": _xray,
     "noise": _noise,
     "four_arms": _four_arms,
+    "three": _three,
+    "headless": _headless,
 }

@@ -1,6 +1,7 @@
 """Cells of the study: one training or one evaluation each, in a folder of its own.
 
     OUT/cells/cost/                          operations and times
+    OUT/cells/corpus/ coordinates/ dataset-coordinates/ controlnet-weak/    networks that the study trains, and their data
     OUT/cells/stage1-seed0/                  OUT of `tcan train`
     OUT/cells/stage1-dance-seed0/            OUT of `tcan evaluate`
 
@@ -18,11 +19,13 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.mlflow_store import nested
-from pipelines.study.questions import Condition, Model, Question
+from pipelines.study.questions import LONG_FRAMES, Condition, ControlNet, Model, Question
 from tcan.atomic_write import atomic_write
 from tcan.errors import UserError, first_line
 
 CELLS, CELL_FILE = "cells", "cell.json"
+CORPUS, DETECTOR, DATASET = "corpus", "coordinates", "dataset-coordinates"
+"""Names of the cells that make the data of other cells."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Cell(ABC):
 
     name: str
     seed: int
-    needs: str | None
-    """Name of the cell whose result it requires."""
+    needs: tuple[str, ...]
+    """Names of the cells whose results it requires."""
 
     def folder(self, out: Path) -> Path:
         return out / CELLS / self.name
@@ -60,6 +63,68 @@ class CostCell(Cell):
 
 
 @dataclasses.dataclass(frozen=True)
+class CorpusCell(Cell):
+    """Rendered characters for the networks that the study trains."""
+
+    def run(self, out: Path, config: Config) -> dict[str, Any]:
+        from pipelines.study.pretraining import render_corpus
+
+        render_corpus(self.folder(out), config)
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorCell(Cell):
+    """Training of the detector of coordinates."""
+
+    def run(self, out: Path, config: Config) -> dict[str, Any]:
+        from pipelines import tracking
+        from pipelines.study.pretraining import train_coordinates
+
+        folder = self.folder(out)
+        steps = {"steps": config.study.detector_steps}
+        with tracking.run("detector", self.name, config.tracking, steps, folder) as run:
+            values = train_coordinates(out / CELLS / CORPUS, folder, config)
+            run.metrics(values)
+        return {"mlflow_run_id": run.id, "values": values}
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetCell(Cell):
+    """Clip dataset with the poses of the detector of coordinates."""
+
+    def run(self, out: Path, config: Config) -> dict[str, Any]:
+        from pipelines.preprocess.job import preprocess
+
+        preprocess(str(out / "videos" / "train"), str(self.folder(out)), with_coordinates(out, config))
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlNetCell(Cell):
+    controlnet: ControlNet
+
+    def run(self, out: Path, config: Config) -> dict[str, Any]:
+        from pipelines import tracking
+        from pipelines.study.pretraining import train
+
+        folder, controlnet = self.folder(out), self.controlnet
+        if controlnet.detector == "coordinates":
+            config = with_coordinates(out, config)
+        with tracking.run(
+            "controlnet", self.name, config.tracking, dataclasses.asdict(controlnet), folder
+        ) as run:
+            train(controlnet, out / CELLS / CORPUS, folder, config.pretrained.pose, config)
+        return {"mlflow_run_id": run.id}
+
+
+def with_coordinates(out: Path, config: Config) -> Config:
+    """The configuration with the detector of coordinates."""
+    source = str(out / CELLS / DETECTOR / "pose")
+    return dataclasses.replace(config, pretrained=dataclasses.replace(config.pretrained, pose=source))
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingCell(Cell):
     model: Model
 
@@ -67,12 +132,19 @@ class TrainingCell(Cell):
         from pipelines.train.job import train
         from pipelines.train.run_file import read_run
 
-        model, folder = self.model, self.folder(out)
+        model, folder, dataset = self.model, self.folder(out), out / "dataset"
+        if model.controlnet is not None:
+            source = str(out / CELLS / _controlnet_name(model.controlnet) / "controlnet")
+            config = dataclasses.replace(
+                config, pretrained=dataclasses.replace(config.pretrained, controlnet=source)
+            )
+            if model.controlnet.detector == "coordinates":
+                config, dataset = with_coordinates(out, config), out / CELLS / DATASET
         config = dataclasses.replace(
             config, seed=self.seed, train=dataclasses.replace(config.train, **model.options)
         )
         start = None if model.start is None else model_folder(out, model.start, self.seed)
-        train(out / "dataset", folder, config, "1" if model.stage == 1 else "2", start)
+        train(dataset, folder, config, "1" if model.stage == 1 else "2", start)
         run = read_run(str(folder / f"stage{model.stage}"))
         assert run is not None
         return {"mlflow_run_id": run["mlflow_run_id"]}
@@ -94,12 +166,21 @@ class EvaluationCell(Cell):
             seed=self.seed,
             animate=dataclasses.replace(config.animate, **options),
             evaluate=dataclasses.replace(
-                config.evaluate, frames=study.frames, videos=0, poses=condition.poses
+                config.evaluate,
+                frames=LONG_FRAMES if condition.is_long else study.frames,
+                videos=0,
+                poses=condition.poses,
+                detector=config.pretrained.pose,  # the same for all models
             ),
         )
         model = model_folder(out, condition.model, self.seed)
-        report = evaluate(out / "videos" / condition.videos, model, folder, config)
+        report = evaluate(video_folder(out, condition), model, folder, config)
         return {"mlflow_run_id": report["mlflow_run_id"], "videos": read_videos(folder / "videos.csv")}
+
+
+def video_folder(out: Path, condition: Condition) -> Path:
+    """Folder of the videos of a condition."""
+    return out / "videos" / (f"{condition.videos}-{LONG_FRAMES}" if condition.is_long else condition.videos)
 
 
 def model_folder(out: Path, model: Model, seed: int) -> Path:
@@ -112,10 +193,24 @@ def cells_of(questions: Iterable[Question], seeds: Iterable[int]) -> dict[str, C
     """All cells by name, each after the one that it needs. Questions share cells of the same name."""
     cells: dict[str, Cell] = {}
 
+    def add_controlnet(controlnet: ControlNet) -> tuple[str, ...]:
+        """Names of the cells that a training with this ControlNet requires."""
+        name = _controlnet_name(controlnet)
+        cells.setdefault(CORPUS, CorpusCell(CORPUS, 0, ()))
+        if controlnet.detector == "openpose":
+            cells.setdefault(name, ControlNetCell(name, 0, (CORPUS,), controlnet))
+            return (name,)
+        cells.setdefault(DETECTOR, DetectorCell(DETECTOR, 0, (CORPUS,)))
+        cells.setdefault(name, ControlNetCell(name, 0, (CORPUS, DETECTOR), controlnet))
+        cells.setdefault(DATASET, DatasetCell(DATASET, 0, (DETECTOR,)))
+        return name, DATASET
+
     def add_training(model: Model, seed: int) -> str:
         name = _name(model.name, seed)
         if name not in cells:
-            needs = add_training(model.start, seed) if model.start else None
+            needs = add_controlnet(model.controlnet) if model.controlnet else ()
+            if model.start:
+                needs += (add_training(model.start, seed),)
             cells[name] = TrainingCell(name, seed, needs, model)
         return name
 
@@ -123,12 +218,12 @@ def cells_of(questions: Iterable[Question], seeds: Iterable[int]) -> dict[str, C
     for question in questions:
         conditions |= question.conditions()
         if question.name == "cost":
-            cells["cost"] = CostCell("cost", 0, None)
+            cells["cost"] = CostCell("cost", 0, ())
     for seed in seeds:
         trained = {condition.name: add_training(condition.model, seed) for condition in conditions.values()}
         for condition in conditions.values():
             name = _name(condition.name, seed)
-            cells[name] = EvaluationCell(name, seed, trained[condition.name], condition)
+            cells[name] = EvaluationCell(name, seed, (trained[condition.name],), condition)
     return cells
 
 
@@ -184,6 +279,10 @@ def _number(text: str) -> float | None:
     """None for an empty field, NaN and infinity, which JSON does not have."""
     value = float(text or "nan")
     return value if abs(value) < float("inf") else None
+
+
+def _controlnet_name(controlnet: ControlNet) -> str:
+    return f"controlnet-{controlnet.name}"
 
 
 def _name(part: str, seed: int) -> str:

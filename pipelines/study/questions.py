@@ -8,6 +8,7 @@ from pipelines.config.animate import PoseErrorConfig
 from pipelines.config.study import QuestionName
 from pipelines.puppets.variations import HeldOut
 from tcan.pose.corrupt import ErrorKind
+from tcan.pose.draw import PoseStyle
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,19 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class ControlNet:
+    """A ControlNet that the study trains. Names are unique: they are folder names."""
+
+    name: str
+    detector: Literal["openpose", "coordinates"] = "openpose"
+    """Of the poses in its training images, and in the dataset of the models that use it: mini's network, or the one that the
+    study trains."""
+    pose_style: PoseStyle = "skeleton"
+    is_weak: bool = False
+    """Whether it is trained from scratch with few steps, instead of from mini's ControlNet."""
+
+
+@dataclass(frozen=True)
 class Model:
     """A training. Names are unique: they are folder names."""
 
@@ -33,6 +47,8 @@ class Model:
     """Keys of `train` that differ from the configuration."""
     start: "Model | None" = None
     """For stage 2: the model of stage 1 to start from."""
+    controlnet: ControlNet | None = None
+    """None: that of the configuration."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,8 @@ class Condition:
     """Keys of `animate` that differ from the configuration."""
     poses: Literal["detected", "true"] = "detected"
     """`evaluate.poses`."""
+    is_long: bool = False
+    """Whether to evaluate `LONG_VIDEOS` videos of `LONG_FRAMES` frames, instead of those of the configuration."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,18 @@ FINETUNED = Model("stage1-finetuned-controlnet", 1, {"controlnet": "finetune"})
 STAGE2 = Model("stage2", 2, start=STAGE1)
 NO_TEMPORAL = Model("stage2-no-temporal-controlnet", 2, {"temporal_controlnet": False}, STAGE1)
 
+CONTROLNETS = (
+    ControlNet("openpose"),
+    ControlNet("coordinates", "coordinates"),
+    ControlNet("body-map", pose_style="body_map"),
+)
+OPENPOSE, COORDINATES, BODY_MAP = (
+    Model(f"stage1-{controlnet.name}", 1, {"pose_style": controlnet.pose_style}, controlnet=controlnet)
+    for controlnet in CONTROLNETS
+)
+WEAK = Model("stage1-weak", 1, controlnet=ControlNet("weak", is_weak=True))
+WEAK_FINETUNED = Model("stage1-weak-finetuned", 1, {"controlnet": "finetune"}, controlnet=WEAK.controlnet)
+
 LOCAL_ERRORS: tuple[ErrorKind, ...] = ("missing", "jitter", "outliers", "swaps", "frozen", "burst")
 """Kinds of pose errors that the neighboring frames can correct."""
 ERROR_SIZES: dict[ErrorKind, tuple[float, ...]] = {
@@ -118,7 +148,8 @@ ERROR_SIZES: dict[ErrorKind, tuple[float, ...]] = {
 first ones are used first (`study.pose_error_sizes`)."""
 PTM_STRENGTHS = (0.5, 1.0, 2.0)
 MOVING: tuple[HeldOut, ...] = ("parallax", "passing", "light")
-FAR: tuple[HeldOut, ...] = ("four_arms", "sketch", "xray", "noise")
+FAR: tuple[HeldOut, ...] = ("four_arms", "headless", "sketch", "xray", "noise")
+LONG_FRAMES, LONG_VIDEOS = 300, 3
 
 
 def questions(names: Sequence[str], pose_error_sizes: int) -> list[Question]:
@@ -241,39 +272,47 @@ def _ptm() -> Question:
 def _controlnet() -> Question:
     dance, bizarre = ((_on(STAGE1, kind), _on(FINETUNED, kind)) for kind in ("dance", "bizarre"))
     far = {kind: (_on(STAGE1, kind), _on(FINETUNED, kind)) for kind in FAR}
+    weak = {kind: (_on(WEAK, kind), _on(WEAK_FINETUNED, kind)) for kind in ("dance", "bizarre")}
     return Question(
         "controlnet",
         "ControlNet frozen or fine-tuned",
         "A frozen ControlNet generalizes better to bodies and styles that are not in the training videos (bizarre, four_arms, "
-        "sketch, xray, noise); on bodies like those of the training videos (dance) there is no hypothesis (models of stage 1; frozen "
-        "minus fine-tuned).",
+        "headless, sketch, xray, noise); on bodies like those of the training videos (dance) there is no hypothesis. A weak "
+        "ControlNet, trained from scratch with few steps, is worse frozen than fine-tuned (models of stage 1; frozen minus fine-tuned).",
         (
             Comparison("pose, bizarre", POSE, (bizarre,), 1, primary=True),
             *(Comparison(f"pose, {kind}", POSE, (pair,), 1) for kind, pair in far.items()),
             Comparison("wrists, bizarre", WRISTS, (bizarre,), 1),
             Comparison("image, bizarre", PSNR, (bizarre,), 1),
             Comparison("colours, bizarre", COLOUR, (bizarre,), -1),
+            *(Comparison(f"weak, pose, {kind}", POSE, (pair,), -1) for kind, pair in weak.items()),
             Comparison("pose, dance", POSE, (dance,)),
             Comparison("image, dance", PSNR, (dance,)),
             Comparison("colours, dance", COLOUR, (dance,)),
         ),
-        strip=(*dance, *bizarre),
+        strip=(*dance, *bizarre, *weak["bizarre"]),
     )
 
 
 def _scenes() -> Question:
     simple = _on(STAGE2)
-    hard = {kind: _on(STAGE2, kind) for kind in (*MOVING, "turns", "crossing")}
+    hard = {kind: _on(STAGE2, kind) for kind in (*MOVING, "turns", "crossing", "three")}
+    long = Condition(f"stage2-dance-{LONG_FRAMES}-frames", STAGE2, is_long=True)
     return Question(
         "scenes",
-        "Moving scenes, turns, two people",
-        "The result follows the pose less well if the background moves, the light changes, the person turns to the sides, or another "
-        "person crosses (model of stage 2; such a scene minus the same character and dance in a static scene).",
+        "Moving scenes, turns, several people, long videos",
+        "The result follows the pose less well if the background moves, the light changes, the person turns to the sides, or one or "
+        "two other people cross (model of stage 2; such a scene minus the same character and dance in a static scene). Long videos "
+        f"({LONG_VIDEOS} of {LONG_FRAMES} frames; minus their first frames) are reported without a hypothesis.",
         tuple(
             Comparison(f"pose, {kind}", POSE, ((scene, simple),), -1, primary=True)
             for kind, scene in hard.items()
         )
-        + tuple(Comparison(f"image, {kind}", PSNR, ((scene, simple),)) for kind, scene in hard.items()),
+        + tuple(Comparison(f"image, {kind}", PSNR, ((scene, simple),)) for kind, scene in hard.items())
+        + tuple(
+            Comparison(f"{label}, long", metric, ((long, simple),))
+            for label, metric in (("pose", POSE), ("image", PSNR), ("flicker", FLICKER))
+        ),
         strip=(simple, *hard.values()),
     )
 
@@ -283,17 +322,25 @@ def _detectors() -> Question:
         return Condition(f"stage2-{kind}-true-poses", STAGE2, kind, poses="true")
 
     pairs = {kind: (true(kind), _on(STAGE2, kind)) for kind in ("dance", "bizarre", "turns", "crossing")}
+    others = {
+        f"{label}, {kind}": (_on(model, kind), _on(OPENPOSE, kind))
+        for kind in ("dance", "bizarre")
+        for label, model in (("coordinates", COORDINATES), ("body map", BODY_MAP))
+    }
     return Question(
         "detectors",
-        "True or detected poses",
+        "True poses, detectors, body maps",
         "The result follows the true pose better if it is driven with it than with the poses of mini's OpenPose network (model of stage 2; "
-        "true minus detected). This bounds what a better detector can gain.",
+        "true minus detected). This bounds what a better detector can gain. Skeletons of a detector of the RTMPose type (coordinates), "
+        "and dense body maps in place of skeletons, are followed less well than skeletons of the OpenPose network (models of stage 1, "
+        "each with a ControlNet that was trained for these images; other minus OpenPose skeletons).",
         tuple(
             Comparison(f"pose, {kind}", POSE, (pair,), 1, primary=kind == "dance")
             for kind, pair in pairs.items()
         )
-        + tuple(Comparison(f"image, {kind}", PSNR, (pair,)) for kind, pair in pairs.items()),
-        strip=(*pairs["dance"], *pairs["turns"]),
+        + tuple(Comparison(f"pose, {label}", POSE, (pair,), -1) for label, pair in others.items())
+        + tuple(Comparison(f"image, {label}", PSNR, (pair,)) for label, pair in (pairs | others).items()),
+        strip=(*pairs["dance"], _on(OPENPOSE), _on(COORDINATES), _on(BODY_MAP)),
     )
 
 

@@ -29,9 +29,16 @@ from pipelines.demo import HELD_OUT_SEED, render
 from pipelines.lock import locked
 from pipelines.mlflow_store import nested
 from pipelines.preprocess.job import preprocess
-from pipelines.puppets.variations import HeldOut
-from pipelines.study.cells import Cell, TrainingCell, cells_of, read_result, run_cell
-from pipelines.study.questions import Question
+from pipelines.study.cells import (
+    Cell,
+    DatasetCell,
+    TrainingCell,
+    cells_of,
+    read_result,
+    run_cell,
+    video_folder,
+)
+from pipelines.study.questions import LONG_FRAMES, LONG_VIDEOS, Condition, Question
 from pipelines.study.report import write_report
 from pipelines.train.run_file import RESUME_MAY_CHANGE, STAGE_RESUME_MAY_CHANGE
 from tcan.atomic_write import atomic_write
@@ -83,8 +90,8 @@ def study(
             _write_state(out, {**state, "mlflow_run_id": run.id})
             failed: dict[str, str] = {}
             if not report_only:
-                held_out = {c.videos: None for question in questions for c in question.conditions().values()}
-                _prepare(out, held_out, config, run.id)
+                conditions = [c for question in questions for c in question.conditions().values()]
+                _prepare(out, conditions, config, run.id)
                 failed = _run_missing(cells, out, config, run.id)
             report = write_report(out, questions, used_seeds, cells, failed, run.id, config)
             _log(run, out, report)
@@ -146,13 +153,13 @@ def _write_state(out: Path, state: dict[str, Any]) -> None:
         partial.write_text(json.dumps(state, indent=2) + "\n")
 
 
-def _prepare(out: Path, held_out: Iterable[HeldOut], config: Config, run_id: str) -> None:
+def _prepare(out: Path, conditions: Iterable[Condition], config: Config, run_id: str) -> None:
     """Render the videos and preprocess those for training, as far as they are missing."""
     options, size = config.study, config.size
     render(out / "videos" / "train", "dance", 0, options.train_videos, options.train_frames, size)
-    for kind in held_out:
-        folder = out / "videos" / kind
-        render(folder, kind, HELD_OUT_SEED, options.held_out_videos, options.frames, size)
+    for folder, condition in {video_folder(out, c): c for c in conditions}.items():
+        count = (LONG_VIDEOS, LONG_FRAMES) if condition.is_long else (options.held_out_videos, options.frames)
+        render(folder, condition.videos, HELD_OUT_SEED, *count, size)
     if not (out / "dataset" / INFO_FILE).exists():
         with nested(run_id):
             preprocess(str(out / "videos" / "train"), str(out / "dataset"), config)
@@ -169,8 +176,10 @@ def _run_missing(cells: dict[str, Cell], out: Path, config: Config, run_id: str)
     connect()
     running: dict[Any, Cell] = {}
     while waiting or running:
-        for name in [name for name, cell in waiting.items() if cell.needs in failed]:
-            failed[name] = f"{waiting.pop(name).needs} failed"
+        for name, needed in [(name, set(cell.needs) & failed.keys()) for name, cell in waiting.items()]:
+            if needed:
+                del waiting[name]
+                failed[name] = f"{min(needed)} failed"
         while (ready := _next(waiting, finished, running, config)) is not None:
             del waiting[ready.name]
             print(f"{ready.name}: started", flush=True)
@@ -202,7 +211,7 @@ def _next(
     unit = _unit()
     room = ray.cluster_resources().get(unit, 1) - sum(_size(cell, unit, config) for cell in running.values())
     for cell in waiting.values():
-        if cell.needs is None or cell.needs in finished:
+        if finished.issuperset(cell.needs):
             return cell if not running or _size(cell, unit, config) <= room else None
     return None
 
@@ -212,7 +221,9 @@ def _unit() -> str:
 
 
 def _size(cell: Cell, unit: str, config: Config) -> int:
-    """Number of GPUs, or of CPU cores in a cluster without GPUs, that a cell occupies."""
+    """Number of GPUs, or of CPU cores in a cluster without GPUs, that a cell occupies; preprocessing uses the entire cluster."""
+    if isinstance(cell, DatasetCell):
+        return int(ray.cluster_resources().get(unit, 1))
     if not isinstance(cell, TrainingCell):
         return 1
     train = config.train
@@ -220,10 +231,10 @@ def _size(cell: Cell, unit: str, config: Config) -> int:
 
 
 def _start(cell: Cell, out: Path, config: Config, run_id: str) -> Any:
-    """Start a Ray task. A training reserves nothing itself, because its workers do."""
-    is_training = isinstance(cell, TrainingCell)
-    gpus = 1 if _unit() == "GPU" and not is_training else 0
-    task: Callable[..., Any] = ray.remote(num_cpus=0 if is_training else 1, num_gpus=gpus, max_retries=0)(
+    """Start a Ray task. A job with workers reserves nothing itself, because these do."""
+    has_workers = isinstance(cell, TrainingCell | DatasetCell)
+    gpus = 1 if _unit() == "GPU" and not has_workers else 0
+    task: Callable[..., Any] = ray.remote(num_cpus=0 if has_workers else 1, num_gpus=gpus, max_retries=0)(
         _run_in_task
     ).remote
     return task(cell, out, config, run_id)

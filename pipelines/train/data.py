@@ -20,6 +20,7 @@ from pipelines.train.order import VideoOrder
 from tcan.errors import UserError
 from tcan.pixels import to_controlnet_input
 from tcan.pose import PoseErrors, draw_poses
+from tcan.pose.draw import PoseStyle
 from tcan.pose.parts import join_parts
 
 # Purpose of a generator: the entry after seed and stage in its key. `VideoOrder` uses 0 and 3.
@@ -108,10 +109,11 @@ class Sampler:
         pose_errors: PoseErrors = NO_ERRORS,
         mixed: bool = False,
         draw: DrawConfig = BODY_ONLY,
+        pose_style: PoseStyle = "skeleton",
     ):
         self.parts = ["hands"] * draw.hands + ["faces"] * draw.face  # columns of the dataset
         self.store, self.stage, self.seed, self.batch_size, self.size = store, stage, seed, batch_size, size
-        self.scaling, self.stick_width = vae_scaling_factor, stick_width
+        self.scaling, self.stick_width, self.pose_style = vae_scaling_factor, stick_width, pose_style
         self.frames = frames if stage == 2 else 1
         self.drop_reference = drop_reference if stage == 1 else 0.0
         self.reference = reference or ("random" if stage == 1 else "first")
@@ -186,7 +188,7 @@ class Sampler:
             "latents": posterior * np.float32(self.scaling),
             "noise": noise,
             "timestep": np.int64(timestep),
-            "pose": draw_poses(keypoints, height, width, self.stick_width),
+            "pose": draw_poses(keypoints, height, width, self.stick_width, self.pose_style),
             "reference": reference[crop].astype(np.float32) * np.float32(self.scaling),
             "reference_mask": np.bool_(has_reference),
         }

@@ -120,6 +120,10 @@ def _check_start(start: Path, config: Config) -> None:
         raise UserError(
             f"{start}: its pose images were drawn with {drawn}, not {draw}; set the same draw.hands and draw.face for stage 2"
         )
+    if (style := start_info.get("pose_style", "skeleton")) != config.train.pose_style:
+        raise UserError(
+            f"{start}: trained with pose images in the style {style}; set train.pose_style {style} for stage 2"
+        )
     _check_variant(start, start_info, config)
 
 
@@ -233,6 +237,7 @@ def _train_stage(
                 "steps": stage_options.steps,
                 "schedule": schedule_options(config.train),
                 "draw": dataclasses.asdict(config.draw),
+                "pose_style": config.train.pose_style,
             },
         )
         gauges = TrainingGauges(os.path.basename(out), stage, record.id, stage_options.steps)

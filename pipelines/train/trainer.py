@@ -306,6 +306,7 @@ def create_sampler(
         pose_errors=errors,
         mixed=mixed,
         draw=task.config.draw,
+        pose_style=config.pose_style,
     )
 
 

@@ -1,15 +1,18 @@
-"""Pose images in the style on which the OpenPose ControlNet was trained."""
+"""Pose images in the style on which the OpenPose ControlNet was trained, or as dense body maps."""
 
 import colorsys
 import math
+from typing import Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tcan.pose.body_map import draw_body_map
 from tcan.pose.parts import ANCHORS, BODY, FACE
 from tcan.pose.skeleton import DRAWN_LIMBS, LIMBS
 
+PoseStyle = Literal["skeleton", "body_map"]
 COLORS = (
     (255, 0, 0),
     (255, 85, 0),
@@ -44,7 +47,11 @@ EDGE_COLORS = [
 
 
 def draw_poses(
-    keypoints: NDArray[np.float32], height: int, width: int, stick_width: int = 4
+    keypoints: NDArray[np.float32],
+    height: int,
+    width: int,
+    stick_width: int = 4,
+    style: PoseStyle = "skeleton",
 ) -> NDArray[np.uint8]:
     """Draw keypoints `[F, N, 3]`, or of several people `[F, P, N, 3]`, in pixels on black RGB images `[F, height, width, 3]`.
 
@@ -53,27 +60,34 @@ def draw_poses(
 
     Limbs are ellipses of half-width `stick_width` pixels at 60% of their color's brightness. Joints and points of hands are
     circles of radius `stick_width`; bones of hands are 50%, points of the face 75% of it. The default of 4 gives the strokes of
-    controlnet_aux, which are designed for 512 x 512.
+    controlnet_aux, which are designed for 512 x 512. With the style "body_map", the body is drawn as in `tcan.pose.body_map`.
     """
     images = np.zeros((len(keypoints), height, width, 3), np.uint8)
     people = [bodies.reshape(-1, *keypoints.shape[-2:]) for bodies in np.asarray(keypoints, np.float64)]
     for image, points in ((images[frame], body) for frame, bodies in enumerate(people) for body in bodies):
         joints = points[BODY]
-        for (start, end), color in zip(LIMBS[:DRAWN_LIMBS], COLORS, strict=False):
-            (x0, y0, s0), (x1, y1, s1) = joints[start], joints[end]
-            if s0 <= 0 or s1 <= 0:
-                continue
-            center = (int((x0 + x1) / 2), int((y0 + y1) / 2))
-            axes = (int(math.hypot(x0 - x1, y0 - y1) / 2), stick_width)
-            angle = int(math.degrees(math.atan2(y0 - y1, x0 - x1)))
-            outline = np.array(cv2.ellipse2Poly(center, axes, angle, 0, 360, 1))
-            cv2.fillConvexPoly(image, outline, [int(channel * 0.6) for channel in color])
-        for (x, y, score), color in zip(joints, COLORS, strict=True):
-            if score > 0:
-                cv2.circle(image, (int(x), int(y)), stick_width, color, thickness=-1)
+        if style == "body_map":
+            draw_body_map(image, joints)
+        else:
+            _draw_skeleton(image, joints, stick_width)
         if len(points) > len(joints):
             _draw_parts(image, points, stick_width)
     return images
+
+
+def _draw_skeleton(image: NDArray[np.uint8], joints: NDArray[np.float64], stick_width: int) -> None:
+    for (start, end), color in zip(LIMBS[:DRAWN_LIMBS], COLORS, strict=False):
+        (x0, y0, s0), (x1, y1, s1) = joints[start], joints[end]
+        if s0 <= 0 or s1 <= 0:
+            continue
+        center = (int((x0 + x1) / 2), int((y0 + y1) / 2))
+        axes = (int(math.hypot(x0 - x1, y0 - y1) / 2), stick_width)
+        angle = int(math.degrees(math.atan2(y0 - y1, x0 - x1)))
+        outline = np.array(cv2.ellipse2Poly(center, axes, angle, 0, 360, 1))
+        cv2.fillConvexPoly(image, outline, [int(channel * 0.6) for channel in color])
+    for (x, y, score), color in zip(joints, COLORS, strict=True):
+        if score > 0:
+            cv2.circle(image, (int(x), int(y)), stick_width, color, thickness=-1)
 
 
 def _draw_parts(image: NDArray[np.uint8], points: NDArray[np.float64], stick_width: int) -> None:

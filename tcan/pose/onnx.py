@@ -201,11 +201,10 @@ def _output_shapes(file: Path, session: "InferenceSession") -> list[tuple[int, .
     Raises:
         UserError: the network does not take one batch of images, or fails on them.
     """
-    inputs = session.get_inputs()
-    shape = inputs[0].shape
-    if len(inputs) != 1 or len(shape) != 4 or shape[1] != 3:
-        shapes = [item.shape for item in inputs]
+    shapes = [item.shape for item in session.get_inputs()]
+    if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] != 3:
         raise UserError(f"{file}: expected one input [B, 3, H, W], found {shapes}; use another file")
+    (shape,) = shapes
     batch = shape[0] if isinstance(shape[0], int) else 1
     black = np.zeros((batch, 3, *_input_size(session)), np.float32)
     try:

@@ -25,13 +25,14 @@ from pipelines.preprocess.shards import ShardWriter, write_info, writing
 from pipelines.preprocess.sources import Source
 from pipelines.train.clips import ClipStore
 from pipelines.train.data import Sampler
+from pipelines.train.job import _check_start
 from pipelines.train.run_file import check_same_settings, run_settings
 from tcan.errors import UserError
 from tcan.pose import PoseErrors, draw_poses, write_poses
 from tcan.pose.openpose_loading import open_pose_module
 from tcan.pose.parts import keep_parts
 from tcan.video import read_image, write_image, write_video
-from tcan.weights import load_pose_detector, read_model_info
+from tcan.weights import MINI_MODEL, load_pose_detector, read_model_info
 from tests.tcan.pose.bodies import body
 from tests.tcan.pose.test_onnx import ColouredJoints, YellowPeople, export
 from tests.tcan.pose.test_onnx import draw as draw_spots
@@ -95,6 +96,30 @@ def sampler(dataset: Path, size: int | None, **options: object) -> Sampler:
         ClipStore(dataset), 2, seed=0, batch_size=1, size=size, vae_scaling_factor=1.0, stick_width=4, frames=FRAMES,
         drop_reference=0.1, **options,
     )  # fmt: skip
+
+
+def test_body_maps_are_drawn_in_training_and_animation(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "dataset", only_main=True)
+    skeleton, body_map = (
+        sampler(dataset, None, pose_style=style).sample(0, 0) for style in ("skeleton", "body_map")
+    )
+    assert not np.array_equal(skeleton["pose"], body_map["pose"])
+    np.testing.assert_array_equal(skeleton["latents"], body_map["latents"])
+    poses = np.stack([person(0, 0)[:18]])
+    pipe = load_pipeline(MINI_MODEL, load_config())
+    np.testing.assert_array_equal(pipe.draw(poses), draw_poses(poses, 128, 128, 2))
+    pipe.model_info["pose_style"] = "body_map"
+    np.testing.assert_array_equal(pipe.draw(poses), draw_poses(poses, 128, 128, 2, "body_map"))
+
+
+def test_stage2_with_other_pose_images_than_stage1_is_refused(tmp_path: Path) -> None:
+    stage1 = tmp_path / "model"
+    shutil.copytree(MINI_MODEL, stage1)
+    info = json.loads((stage1 / "tcan.json").read_text())
+    (stage1 / "tcan.json").write_text(json.dumps(info | {"stage": 1, "pose_style": "body_map"}))
+    with pytest.raises(UserError, match=r"in the style body_map; set train\.pose_style body_map for stage 2"):
+        _check_start(stage1, load_config())
+    _check_start(stage1, load_config("--train.pose_style", "body_map"))
 
 
 def drawn_by_controlnet_aux(people: list[np.ndarray], hands: bool, face: bool) -> np.ndarray:

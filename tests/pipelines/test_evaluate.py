@@ -15,18 +15,19 @@ from pipelines.evaluate import (
     contact_sheet,
     evaluate,
     means,
-    protocol_lines,
-    table,
-    unavailable_lines,
+    reconstruct,
     write_comparison,
 )
+from pipelines.inference import load_pipeline
+from pipelines.metrics_table import protocol_lines, table, unavailable_lines
 from pipelines.protocol import at_protocol_size, check_videos, published
-from pipelines.puppets.world import sample_clip
+from pipelines.puppets.world import sample_clip, write_clip
 from tcan.errors import UserError
 from tcan.metrics.networks import load_networks
 from tcan.pose import draw_poses
 from tcan.pose.skeleton import JOINTS
 from tcan.video import read_video
+from tcan.weights import MINI_MODEL
 from tests.tcan.metrics import network_files
 
 
@@ -172,6 +173,28 @@ def test_wrong_network_file_is_an_error_before_the_evaluation_starts(tmp_path: P
     )
     with pytest.raises(UserError, match=r"fid\.pth: not torch-fidelity's .*: unreadable"):
         evaluate(tmp_path, tmp_path / "model", tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_joints_of_results_are_found_by_the_configured_detector(tmp_path: Path) -> None:
+    clip = sample_clip("dance", 0, 2)
+    write_clip(clip, tmp_path / "a")
+    config = load_config(
+        "--evaluate.frames", "2", "--animate.steps", "1", "--evaluate.detector", str(tmp_path)
+    )
+    wanted = clip.keypoints + np.array([5, 0, 0], np.float32)
+
+    class Shifted:
+        def detect(self, frames: np.ndarray) -> list[np.ndarray]:
+            return list(wanted[:, None])
+
+    pipe = load_pipeline(MINI_MODEL, config)
+    video = reconstruct(pipe, Shifted(), tmp_path / "a.mp4", config)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(video.found, wanted)
+    # Driven by the poses of the model's detector.
+    assert np.median(np.abs(video.poses - clip.keypoints)[..., :2]) < 2
+    with pytest.raises(UserError, match=r"body_pose_model\.pth"):
+        evaluate(tmp_path, MINI_MODEL, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
 
 

@@ -26,9 +26,10 @@ from pipelines.inference import driving_poses
 from pipelines.puppets.world import sample_clip
 from pipelines.study import cost
 from pipelines.study.analysis import Outcome, analyse, question_verdict
-from pipelines.study.cells import TrainingCell, cells_of, evaluation_name
+from pipelines.study.cells import ControlNetCell, TrainingCell, cells_of, evaluation_name
 from pipelines.study.document import Heading, Paragraph, Table, to_html, to_markdown
 from pipelines.study.plots import COLOURS, plot_effects
+from pipelines.study.pretraining import render_corpus
 from pipelines.study.questions import (
     FLICKER,
     POSE,
@@ -101,13 +102,36 @@ def test_questions_share_trainings_and_evaluations() -> None:
     trainings = [cell for cell in cells.values() if isinstance(cell, TrainingCell)]
     assert [cell.name for cell in trainings if cell.seed == 1] == [
         "stage1-seed1", "stage1-no-appa-seed1", "stage2-seed1", "stage2-no-temporal-controlnet-seed1",
-        "stage1-finetuned-controlnet-seed1",
+        "stage1-finetuned-controlnet-seed1", "stage1-weak-seed1", "stage1-weak-finetuned-seed1",
     ]  # fmt: skip
     position = {name: index for index, name in enumerate(cells)}
-    assert all(position[cell.needs] < position[cell.name] for cell in cells.values() if cell.needs)
+    assert all(position[needed] < position[cell.name] for cell in cells.values() for needed in cell.needs)
     assert not any(cell.seed == 1 for cell in list(cells.values())[: len(cells) // 2])
     separate = sum(len(cells_of(questions([name], 1), [0, 1])) for name in names)
     assert len(cells) < separate
+
+
+def test_networks_that_the_study_trains_are_shared_by_all_seeds_and_precede_what_needs_them() -> None:
+    cells = cells_of(questions(["controlnet", "detectors"], 1), [0, 1])
+    needs = {name: set(cell.needs) for name, cell in cells.items()}
+    assert needs["controlnet-weak"] == needs["controlnet-body-map"] == {"corpus"}
+    assert needs["controlnet-coordinates"] == {"corpus", "coordinates"}
+    for seed in (0, 1):
+        assert needs[f"stage1-coordinates-seed{seed}"] == {"controlnet-coordinates", "dataset-coordinates"}
+        assert (
+            needs[f"stage1-weak-seed{seed}"]
+            == needs[f"stage1-weak-finetuned-seed{seed}"]
+            == {"controlnet-weak"}
+        )
+    names = list(cells)
+    assert all(names.index(needed) < names.index(name) for name in names for needed in needs[name])
+    assert sum(isinstance(cell, ControlNetCell) for cell in cells.values()) == 4
+
+
+def test_networks_are_trained_only_for_the_preset_mini(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="are trained for mini; use --config mini, or other --questions"):
+        render_corpus(tmp_path, load_config("--config", "sd15"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_kind_of_pose_errors_has_the_requested_number_of_sizes() -> None:

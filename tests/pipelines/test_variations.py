@@ -131,6 +131,37 @@ def test_styles(clips: dict[str, Clip]) -> None:
     assert residual[:, still].std() == pytest.approx(10 * 2**0.5, rel=0.1)  # independent grain of 10 levels
 
 
+def test_three_puppets_of_which_one_is_behind_the_main_one(clips: dict[str, Clip]) -> None:
+    clip = sample_held_out("three", SEED, 28)  # a period of 1.2 s
+    front, behind = clip.others
+    for number, other in enumerate((front, behind), start=1):
+        original = sample_clip("dance", SEED + number * OTHER_PUPPET, 28).keypoints
+        bones = [np.linalg.norm(k[:, 8, :2] - k[:, 9, :2], axis=1) for k in (other, original)]
+        np.testing.assert_allclose(bones[0], OTHER_SCALE * bones[1], atol=1e-3)
+        assert len(set(np.sign(other[:, 1, 0] - clip.keypoints[:, 1, 0]))) == 2  # they exchange sides
+    # Where the second one is, and the main one too, the main one is seen: the clip without the second one is equal there.
+    alone = _layer(SEED, np.arange(28) / FPS, 128)
+    shift = (clip.keypoints[0, 1, 0] - alone.keypoints[0, 1, 0]).round().astype(int)
+    main = np.roll(alone.mask[0], shift, axis=1)
+    x, y = clip.keypoints[0, [2, 5], :2].mean(axis=0).round().astype(int)
+    color = alone.colour[0, y, x - shift]
+    assert main[y, x] and np.abs(clip.frames[0, y, x] - color).max() < 30
+
+
+def test_headless_puppet_is_the_dance_below_the_neck(clips: dict[str, Clip]) -> None:
+    clip, dance = clips["headless"], clips["dance"]
+    assert not clip.keypoints[:, [0, 14, 15, 16, 17], 2].any()
+    body = np.arange(1, 14)
+    np.testing.assert_array_equal(clip.keypoints[:, body], dance.keypoints[:, body])
+    assert (clip.mask <= dance.mask).all() and clip.mask.sum() < 0.95 * dance.mask.sum()
+    eyes = dance.keypoints[:, [14, 15], :2].mean(axis=1).round().astype(int)
+    assert dance.mask[range(FRAMES), eyes[:, 1], eyes[:, 0]].all()
+    assert clip.mask[range(FRAMES), eyes[:, 1], eyes[:, 0]].mean() < 0.1  # an arm in one frame
+    for frame in range(FRAMES):
+        below = int(dance.keypoints[frame, [8, 11], 1].mean())
+        np.testing.assert_array_equal(clip.mask[frame, below:], dance.mask[frame, below:])
+
+
 def test_four_arms_show_more_of_the_puppet(clips: dict[str, Clip]) -> None:
     clip, dance = clips["four_arms"], clips["dance"]
     assert (clip.mask >= dance.mask).all() and clip.mask.sum() > 1.03 * dance.mask.sum()
