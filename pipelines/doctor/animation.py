@@ -97,6 +97,9 @@ def _pipeline(subject: Subject) -> TCANPipeline:
     schedule = noise_schedule(networks["scheduler"], **tcan.info.get("schedule", {}))
     # A copy of the VAE: the pipeline moves and casts its networks in place.
     pipe = TCANPipeline(copy.deepcopy(networks["vae"]), tcan, schedule, networks["pose"])
-    pipe.model_info = {"stick_width": subject.config.train.stick_width} | pipe.model_info
+    pipe.model_info = {
+        "stick_width": train.stick_width,
+        "pose_style": train.pose_style,
+    } | pipe.model_info
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(subject.device, dtype)

@@ -54,7 +54,8 @@ class Subject:
     def pose_image(self) -> Tensor:
         """The drawn pose of the sample, `[1, 3, H, W]` in [0, 1] on the device."""
         height, width = self.sample.image.shape[:2]
-        drawn = draw_poses(self.sample.keypoints[None], height, width, self.config.train.stick_width)
+        train = self.config.train
+        drawn = draw_poses(self.sample.keypoints[None], height, width, train.stick_width, train.pose_style)
         return to_controlnet_input(torch.from_numpy(drawn).to(self.device))
 
 
