@@ -29,6 +29,12 @@ class Rendered:
     keypoints: np.ndarray
     masks: np.ndarray
 
+    def sample(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sample frames `[B, H, W, 3]`, keypoints `[B, 18, 3]` and masks `[B, H, W]` of `count` different characters."""
+        which = np.sort(rng.choice(len(self.frames), count, replace=False))
+        frame = rng.integers(self.frames.shape[1])
+        return self.frames[which, frame], self.keypoints[which, frame], self.masks[which, frame]
+
 
 def render(seeds: range, frames_each: int, every: int, distribution: Distribution = "wide") -> Rendered:
     """Render one clip per seed: `frames_each` frames, `every` frames apart."""
@@ -79,27 +85,14 @@ def cached(folder: Path, name: str, count: int, frames_each: int, every: int, fi
     return Rendered(*(np.load(path, mmap_mode="r") for path in paths))
 
 
-class Corpus:
-    """Training frames, cached in `folder`: images (three frames of each character) and clips.
+def image_corpus(folder: Path, characters: int = CHARACTERS) -> Rendered:
+    """Three frames each of this number of characters, cached in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # 17 frames are 0.7 s, enough for another pose of the same dance.
+    return cached(folder, "images", characters, FRAMES_EACH, every=17, first_seed=0)
 
-    Args:
-        characters, clips: numbers of characters and of clips.
-    """
 
-    def __init__(self, folder: Path, characters: int = CHARACTERS, clips: int = CLIPS):
-        folder.mkdir(parents=True, exist_ok=True)
-        # 17 frames are 0.7 s, enough for another pose of the same dance.
-        self.images = cached(folder, "images", characters, FRAMES_EACH, every=17, first_seed=0)
-        self.clips = cached(folder, "clips", clips, CLIP_FRAMES, every=1, first_seed=CHARACTERS)
-
-    def random_images(
-        self, rng: np.random.Generator, count: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sample frames `[B, H, W, 3]`, keypoints `[B, 18, 3]` and masks `[B, H, W]` of `count` different characters."""
-        which = np.sort(rng.choice(len(self.images.frames), count, replace=False))
-        frame = rng.integers(FRAMES_EACH)
-        return (
-            self.images.frames[which, frame],
-            self.images.keypoints[which, frame],
-            self.images.masks[which, frame],
-        )
+def clip_corpus(folder: Path, clips: int = CLIPS, first_seed: int = CHARACTERS) -> Rendered:
+    """Clips of `CLIP_FRAMES` frames, cached in `folder`. Their seeds follow those of the characters of `image_corpus`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return cached(folder, "clips", clips, CLIP_FRAMES, every=1, first_seed=first_seed)

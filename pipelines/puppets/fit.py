@@ -5,16 +5,46 @@ It uses plain PyTorch, because it produces only the pretrained models of the pre
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tcan.atomic_write import atomic_write
+from tcan.errors import UserError
 
 EMA_DECAY = 0.995
 SAVE_EVERY = 100  # steps
+LOG_EVERY = 25  # steps
+MEASURED_STEPS = 8
+"""Steps that are timed, after one more, to convert minutes into steps."""
+
+Batch = dict[str, Any]
+"""Tensors, which are copied to the device, and other values, which are not."""
+
+
+def print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how long a part is trained; the defaults are the recipe."""
+
+    device: str = "cpu"
+    """On a GPU, the forward pass runs in bf16."""
+    batch: int = 1
+    """Factor of the number of images per step."""
+    minutes: float | None = None
+    """Duration instead of the recipe's number of steps."""
+    log: Callable[[str], None] = print_line
+
+
+RECIPE = Setting()
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -75,78 +105,155 @@ def learning_rate_factor(step: int, steps: int, warm_up: int = 30) -> float:
 def fit(
     name: str,
     module: nn.Module,
-    loss_at: Callable[[int], Tensor],
+    batch_at: Callable[[int], Batch],
+    loss_of: Callable[[int, Batch], Tensor],
     *,
     steps: int,
     lr: float,
     work: Path,
+    setting: Setting = RECIPE,
     evaluate: Callable[[int, nn.Module], str] | None = None,
 ) -> nn.Module:
-    """Train the parameters of `module` that require gradients, and return the EMA module.
+    """Train the parameters of `module` that require gradients, and return the EMA module, on the device of the setting.
 
-    The loss must depend on the step only, so that an interrupted run resumes with identical results.
+    Batch and loss must depend on the step only, so that an interrupted run resumes with identical results.
 
     Args:
-        name: name of the part. The run resumes from the checkpoint `work/name.pt` if it exists.
-        loss_at: step -> scalar loss of `module` on the batch of that step.
-        steps: number of optimizer steps.
+        name: name of the part. The run resumes from the checkpoint `work/name.pt` if it exists, with the number of steps
+            with which it was started.
+        batch_at: step -> batch in host memory; called in another thread while the device computes.
+        loss_of: (step, batch on the device) -> scalar loss of `module`.
+        steps: number of optimizer steps, if the setting has no duration.
         lr: peak learning rate of both optimizers.
         work: folder of the checkpoint.
-        evaluate: (step, EMA module) -> text to print after every checkpoint, such as metrics.
+        evaluate: (step, EMA module) -> text to log after every checkpoint, such as metrics.
+
+    Raises:
+        UserError: the checkpoint was written with another batch size.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim >= 2]
-    vectors = [p for p in trained if p.ndim < 2]
-    optimizers = [
-        Muon(matrices, lr=lr),
-        torch.optim.AdamW(vectors, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
-    average = copy.deepcopy(module).requires_grad_(False).eval()
-    averaged = [
-        (a, p) for (a, p) in zip(average.parameters(), module.parameters(), strict=True) if p.requires_grad
-    ]
+    device = torch.device(setting.device)
+    run = _Run(module.to(device), lr)
     start = 0
     checkpoint = work / f"{name}.pt"
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        start = saved["step"]
-        for tensor, value in zip(trained, saved["trained"], strict=True):
-            tensor.data.copy_(value)
-        for (tensor, _), value in zip(averaged, saved["average"], strict=True):
-            tensor.data.copy_(value)
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        print(f"{name}: resumes from step {start} of {steps}", flush=True)
+        saved = torch.load(checkpoint, weights_only=True, map_location=device)
+        if saved["batch"] != setting.batch:
+            raise UserError(
+                f"{checkpoint}: was written with --batch {saved['batch']}, not {setting.batch}; set the same value, or use "
+                "another work folder"
+            )
+        start, steps = saved["step"], saved["steps"]
+        run.restore(saved)
+        setting.log(f"{name}: resumes from step {start} of {steps}")
+    elif setting.minutes is not None:
+        seconds = run.seconds_per_step(batch_at, loss_of, device)
+        steps = max(1, round(60 * setting.minutes / seconds))
+        setting.log(f"{name}: {steps} steps of {seconds:.2f} s in {setting.minutes:.1f} minutes")
 
-    start_time, total = time.time(), 0.0
-    for step in range(start, steps):
-        for optimizer in optimizers:
+    start_time = time.time()
+    total = torch.zeros((), device=device)
+    for step, batch in _batches(batch_at, range(start, steps), device):
+        total += run.step(step, steps, batch, loss_of)
+        done = step + 1
+        if done % LOG_EVERY == 0:
+            step_time = (time.time() - start_time) / (done - start)
+            mean = total.item() / LOG_EVERY
+            setting.log(f"{name}: step {done}/{steps} loss {mean:.4f} {step_time:.2f} s/step")
+            total.zero_()
+        if done % SAVE_EVERY == 0 or done == steps:
+            with atomic_write(checkpoint) as partial:
+                torch.save({"step": done, "steps": steps, "batch": setting.batch, **run.state()}, partial)
+            if evaluate is not None:
+                setting.log(f"{name}: step {done} {evaluate(done, run.average)}")
+    return run.average
+
+
+def _batches(
+    batch_at: Callable[[int], Batch], steps: range, device: torch.device
+) -> Iterator[tuple[int, Batch]]:
+    """The steps with their batches on the device; the next batch is prepared during a step."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(batch_at, steps.start) if steps else None
+        for step in steps:
+            assert upcoming is not None
+            batch = upcoming.result()
+            upcoming = pool.submit(batch_at, step + 1) if step + 1 in steps else None
+            yield step, {key: _upload(value, device) for key, value in batch.items()}
+
+
+def _upload(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor) or device.type == "cpu":
+        return value
+    return value.pin_memory().to(device, non_blocking=True)
+
+
+class _Run:
+    """Weights, EMA weights and optimizers of a training."""
+
+    def __init__(self, module: nn.Module, lr: float):
+        self.module, self.lr = module, lr
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        self.average = copy.deepcopy(module).requires_grad_(False).eval()
+        pairs = zip(self.average.parameters(), module.parameters(), strict=True)
+        self.averaged = [(mean, p) for mean, p in pairs if p.requires_grad]
+        self.optimizers = self._new_optimizers()
+
+    def _new_optimizers(self) -> list[torch.optim.Optimizer]:
+        matrices = [p for p in self.trained if p.ndim >= 2]
+        vectors = [p for p in self.trained if p.ndim < 2]
+        adamw = torch.optim.AdamW(vectors, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        return [Muon(matrices, lr=self.lr), adamw]
+
+    def step(self, step: int, steps: int, batch: Batch, loss_of: Callable[[int, Batch], Tensor]) -> Tensor:
+        """One optimizer step; returns the loss, without waiting for the device."""
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate_factor(step, steps)
-        loss = loss_at(step)
+                group["lr"] = self.lr * learning_rate_factor(step, steps)
+        device = self.trained[0].device
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of(step, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         with torch.no_grad():
-            for mean, parameter in averaged:
+            for mean, parameter in self.averaged:
                 mean.lerp_(parameter, 1 - decay)
-        total += loss.item()
-        if (step + 1) % 25 == 0:
-            step_time = (time.time() - start_time) / (step + 1 - start)
-            print(f"{name}: step {step + 1}/{steps} loss {total / 25:.4f} {step_time:.2f} s/step", flush=True)
-            total = 0.0
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            state = {
-                "step": step + 1,
-                "trained": [p.data for p in trained],
-                "average": [mean.data for mean, _ in averaged],
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            }
-            with atomic_write(checkpoint) as partial:
-                torch.save(state, partial)
-            if evaluate is not None:
-                print(f"{name}: step {step + 1} {evaluate(step + 1, average)}", flush=True)
-    return average
+        return loss.detach()
+
+    def seconds_per_step(
+        self,
+        batch_at: Callable[[int], Batch],
+        loss_of: Callable[[int, Batch], Tensor],
+        device: torch.device,
+    ) -> float:
+        """Time some steps, then undo them."""
+        before = copy.deepcopy(self.state())
+        began = time.time()
+        for step, batch in _batches(batch_at, range(MEASURED_STEPS + 1), device):
+            loss = self.step(step, MEASURED_STEPS + 1, batch, loss_of).item()  # waits for the device
+            if step == 0:
+                began = time.time()
+        assert loss == loss, "the loss is NaN"
+        seconds = (time.time() - began) / MEASURED_STEPS
+        self.optimizers = self._new_optimizers()
+        self.restore({**before, "optimizers": []})
+        return seconds
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "trained": [p.data for p in self.trained],
+            "average": [mean.data for mean, _ in self.averaged],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set everything that `state` contains; without "optimizers" these remain."""
+        for tensor, value in zip(self.trained, state["trained"], strict=True):
+            tensor.data.copy_(value)
+        for (tensor, _), value in zip(self.averaged, state["average"], strict=True):
+            tensor.data.copy_(value)
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=False):
+            optimizer.load_state_dict(values)

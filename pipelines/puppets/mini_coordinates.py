@@ -7,6 +7,7 @@ crop comes from a network that predicts one box per image, so it suits videos of
 
 import math
 import warnings
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.puppets.corpus import SIZE, Corpus
-from pipelines.puppets.fit import fit
+from pipelines.puppets.corpus import SIZE, Rendered
+from pipelines.puppets.fit import Batch, fit
 from pipelines.puppets.mini_pose import EMPTY_IMAGES, augment, empty_image
 from tcan.pose.network import ConvNorm
 from tcan.pose.onnx import BINS_PER_PIXEL, BOX_PADDING, COCO, MEAN, STD
@@ -90,35 +91,35 @@ class Coordinates(nn.Module):
         return x.softmax(dim=2) / PEAK, y.softmax(dim=2) / PEAK
 
 
-def train_detector(corpus: Corpus, work: Path, folder: Path, steps: dict[str, int] = STEPS) -> None:
+def train_detector(images: Rendered, work: Path, folder: Path, steps: Mapping[str, int] = STEPS) -> None:
     """Train both networks and write them to `folder` for `tcan.pose.onnx.OnnxPose.from_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    boxes = PersonBox()
-    boxes = fit(
-        "boxes",
-        boxes,
-        lambda step: box_loss(boxes, *images_at(corpus, step)),
-        steps=steps["boxes"],
-        lr=LEARNING_RATE,
-        work=work,
-    )
-    coordinates = Coordinates()
-    coordinates = fit(
-        "coordinates",
-        coordinates,
-        lambda step: coordinate_loss(coordinates, *images_at(corpus, step), np.random.default_rng([7, step])),
-        steps=steps["coordinates"],
-        lr=LEARNING_RATE,
-        work=work,
-    )
-    export(boxes, folder / "boxes.onnx", ["boxes"])
-    export(coordinates, folder / "coordinates.onnx", ["simcc_x", "simcc_y"])
+    boxes, coordinates = PersonBox(), Coordinates()
+    trained = [
+        fit(name, network, batch_at, loss_of, steps=steps[name], lr=LEARNING_RATE, work=work)
+        for name, network, batch_at, loss_of in (
+            (
+                "boxes",
+                boxes,
+                lambda step: box_batch(*images_at(images, step)),
+                lambda step, batch: box_loss(boxes, batch),
+            ),
+            (
+                "coordinates",
+                coordinates,
+                lambda step: crop_batch(*images_at(images, step), np.random.default_rng([7, step])),
+                lambda step, batch: coordinate_loss(coordinates, batch),
+            ),
+        )
+    ]
+    export(trained[0], folder / "boxes.onnx", ["boxes"])
+    export(trained[1], folder / "coordinates.onnx", ["simcc_x", "simcc_y"])
 
 
-def images_at(corpus: Corpus, step: int) -> tuple[np.ndarray, np.ndarray]:
+def images_at(images: Rendered, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Augmented frames uint8 `[B, SIZE, SIZE, 3]` and keypoints `[B, 18, 3]`, all 0 in the `EMPTY_IMAGES` first ones."""
     rng = np.random.default_rng([6, step])
-    frames, keypoints, _ = corpus.random_images(rng, IMAGES)
+    frames, keypoints, _ = images.sample(rng, IMAGES)
     frames[:EMPTY_IMAGES], keypoints[:EMPTY_IMAGES] = [empty_image(rng) for _ in range(EMPTY_IMAGES)], 0
     return augment(rng, frames, keypoints)
 
@@ -131,20 +132,25 @@ def person_box(keypoints: np.ndarray) -> np.ndarray:
     return np.concatenate([low - margin, high + margin]).astype(np.float32)
 
 
-def box_loss(network: PersonBox, frames: np.ndarray, keypoints: np.ndarray) -> Tensor:
+def box_batch(frames: np.ndarray, keypoints: np.ndarray) -> Batch:
+    """Images, whether they show a person, and the boxes of those that do."""
     is_person = keypoints[..., 2].any(axis=1)
-    boxes = torch.from_numpy(np.stack([person_box(body) for body in keypoints[is_person]]))
-    bgr = torch.from_numpy(frames[..., ::-1].copy()).permute(0, 3, 1, 2).float()
-    found, logit = network.raw(bgr)
-    target = torch.from_numpy(is_person)
-    distance = (found[target] - boxes).abs().mean() / SIZE
+    return {
+        "bgr": torch.from_numpy(frames[..., ::-1].copy()).permute(0, 3, 1, 2).float(),
+        "is_person": torch.from_numpy(is_person),
+        "boxes": torch.from_numpy(np.stack([person_box(body) for body in keypoints[is_person]])),
+    }
+
+
+def box_loss(network: PersonBox, batch: Batch) -> Tensor:
+    found, logit = network.raw(batch["bgr"])
+    target = batch["is_person"]
+    distance = (found[target] - batch["boxes"]).abs().mean() / SIZE
     return 10 * distance + functional.binary_cross_entropy_with_logits(logit, target.float())
 
 
-def coordinate_loss(
-    network: Coordinates, frames: np.ndarray, keypoints: np.ndarray, rng: np.random.Generator
-) -> Tensor:
-    """Cross entropy of the positions in crops around the joints, with errors like those of predicted boxes."""
+def crop_batch(frames: np.ndarray, keypoints: np.ndarray, rng: np.random.Generator) -> Batch:
+    """Normalized crops around the joints, with errors like those of predicted boxes, and the joints in them."""
     crops, points = [], []
     for frame, body in zip(frames, keypoints, strict=True):
         if not body[:, 2].any():
@@ -157,13 +163,20 @@ def coordinate_loss(
         crops.append(cv2.warpAffine(frame, affine, (SIZE, SIZE), flags=cv2.INTER_LINEAR))
         points.append(np.column_stack([body[JOINTS, :2] * scale + affine[:, 2], body[JOINTS, 2]]))
     normalized = (np.stack(crops) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    found = network.logits(torch.from_numpy(normalized.astype(np.float32)).permute(0, 3, 1, 2))
-    joints = torch.from_numpy(np.stack(points).astype(np.float32))  # [B, 17, 3]
+    return {
+        "rgb": torch.from_numpy(normalized.astype(np.float32)).permute(0, 3, 1, 2),
+        "joints": torch.from_numpy(np.stack(points).astype(np.float32)),
+    }
+
+
+def coordinate_loss(network: Coordinates, batch: Batch) -> Tensor:
+    """Cross entropy of the positions of the joints `[B, 17, 3]`."""
+    joints = batch["joints"]
     inside = ((joints[..., :2] >= 0) & (joints[..., :2] < SIZE)).all(-1) & (joints[..., 2] > 0)
     weight = torch.where(inside, 1.0, HIDDEN_WEIGHT)
-    bins = torch.arange(BINS)
+    bins = torch.arange(BINS, device=joints.device)
     loss = joints.new_zeros(())
-    for axis, logits in enumerate(found):
+    for axis, logits in enumerate(network.logits(batch["rgb"])):
         distance = (bins - joints[..., axis, None] * BINS_PER_PIXEL) / SPREAD
         target = torch.where(inside[..., None], (-0.5 * distance.square()).softmax(dim=2), 1 / BINS)
         loss = loss - (weight[..., None] * target * logits.log_softmax(dim=2)).sum(2).mean()

@@ -14,8 +14,8 @@ from diffusers import ControlNetModel, DDIMScheduler, MotionAdapter, UNet2DCondi
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from pipelines.puppets.corpus import SIZE, Corpus
-from pipelines.puppets.fit import fit
+from pipelines.puppets.corpus import SIZE, Rendered
+from pipelines.puppets.fit import RECIPE, Batch, Setting, fit
 from pipelines.puppets.mini_vae import LATENT_CHANNELS, zero_last_convolutions
 from tcan.appearance import capture_features, install_appearance
 from tcan.attention import Appearance
@@ -30,6 +30,7 @@ NORM_GROUPS = 16
 PROMPT_WIDTH = 64
 STICK_WIDTH = 2
 REFERENCE_FRACTION = 0.75
+SNR_GAMMA = 5.0
 
 STEPS = {"unet": 8300, "controlnet": 2150, "motion": 1560}
 LEARNING_RATE = {"unet": 2e-3, "controlnet": 2e-3, "motion": 1.5e-3}
@@ -102,50 +103,45 @@ class Samples:
     """Training batches as a function of the step: latents, the reference latent of another frame, poses, noise.
 
     Args:
-        image_latents, clip_latents: of the frames of the corpus, `[N, F, C, h, w]`.
+        rendered: frames `[N, F, H, W, 3]` with their keypoints.
+        latents: of these frames, `[N, F, C, h, w]`.
         pose_style: of the pose images.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        image_latents: Tensor,
-        clip_latents: Tensor,
-        pose_style: PoseStyle = "skeleton",
-    ):
-        self.images, self.clips, self.pose_style = corpus.images, corpus.clips, pose_style
-        self.image_latents, self.clip_latents = image_latents, clip_latents
+    def __init__(self, rendered: Rendered, latents: Tensor, pose_style: PoseStyle = "skeleton"):
+        self.keypoints, self.latents, self.pose_style = rendered.keypoints, latents, pose_style
         self.scheduler = new_scheduler()
 
-    def images_at(self, step: int, part: int) -> dict[str, Tensor]:
-        """Return `IMAGES` clips of one frame. The reference is another frame of the same character."""
+    def images_at(self, step: int, part: int, batch: int = 1) -> Batch:
+        """Return `IMAGES * batch` clips of one frame. The reference is another frame of the same character."""
         rng = np.random.default_rng([part, step])
-        count, frames_each = self.image_latents.shape[:2]
-        which = torch.from_numpy(rng.choice(count, IMAGES, replace=False))
-        target = torch.from_numpy(rng.integers(frames_each, size=IMAGES))
-        reference = (target + torch.from_numpy(rng.integers(1, frames_each, size=IMAGES))) % frames_each
-        keypoints = self.images.keypoints[which.numpy(), target.numpy()]
+        count, frames_each = self.latents.shape[:2]
+        size = IMAGES * batch
+        which = torch.from_numpy(rng.choice(count, size, replace=False))
+        target = torch.from_numpy(rng.integers(frames_each, size=size))
+        reference = (target + torch.from_numpy(rng.integers(1, frames_each, size=size))) % frames_each
         return self._noised(
             rng,
-            self.image_latents[which, target][:, None].float(),
-            self.image_latents[which, reference].float(),
-            keypoints[:, None],
+            self.latents[which, target][:, None].float(),
+            self.latents[which, reference].float(),
+            self.keypoints[which.numpy(), target.numpy()][:, None],
         )
 
-    def clips_at(self, step: int, part: int) -> dict[str, Tensor]:
-        """Return `CLIPS` clips of 16 frames. The reference is a frame of the same clip."""
+    def clips_at(self, step: int, part: int, batch: int = 1) -> Batch:
+        """Return `CLIPS * batch` clips of 16 frames. The reference is a frame of the same clip."""
         rng = np.random.default_rng([part, step])
-        count, frames = self.clip_latents.shape[:2]
-        which = torch.from_numpy(rng.choice(count, CLIPS, replace=False))
-        reference = torch.from_numpy(rng.integers(frames, size=CLIPS))
-        latents = self.clip_latents[which].float()
+        count, frames = self.latents.shape[:2]
+        size = CLIPS * batch
+        which = torch.from_numpy(rng.choice(count, size, replace=False))
+        reference = torch.from_numpy(rng.integers(frames, size=size))
+        latents = self.latents[which].float()
         return self._noised(
-            rng, latents, latents[torch.arange(CLIPS), reference], self.clips.keypoints[which.numpy()]
+            rng, latents, latents[torch.arange(size), reference], self.keypoints[which.numpy()]
         )
 
     def _noised(
         self, rng: np.random.Generator, latents: Tensor, reference: Tensor, keypoints: np.ndarray
-    ) -> dict[str, Tensor]:
+    ) -> Batch:
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
         timestep = torch.from_numpy(rng.integers(1000, size=len(latents)))
         poses = np.stack([draw_poses(clip, SIZE, SIZE, STICK_WIDTH, self.pose_style) for clip in keypoints])
@@ -153,37 +149,49 @@ class Samples:
             "noisy": self.scheduler.add_noise(latents, noise, timestep),
             "noise": noise,
             "timestep": timestep,
+            "weight": min_snr_weight(self.scheduler, timestep, SNR_GAMMA),
             "reference_latent": reference,
-            "reference_mask": torch.from_numpy(rng.random(len(latents)) < REFERENCE_FRACTION),
+            # A list, because the networks read it on the host.
+            "reference_mask": (rng.random(len(latents)) < REFERENCE_FRACTION).tolist(),
             "pose": to_controlnet_input(torch.from_numpy(poses)),
         }
 
-    def loss(self, prediction: Tensor, sample: dict[str, Tensor], gamma: float = 5.0) -> Tensor:
-        """Mean squared error of the predicted noise with min-SNR-gamma weights."""
-        error = (prediction - sample["noise"]).square().flatten(1).mean(1)
-        return (error * min_snr_weight(self.scheduler, sample["timestep"], gamma)).mean()
+
+def noise_loss(prediction: Tensor, batch: Batch) -> Tensor:
+    """Mean squared error of the predicted noise with min-SNR-gamma weights."""
+    error = (prediction.float() - batch["noise"]).square().flatten(1).mean(1)
+    return (error * batch["weight"]).mean()
 
 
-def train_unet(samples: Samples, prompt: Tensor, work: Path) -> UNet2DConditionModel:
+def train_unet(
+    samples: Samples, prompt: Tensor, work: Path, setting: Setting = RECIPE
+) -> UNet2DConditionModel:
     unet = new_unet().to(memory_format=torch.channels_last)
     install_appearance(unet)
+    prompt = prompt.to(setting.device)
 
-    def loss_at(step: int) -> Tensor:
-        sample = samples.images_at(step, 3)
-        reference_mask, timestep = sample["reference_mask"], sample["timestep"]
+    def loss_of(step: int, batch: Batch) -> Tensor:
+        timestep, prompts = batch["timestep"], prompt.expand(len(batch["timestep"]), -1, -1)
         with torch.no_grad():  # halves the cost; TCAN's stage 1 trains the features
-            features = capture_features(
-                unet, sample["reference_latent"], timestep, prompt.expand(IMAGES, -1, -1)
-            )
+            features = capture_features(unet, batch["reference_latent"], timestep, prompts)
         prediction = unet(
-            sample["noisy"][:, 0],
+            batch["noisy"][:, 0],
             timestep,
-            prompt.expand(IMAGES, -1, -1),
-            cross_attention_kwargs={"appearance": Appearance(features, reference_mask)},
+            prompts,
+            cross_attention_kwargs={"appearance": Appearance(features, batch["reference_mask"])},
         ).sample
-        return samples.loss(prediction[:, None], sample)
+        return noise_loss(prediction[:, None], batch)
 
-    return fit("unet", unet, loss_at, steps=STEPS["unet"], lr=LEARNING_RATE["unet"], work=work)
+    return fit(
+        "unet",
+        unet,
+        lambda step: samples.images_at(step, 3, setting.batch),
+        loss_of,
+        steps=STEPS["unet"],
+        lr=LEARNING_RATE["unet"],
+        work=work,
+        setting=setting,
+    )
 
 
 def train_controlnet(
@@ -191,6 +199,7 @@ def train_controlnet(
     unet: UNet2DConditionModel,
     prompt: Tensor,
     work: Path,
+    setting: Setting = RECIPE,
     *,
     start: ControlNetModel | None = None,
     steps: int = STEPS["controlnet"],
@@ -206,33 +215,48 @@ def train_controlnet(
         if hasattr(block, "motion_modules"):
             block.motion_modules.requires_grad_(False)
 
-    def loss_at(step: int) -> Tensor:
-        sample = samples.images_at(step, 4)
-        noise = sample.pop("noise")
-        return samples.loss(tcan(**sample), sample | {"noise": noise})
+    def loss_of(step: int, batch: Batch) -> Tensor:
+        inputs = (batch[key] for key in ("noisy", "timestep", "pose", "reference_latent", "reference_mask"))
+        return noise_loss(tcan(*inputs), batch)
 
-    fitted = fit("controlnet", tcan, loss_at, steps=steps, lr=LEARNING_RATE["controlnet"], work=work)
+    fitted = fit(
+        "controlnet",
+        tcan,
+        lambda step: samples.images_at(step, 4, setting.batch),
+        loss_of,
+        steps=steps,
+        lr=LEARNING_RATE["controlnet"],
+        work=work,
+        setting=setting,
+    )
     controlnet = ControlNetModel.from_unet(unet)
     weights = {k: v for k, v in fitted.controlnet.state_dict().items() if "motion_modules" not in k}
     controlnet.load_state_dict(weights)
     return controlnet
 
 
-def train_motion(samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path) -> MotionAdapter:
+def train_motion(
+    samples: Samples, unet: UNet2DConditionModel, prompt: Tensor, work: Path, setting: Setting = RECIPE
+) -> MotionAdapter:
     """Train temporal layers in the frozen UNet as in AnimateDiff, without poses (the ControlNet does not run)."""
     tcan = TCAN(unet, ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
     tcan.set_stage(2)
     tcan.controlnet.requires_grad_(False)
 
-    def loss_at(step: int) -> Tensor:
-        sample = samples.clips_at(step, 5)
+    def loss_of(step: int, batch: Batch) -> Tensor:
         with torch.no_grad():
-            features = tcan.appearance(sample["reference_latent"], sample["timestep"])
-        prediction = tcan.denoise(
-            sample["noisy"], sample["timestep"], None, features, sample["reference_mask"]
-        )
-        return samples.loss(prediction, sample)
+            features = tcan.appearance(batch["reference_latent"], batch["timestep"])
+        prediction = tcan.denoise(batch["noisy"], batch["timestep"], None, features, batch["reference_mask"])
+        return noise_loss(prediction, batch)
 
-    return fit(
-        "motion", tcan, loss_at, steps=STEPS["motion"], lr=LEARNING_RATE["motion"], work=work
-    ).motion_adapter()
+    fitted = fit(
+        "motion",
+        tcan,
+        lambda step: samples.clips_at(step, 5, setting.batch),
+        loss_of,
+        steps=STEPS["motion"],
+        lr=LEARNING_RATE["motion"],
+        work=work,
+        setting=setting,
+    )
+    return fitted.motion_adapter()

@@ -7,50 +7,68 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.puppets.corpus import SIZE, Corpus, Rendered, render_held_out
-from pipelines.puppets.fit import fit
+from pipelines.puppets.corpus import SIZE, Rendered, render_held_out
+from pipelines.puppets.fit import RECIPE, Batch, Setting, fit
 from pipelines.puppets.scene import sample_background
 from tcan.metrics.pose import joint_errors
 from tcan.pose import OpenPose, PoseDetector, track_main_person
 from tcan.pose.network import BodyPoseNetwork
 from tcan.pose.targets import pose_targets
 
+HELD_OUT_CHARACTERS = 30
 STEPS = 3000
 LEARNING_RATE = 3e-3
+IMAGES = 16
 EMPTY_IMAGES = 2
-"""Images without a puppet per batch of 16. Without them, the network detects puppets in every background."""
+"""Images without a puppet among them. Without them, the network detects puppets in every background."""
 
 
-def train_pose(corpus: Corpus, work: Path) -> BodyPoseNetwork:
+def train_pose(images: Rendered, work: Path, setting: Setting = RECIPE) -> BodyPoseNetwork:
     network = BodyPoseNetwork()
 
-    def loss_at(step: int) -> Tensor:
+    def batch_at(step: int) -> Batch:
         rng = np.random.default_rng([2, step])
-        frames, keypoints, _ = corpus.random_images(rng, 16)
-        frames[:EMPTY_IMAGES], keypoints[:EMPTY_IMAGES] = [empty_image(rng) for _ in range(EMPTY_IMAGES)], 0
+        frames, keypoints, _ = images.sample(rng, setting.batch * IMAGES)
+        empty = setting.batch * EMPTY_IMAGES
+        frames[:empty], keypoints[:empty] = [empty_image(rng) for _ in range(empty)], 0
         frames, keypoints = augment(rng, frames, keypoints)
-        images = torch.from_numpy(frames[..., ::-1].copy()).permute(0, 3, 1, 2).float().div(256).sub(0.5)
+        pixels = torch.from_numpy(frames[..., ::-1].copy()).permute(0, 3, 1, 2).float().div(256).sub(0.5)
         paf, heatmap, paf_weight = pose_targets(torch.from_numpy(keypoints), SIZE, SIZE)
-        loss = images.new_zeros(())
-        for paf_out, heatmap_out in network.stages(images):
+        return {"pixels": pixels, "paf": paf, "heatmap": heatmap, "paf_weight": paf_weight}
+
+    def loss_of(step: int, batch: Batch) -> Tensor:
+        loss = batch["pixels"].new_zeros(())
+        for paf, heatmap in network.stages(batch["pixels"]):
             loss = (
                 loss
-                + 10 * (paf_weight * (paf_out - paf).square()).mean()
-                + 10 * (heatmap_out - heatmap).square().mean()
+                + 10 * (batch["paf_weight"] * (paf - batch["paf"]).square()).mean()
+                + 10 * (heatmap - batch["heatmap"]).square().mean()
             )
         return loss
 
-    held_out = {name: render_held_out(name, 30) for name in ("dance", "bizarre")}
+    held_out = {name: render_held_out(name, HELD_OUT_CHARACTERS) for name in ("dance", "bizarre")}
 
     def evaluate(step: int, average: BodyPoseNetwork) -> str:
-        detector = OpenPose(average, average.config.input_height, average.config.blur_sigma)
+        detector = OpenPose(
+            average, average.config.input_height, average.config.blur_sigma, device=setting.device
+        )
         fractions = {name: detected_fractions(detector, rendered) for name, rendered in held_out.items()}
         return ", ".join(
             f"{name} {within_5:.1%} within 5 %, {within_3:.1%} within 3 %"
             for name, (within_5, within_3) in fractions.items()
         )
 
-    return fit("pose", network, loss_at, steps=STEPS, lr=LEARNING_RATE, work=work, evaluate=evaluate)
+    return fit(
+        "pose",
+        network,
+        batch_at,
+        loss_of,
+        steps=STEPS,
+        lr=LEARNING_RATE,
+        work=work,
+        setting=setting,
+        evaluate=evaluate,
+    )
 
 
 def detected_fractions(detector: PoseDetector, rendered: Rendered) -> tuple[float, float]:

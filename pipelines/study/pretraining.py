@@ -11,10 +11,10 @@ import torch
 from diffusers import ControlNetModel
 
 from pipelines.config import Config
-from pipelines.puppets.corpus import SIZE, Corpus, Rendered, render_held_out
+from pipelines.puppets.corpus import SIZE, Rendered, image_corpus, render_held_out
 from pipelines.puppets.mini_coordinates import train_detector
 from pipelines.puppets.mini_diffusion import Samples, train_controlnet
-from pipelines.puppets.mini_pose import detected_fractions
+from pipelines.puppets.mini_pose import HELD_OUT_CHARACTERS, detected_fractions
 from pipelines.puppets.mini_vae import encode
 from pipelines.study.questions import ControlNet
 from tcan.errors import UserError
@@ -22,7 +22,6 @@ from tcan.pose import PoseDetector, track_main_person
 from tcan.pose.parts import BODY
 from tcan.weights import load_pose_detector, load_pretrained
 
-HELD_OUT_CHARACTERS = 30
 PARTS = ("vae", "unet", "controlnet", "motion_adapter", "text_encoder", "scheduler")
 
 
@@ -37,8 +36,8 @@ def render_corpus(folder: Path, config: Config) -> None:
             f"pretrained.unet = {config.pretrained.unet}: the ControlNets of the questions controlnet and detectors are "
             "trained for mini; use --config mini, or other --questions"
         )
-    corpus = _corpus(folder, config)
-    encode(load_pretrained(**dict.fromkeys(PARTS, "mini")).vae, corpus.images.frames, folder / "latents.pt")
+    images = image_corpus(folder, config.study.characters)
+    encode(load_pretrained(**dict.fromkeys(PARTS, "mini")).vae, images.frames, folder / "latents.pt")
 
 
 def train_coordinates(corpus: Path, folder: Path, config: Config) -> dict[str, float]:
@@ -50,7 +49,7 @@ def train_coordinates(corpus: Path, folder: Path, config: Config) -> dict[str, f
     """
     torch.manual_seed(config.seed)
     steps = config.study.detector_steps
-    images = _corpus(corpus, config)
+    images = image_corpus(corpus, config.study.characters)
     train_detector(images, folder, folder / "pose", {"boxes": max(1, steps // 3), "coordinates": steps})
     values = {}
     for name, source in (("coordinates", str(folder / "pose")), ("openpose", config.pretrained.pose)):
@@ -69,11 +68,11 @@ def train(controlnet: ControlNet, corpus: Path, folder: Path, detector: str, con
         detector: source of the pose network.
     """
     torch.manual_seed(config.seed)
-    images = _corpus(corpus, config)
-    images.images = with_detected_poses(images.images, load_pose_detector(detector))
+    images = image_corpus(corpus, config.study.characters)
+    images = with_detected_poses(images, load_pose_detector(detector))
     mini = load_pretrained(**dict.fromkeys(PARTS, "mini"))
-    latents = encode(mini.vae, images.images.frames, corpus / "latents.pt")
-    samples = Samples(images, latents, latents, controlnet.pose_style)
+    latents = encode(mini.vae, images.frames, corpus / "latents.pt")
+    samples = Samples(images, latents, controlnet.pose_style)
     folder.mkdir(parents=True, exist_ok=True)
     trained: ControlNetModel = train_controlnet(
         samples,
@@ -93,7 +92,3 @@ def with_detected_poses(images: Rendered, detector: PoseDetector) -> Rendered:
         for frame, people in enumerate(detector.detect(frames)):
             keypoints[index, frame] = track_main_person([people], SIZE, SIZE)[0, BODY]
     return dataclasses.replace(images, keypoints=keypoints)
-
-
-def _corpus(folder: Path, config: Config) -> Corpus:
-    return Corpus(folder, characters=config.study.characters, clips=1)

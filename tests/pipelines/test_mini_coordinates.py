@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.puppets import mini_coordinates
-from pipelines.puppets.corpus import SIZE, Corpus
+from pipelines.puppets.corpus import SIZE, image_corpus
 from pipelines.puppets.mini_coordinates import (
     BINS,
     BOX_MARGIN,
@@ -17,8 +17,10 @@ from pipelines.puppets.mini_coordinates import (
     PEAK,
     Coordinates,
     PersonBox,
+    box_batch,
     box_loss,
     coordinate_loss,
+    crop_batch,
     export,
     images_at,
     person_box,
@@ -44,20 +46,12 @@ class Known(Coordinates):
 
 
 def bins_in_crop(seed: int) -> np.ndarray:
-    """Positions of the joints in the crop of `coordinate_loss`, from the colored spot that shows one joint."""
-    captured = []
-
-    class Spy(Coordinates):
-        def logits(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
-            captured.append(rgb[0])
-            return super().logits(rgb)
-
+    """Positions of the joints in the crop of `crop_batch`, from images with a bright spot at one joint."""
     bins = []
     for joint in JOINTS:
         frame = FRAME.copy()
         cv2.circle(frame, tuple(POSE[joint, :2].round().astype(int).tolist()), 1, (255, 255, 255), -1)
-        coordinate_loss(Spy(), frame[None], POSE[None], np.random.default_rng(seed))
-        bright = captured[-1].mean(0)
+        bright = crop_batch(frame[None], POSE[None], np.random.default_rng(seed))["rgb"][0].mean(0)
         rows, columns = torch.nonzero(bright > bright.max() - 0.3, as_tuple=True)
         bins.append([2 * columns.float().mean(), 2 * rows.float().mean()])
     return np.array(bins).round().astype(int)
@@ -65,13 +59,9 @@ def bins_in_crop(seed: int) -> np.ndarray:
 
 def test_coordinate_loss_is_lowest_at_the_joints_of_the_crop() -> None:
     bins = bins_in_crop(0)
+    batch = crop_batch(FRAME[None], POSE[None], np.random.default_rng(0))
     losses = [
-        float(
-            coordinate_loss(
-                Known((bins + shift).clip(0, BINS - 1)), FRAME[None], POSE[None], np.random.default_rng(0)
-            )
-        )
-        for shift in (0, 12, -12)
+        float(coordinate_loss(Known((bins + shift).clip(0, BINS - 1)), batch)) for shift in (0, 12, -12)
     ]
     assert losses[0] < min(losses[1:])
 
@@ -97,13 +87,11 @@ def test_box_loss_is_lowest_for_the_box_with_margin_and_for_empty_images_without
         np.float32
     )
     np.testing.assert_allclose(person_box(POSE), box, atol=1e-4)
-    frames, poses = np.stack([FRAME, FRAME]), np.stack([np.zeros_like(POSE), POSE])
-    right = float(box_loss(Fixed(box, (-9.0, 9.0)), frames, poses))
+    batch = box_batch(np.stack([FRAME, FRAME]), np.stack([np.zeros_like(POSE), POSE]))
+    right = float(box_loss(Fixed(box, (-9.0, 9.0)), batch))
     assert right < 1e-3
-    assert float(box_loss(Fixed(box + 10, (-9.0, 9.0)), frames, poses)) == pytest.approx(
-        10 * 10 / SIZE, abs=1e-3
-    )
-    assert float(box_loss(Fixed(box, (9.0, 9.0)), frames, poses)) > 4
+    assert float(box_loss(Fixed(box + 10, (-9.0, 9.0)), batch)) == pytest.approx(10 * 10 / SIZE, abs=1e-3)
+    assert float(box_loss(Fixed(box, (9.0, 9.0)), batch)) > 4
 
 
 def test_exported_files_are_a_pose_detector_that_maps_crops_back_to_the_frame(tmp_path: Path) -> None:
@@ -122,9 +110,9 @@ def test_exported_files_are_a_pose_detector_that_maps_crops_back_to_the_frame(tm
     assert (people[0, :, 2] > 0.9).all()
 
 
-def test_training_images_are_a_function_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = Corpus(tmp_path, characters=20, clips=1)
-    first, again, other = (images_at(corpus, step) for step in (0, 0, 1))
+def test_training_images_are_a_function_of_the_step(tmp_path: Path) -> None:
+    images = image_corpus(tmp_path, characters=20)
+    first, again, other = (images_at(images, step) for step in (0, 0, 1))
     np.testing.assert_array_equal(first[0], again[0])
     assert not np.array_equal(first[0], other[0])
     assert not first[1][: mini_coordinates.EMPTY_IMAGES].any() and first[1][2:, :, 2].any()
