@@ -328,6 +328,7 @@ VERDICTS: dict[str, tuple[np.ndarray, str, str]] = {
     # driver (retargeted to FRONT), the only check with a problem ("" for none), part of its text
     "walk on the spot": (still(FRONT), "", ""),
     "leaves to the right": (walked(30), "frame", "100% in frame 6"),
+    "enters from the left": (walked(30) - np.float32([180, 0, 0]), "frame", "100% in frame 6"),
     "half the frames have no person": (lost(still(FRONT), slice(3, 9)), "missing", "6 of 12 frames have no person (50%), at most 6"),
     "zoom by 2": (grown(2.0), "scale", "factor of 1."),
     "zoom by 1.2": (grown(1.2), "", ""),
