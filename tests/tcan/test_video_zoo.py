@@ -41,6 +41,8 @@ def test_frames_times_aspect_and_colors_equal_ffmpeg(folder: Path, name: str) ->
     truth = zoo.decode(folder / name, video.height, video.width)
     frames = list(video)
     assert len(frames) == len(truth.frames)
+    assert len(video.warnings) == (name in zoo.WARNINGS)
+    assert zoo.WARNINGS.get(name, "") in "".join(video.warnings)
     tolerance = 2e-3 + zoo.LATE.get(name, 0)
     np.testing.assert_allclose([time for time, _ in frames], truth.times, atol=tolerance)
     limit = 3 if name in zoo.ROUNDED else 0.1

@@ -119,6 +119,17 @@ ROUNDED = ("hevc.mkv", "ten_bits.mp4", "sar_wide.mp4", "sar_tall.mkv", "sar_dvd.
 of `ten_bits.mp4`, the library of PyAV 18 is 2.5 off."""
 LATE = {"packed.avi": 1 / 24}
 """ffmpeg's times omit the chunks without a frame that the container counts: seconds of difference."""
+WARNINGS = {
+    "packed.avi": "declares 20 frames, but 18 can be decoded",
+    "xvid_sound.avi": "declares 21 frames, but 20 can be decoded",
+    "gaps.avi": "declares 39 frames, but 20 can be decoded",
+    "ends_inside_frame.mp4": "declares 20 frames, but 16 can be decoded",
+    "bt2020c.mp4": "color matrix 10 is not supported",
+    "ycgco.mp4": "color matrix 8 is not supported",
+    "interlaced.mpg": "interlaced",
+    "interlaced.mp4": "interlaced",
+}
+"""Part of the only warning about a file; all other files have none."""
 GROUPS = ("mpeg2.mpg", "mpeg2.ts", "offset.ts", "wmv2.wmv", "cut_long.mp4")
 """Read at several rates: seeking to a frame of them gives one of another GOP."""
 NAMES = [*BASE, *FILES, *DERIVED, *BYTES]
