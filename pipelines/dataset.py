@@ -111,7 +111,7 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     file = f"{folder}/{INFO_FILE}"
     try:
         info = json.loads(storage.read_bytes(file))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if clip_files(folder) or rejected_files(folder):
             raise UserError(
                 f"{folder}: the dataset is not finished; rerun the same tcan preprocess command"

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.config.rules import ABOVE_0, at_least, between, check, multiple_of
+from pipelines.config.rules import ABOVE_0, FRAME_RATE, at_least, between, check, multiple_of
 from tcan.crop import Size
 from tcan.errors import UserError
 
@@ -39,7 +39,7 @@ class PreprocessConfig:
     video is rejected. Use at least `train.clip_frames`."""
 
     fps: float | None = None
-    """Frame rate to resample to in frames per second (> 0). Default: the frame rate of each video."""
+    """Frame rate to resample to in frames per second (0.1 to 1000). Default: the frame rate of each video."""
 
     min_person_fraction: float = 0.8
     """Minimum fraction of the frames that show a person (0 to 1). Videos below it are rejected."""
@@ -117,7 +117,8 @@ class PreprocessConfig:
         check(self, "preprocess.", at_least(1), batch_frames=16, shard_megabytes=256)
         if self.actors != "auto":
             check(self, "preprocess.", at_least(1), actors=8)
-        check(self, "preprocess.", ABOVE_0, fps=25, max_seconds=600, gpus_per_actor=1, decode_timeout=120)
+        check(self, "preprocess.", ABOVE_0, max_seconds=600, gpus_per_actor=1, decode_timeout=120)
+        check(self, "preprocess.", FRAME_RATE, fps=25)  # far above, a clip would repeat one frame without end
         check(self, "preprocess.", at_least(0), min_seconds=0, commit_seconds=60)
         if self.max_seconds is not None and self.min_seconds > self.max_seconds:
             raise UserError(

@@ -9,6 +9,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 """A requirement in words, and its test. NaN fails every test."""
 
 ABOVE_0: Rule = ("must be above 0", lambda value: value > 0)
+FRAME_RATE: Rule = ("must be from 0.1 to 1000", lambda value: 0.1 <= value <= 1000)
 DECAY: Rule = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
 

@@ -154,7 +154,8 @@ def _walk(folder: str) -> Iterator[str]:
 
 def _read_list(file: str) -> list[str]:
     try:
-        lines = [line.strip() for line in storage.read_bytes(file).decode().splitlines()]
+        # Programs on Windows write a byte order mark.
+        lines = [line.strip() for line in storage.read_bytes(file).decode("utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{file}: cannot be read as a list of paths: {storage.one_line(error)}; check that it is UTF-8 text"
@@ -165,6 +166,6 @@ def _read_list(file: str) -> list[str]:
 
 
 def _resolve(folder: str, name: str) -> str:
-    if storage.is_remote(name) or name.startswith(("/", "~")):
+    if storage.is_remote(name) or name.startswith(("/", "~", "file://")):
         return storage.absolute(name)
     return f"{folder}/{name}" if storage.is_remote(folder) else os.path.abspath(os.path.join(folder, name))

@@ -130,7 +130,7 @@ def read_settings(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        given = json.loads(Path(path).read_text())
+        given = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"train.deepspeed = {path}: cannot be read ({error}); pass a DeepSpeed JSON file"

@@ -63,7 +63,8 @@ def retarget(
 
     The pivot ratio is |neck - nose| of the character divided by the driver's full length of that bone. It is constant
     over the video. Computed per frame, it would move the body whenever the head nods. A joint that is missing in a frame
-    stays missing there, and its descendants attach to the nearest ancestor that was found.
+    stays missing there, and its descendants attach to the nearest ancestor that was found: both lengths above are then the sums
+    over the bones between them.
 
     Points of a hand (N = 130) move with the wrist and have the scale of the forearm; those of the face move with the nose and have
     the scale of the bone from neck to nose. Without wrist or nose, they are missing.
@@ -105,27 +106,48 @@ def retarget(
     _warn(np.flatnonzero(~found.any(axis=0)), "not found in any driving pose: %s; not drawn")
 
     neck = _interpolate_missing(driver_xy[:, NECK], found[:, NECK])
-    # Positions [F, 2] of each joint before and after retargeting, with substitutes for joints that were not found.
-    before = {NECK: neck}
-    after = {NECK: character_xy[NECK] + (neck - neck[found[:, NECK]][0]) * lengths.pivot}
-    scales = {joint: np.full(len(driving), scale) for joint, scale in lengths.scale.items()}
-    for joint, parent in PARENTS.items():
-        bone = driver_xy[:, joint] - before[parent]
-        full, length = lengths.driver[joint], lengths.character[joint]
-        if length > 0 and full > 0:
-            current = _length(bone)
-            stretched = length * np.clip(current / full, 0, MAX_STRETCH) / np.maximum(current, 1e-6)
-            scales[joint] = np.where(found[:, parent], stretched, scales[joint])
-        target = after[parent] + bone * scales[joint][:, None]
-        before[joint] = np.where(found[:, joint, None], driver_xy[:, joint], before[parent])
-        after[joint] = np.where(found[:, joint, None], target, after[parent])
-
+    target = character_xy[NECK] + (neck - neck[found[:, NECK]][0]) * lengths.pivot
+    moved, scales = _move_joints(driver_xy, found, neck, target, lengths)
     result = np.zeros_like(driving)
     for joint in range(len(JOINTS)):
-        result[:, joint, :2] = after[joint]
+        result[:, joint, :2] = moved[joint]
     result[..., 2] = driving[..., 2]
     result[~found] = 0
     return move_parts(keypoints, result, scales)
+
+
+def _move_joints(
+    driver_xy: NDArray[np.float64],
+    found: NDArray[np.bool_],
+    neck: NDArray[np.float64],
+    target: NDArray[np.float64],
+    lengths: _Lengths,
+) -> tuple[dict[int, NDArray[np.float64]], dict[int, NDArray[np.float64]]]:
+    """Positions `[F, 2]` of the joints after retargeting, and scales `[F]` of their bones.
+
+    Args:
+        neck, target: positions `[F, 2]` of the neck before and after retargeting.
+    """
+    # With substitutes for joints that were not found.
+    before, after = {NECK: neck}, {NECK: target}
+    # Lengths of the bones from the nearest ancestor that was found [F]; NaN: unknown.
+    driver_reach = {NECK: np.zeros(len(neck))}
+    character_reach = {NECK: np.zeros(len(neck))}
+    scales = {}
+    for joint, parent in PARENTS.items():
+        bone = driver_xy[:, joint] - before[parent]
+        known = lengths.driver[joint] > 0 and lengths.character[joint] > 0
+        full = driver_reach[parent] + (lengths.driver[joint] if known else np.nan)
+        length = character_reach[parent] + (lengths.character[joint] if known else np.nan)
+        current = _length(bone)
+        scale = length * np.clip(current / full, 0, MAX_STRETCH) / np.maximum(current, 1e-6)
+        scales[joint] = np.where(np.isnan(scale), lengths.scale[joint], scale)
+        here = found[:, joint]
+        before[joint] = np.where(here[:, None], driver_xy[:, joint], before[parent])
+        after[joint] = np.where(here[:, None], after[parent] + bone * scales[joint][:, None], after[parent])
+        driver_reach[joint] = np.where(here, 0, full)
+        character_reach[joint] = np.where(here, 0, length)
+    return after, scales
 
 
 def _paper_lengths(

@@ -214,6 +214,10 @@ def test_invalid_configuration_file_is_a_user_error(
             "preprocess v o --preprocess.canvas 120",
             "preprocess.canvas = 120: must be at least size = 128, the side of the training crops; change one of them",
         ),
+        (
+            "preprocess v o --preprocess.fps 1e9",
+            "preprocess.fps = 1000000000.0: must be from 0.1 to 1000; set e.g. 25",
+        ),
         ("ui --animate.guidance_scale -1", "animate.guidance_scale = -1.0: must be at least 0; set e.g. 7.5"),
         (
             "preprocess v o --preprocess.commit_seconds -1",

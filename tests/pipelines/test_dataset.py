@@ -281,6 +281,12 @@ def test_missing_or_unfinished_dataset_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").unlink()
     with pytest.raises(UserError, match="not finished"):
         read_info(tmp_path)
+    (tmp_path / "a.mp4").touch()
+    for name in ("a.mp4", "missing"):
+        with pytest.raises(
+            UserError, match=rf"{name}: no dataset here \(no dataset\.json\); give the output"
+        ):
+            read_info(tmp_path / name)
 
 
 def test_missing_and_damaged_files_are_user_errors_on_one_line(

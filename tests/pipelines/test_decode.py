@@ -1,5 +1,6 @@
 """Decoding of real video files into clips."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from tcan import video_stream
 from tcan.crop import fit_image
 from tcan.video import write_video as write_frames
 from tests.pipelines.faults import SIZE, disc_frames, rotate, trim, write_video
+from tests.tcan import video_zoo as zoo
 
 DECODE = {"sizes": [(SIZE, SIZE)], "fps": None, "clip_frames": 16, "min_clip_frames": 8, "timeout": 120.0}
 
@@ -120,6 +122,51 @@ def test_variable_frame_rate_is_resampled_by_timestamps(tmp_path: Path) -> None:
     shown = [max(i for i, time in enumerate(times) if time <= 80 * k) for k in range(len(frames))]
     assert [int(np.abs(truth - frame).mean(axis=(1, 2, 3)).argmin()) for frame in frames] == shown
     assert len(frames) == 15
+
+
+ZOO = (
+    *(
+        "mpeg2.mpg",
+        "mpeg2.ts",
+        "offset.ts",
+        "wmv2.wmv",
+    ),  # seeking to a frame of them gives one of another GOP
+    *("cut_long.mp4", "cut_short.mp4", "cut_no_b.mp4", "cut.mkv"),  # cut without re-encoding
+    *("sar_wide.mp4", "sar_dvd.mpg"),
+    *("packed.avi", "xvid_sound.avi"),  # the header counts more frames than there are
+    *("begins_inside_gop.ts", "ends_inside_frame.mpg", "ends_inside_frame.mp4"),
+    *("cover.mkv", "cover.mp4", "gaps.avi", "stall.mp4", "theora.ogv", "interlaced.mpg"),
+)
+
+
+@pytest.fixture(scope="module")
+def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zoo")
+    zoo.make(folder, ZOO)
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="requires the program ffmpeg")
+@pytest.mark.parametrize("name", ZOO)
+def test_clips_contain_the_frames_of_a_linear_decode_by_ffmpeg(zoo_folder: Path, name: str) -> None:
+    """Every frame once, and the frame at k / fps with resampling."""
+    size = zoo.displayed_size(zoo_folder / name)
+    truth = zoo.decode(zoo_folder / name, *size)
+    times = np.array(truth.times)
+    limit = 3 if name in zoo.ROUNDED else 0.1
+    for fps in (None, 2.0, 25.0, 30.0, 60.0):
+        options = DECODE | {"sizes": [size], "fps": fps, "min_clip_frames": 1}
+        *clips, _ = decoder_process.decode(str(zoo_folder / name), **options)
+        frames = np.concatenate([frames for _, frames in clips])
+        if fps is None:
+            shown = np.arange(len(truth.frames))
+        elif name in zoo.LATE:
+            continue  # ffmpeg's times omit the chunks without a frame
+        else:
+            shown = np.searchsorted(times, np.arange(len(frames)) / fps + 2e-3, side="right") - 1
+            assert abs(len(frames) / fps - times[-1]) < 0.6
+        assert len(frames) == len(shown)
+        assert np.abs(frames.astype(int) - truth.frames[shown]).mean(axis=(1, 2, 3)).max() < limit
 
 
 def test_trimmed_beginning_of_long_video_is_not_decoded(

@@ -25,6 +25,10 @@ def test_list_sources_accepts_folder_pattern_list_and_file(tmp_path: Path) -> No
     assert names(str(tmp_path / "odd [1].mp4")) == ["odd [1].mp4"]
     (tmp_path / "list.txt").write_text(f"# comment\n\na.mp4\n{tmp_path}/d.json\nmissing.mp4\na.mp4\n")
     assert names(str(tmp_path / "list.txt")) == ["a.mp4", "d.json", "missing.mp4"]
+    (tmp_path / "windows.txt").write_bytes(
+        f"\ufeffa.mp4\r\n#\r\nfile://{tmp_path}/odd%20[1].mp4\r\n".encode()
+    )
+    assert names(str(tmp_path / "windows.txt")) == ["a.mp4", "odd [1].mp4"]
 
 
 def test_missing_or_empty_sources_raise_one_line_error(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
 
 from tcan.crop import fit_image
@@ -549,6 +549,18 @@ def test_dtype_can_be_a_name(model_folder: Path) -> None:
     assert TCANPipeline.from_pretrained(model_folder, torch_dtype="bfloat16").dtype == torch.bfloat16
     with pytest.raises(UserError, match="torch_dtype = int8: unknown; use float32"):
         TCANPipeline.from_pretrained(model_folder, torch_dtype="int8")
+
+
+def test_variant_chooses_the_weights_files(
+    model_folder: Path, pretrained_folder: Path, tmp_path: Path
+) -> None:
+    """A folder with a VAE in two variants, of different values."""
+    vae = AutoencoderKL.from_pretrained(pretrained_folder / "vae")
+    vae.save_pretrained(tmp_path / "vae")
+    vae.half().save_pretrained(tmp_path / "vae", variant="fp16")
+    TCANPipeline.from_pretrained(model_folder, vae=str(tmp_path / "vae"))
+    with pytest.raises(UserError, match="was trained on another vae"):
+        TCANPipeline.from_pretrained(model_folder, vae=str(tmp_path / "vae"), variant="fp16")
 
 
 def test_vae_slicing_and_tiling_reach_the_vae(pipe: TCANPipeline) -> None:

@@ -41,6 +41,8 @@ def test_frames_times_aspect_and_colors_equal_ffmpeg(folder: Path, name: str) ->
     truth = zoo.decode(folder / name, video.height, video.width)
     frames = list(video)
     assert len(frames) == len(truth.frames)
+    assert len(video.warnings) == (name in zoo.WARNINGS)
+    assert zoo.WARNINGS.get(name, "") in "".join(video.warnings)
     tolerance = 2e-3 + zoo.LATE.get(name, 0)
     np.testing.assert_allclose([time for time, _ in frames], truth.times, atol=tolerance)
     limit = 3 if name in zoo.ROUNDED else 0.1
@@ -55,6 +57,23 @@ def test_frames_times_aspect_and_colors_equal_ffmpeg(folder: Path, name: str) ->
             assert difference(image, truth.frames[index]) < limit
         assert len(resampled) / fps == pytest.approx(truth.times[-1], abs=0.6)
         assert len(resampled) / fps > truth.times[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "fps"), [("stall.mp4", 24), ("stall.mkv", 24), ("stall.webm", 24), ("gaps.avi", 12)]
+)
+def test_without_a_rate_the_speed_and_the_duration_are_those_of_the_file(
+    folder: Path, name: str, fps: int
+) -> None:
+    """As in `animate` and `pose`. The stalls last 0.5 s; the header of the AVI file counts an empty chunk per frame."""
+    truth = zoo.decode(folder / name, 64, 64)
+    video = VideoFrames(folder / name)
+    frames = list(video)
+    assert video.fps == pytest.approx(fps, rel=1e-3)
+    assert (len(frames) - 1) / fps == pytest.approx(truth.times[-1], abs=0.6 / fps)
+    for number, image in enumerate(frames):
+        shown = np.searchsorted(truth.times, number / fps + 2e-3, side="right") - 1
+        assert difference(image, truth.frames[shown]) < 0.1
 
 
 @pytest.fixture
