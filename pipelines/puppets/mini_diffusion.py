@@ -202,12 +202,13 @@ def train_controlnet(
     setting: Setting = RECIPE,
     *,
     start: ControlNetModel | None = None,
-    steps: int = STEPS["controlnet"],
+    steps: int | None = None,
 ) -> ControlNetModel:
     """Train a ControlNet inside a TCAN whose other parts are frozen and untrained.
 
     Args:
         start: weights to start from; None: an untrained ControlNet.
+        steps: None: those of the recipe.
     """
     tcan = TCAN(unet, start or ControlNetModel.from_unet(unet), new_motion_adapter(), prompt)
     tcan.controlnet.requires_grad_(True)
@@ -224,7 +225,7 @@ def train_controlnet(
         tcan,
         lambda step: samples.images_at(step, 4, setting.batch),
         loss_of,
-        steps=steps,
+        steps=steps or STEPS["controlnet"],
         lr=LEARNING_RATE["controlnet"],
         work=work,
         setting=setting,
