@@ -257,10 +257,19 @@ def reconstruct(
 
 
 def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarray | None:
-    """Ground-truth keypoints `[F, 18, 3]` in pixels of the output, from a video's JSON file; None if it is missing."""
+    """Ground-truth keypoints `[F, 18, 3]` in pixels of the output, from a video's JSON file; None if it is missing.
+
+    Raises:
+        UserError: the file has another format or fewer frames.
+    """
     if not path.is_file():
         return None
     truth = read_poses(path)
+    if len(truth.people) < num_frames:
+        raise UserError(
+            f"{path}: {len(truth.people)} frames, but {num_frames} of the video are evaluated; "
+            "add the missing poses, or delete the file"
+        )
     nobody = np.zeros((18, 3), np.float32)
     poses = np.stack([people[0, BODY] if len(people) else nobody for people in truth.people[:num_frames]])
     return pipe.scale_poses(poses, truth.height or pipe.height, truth.width or pipe.width)

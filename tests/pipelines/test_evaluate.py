@@ -27,7 +27,7 @@ from pipelines.staging import upload
 from tcan.errors import UserError
 from tcan.metrics.networks import load_networks
 from tcan.metrics.region_labels import REGIONS, write_regions
-from tcan.pose import draw_poses
+from tcan.pose import draw_poses, write_poses
 from tcan.pose.skeleton import JOINTS
 from tcan.video import read_video
 from tcan.weights import MINI_MODEL
@@ -226,7 +226,7 @@ def test_videos_with_labels_have_the_psnr_of_their_regions(tmp_path: Path) -> No
     assert np.isfinite(videos[0].metrics["psnr_hair_ears_true"])
 
 
-def test_labels_of_fewer_frames_than_the_video_are_a_user_error(tmp_path: Path) -> None:
+def test_poses_and_labels_of_fewer_frames_than_the_video_are_user_errors(tmp_path: Path) -> None:
     clip = sample_clip("dance", 3, 3, 128, regions=True)
     write_clip(clip, tmp_path / "a")
     assert clip.regions is not None
@@ -234,6 +234,9 @@ def test_labels_of_fewer_frames_than_the_video_are_a_user_error(tmp_path: Path) 
     pipe = load_pipeline(MINI_MODEL, config)
     write_regions(clip.regions[:2], tmp_path / "a.regions.npz")
     with pytest.raises(UserError, match=r"a\.regions\.npz: 2 frames, but 3 of the video"):
+        reconstruct(pipe, pipe.pose_detector, tmp_path / "a.mp4", config)
+    write_poses(clip.keypoints[:2], tmp_path / "a.json", 128, 128)
+    with pytest.raises(UserError, match=r"a\.json: 2 frames, but 3 of the video"):
         reconstruct(pipe, pipe.pose_detector, tmp_path / "a.mp4", config)
 
 
