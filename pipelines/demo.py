@@ -25,7 +25,7 @@ from pipelines.evaluate import evaluate
 from pipelines.metrics_table import table
 from pipelines.preprocess.job import preprocess
 from pipelines.puppets.variations import HeldOut, sample_held_out
-from pipelines.puppets.world import FPS, write_clip
+from pipelines.puppets.world import DISTRIBUTIONS, FPS, sample_clip, write_clip
 from pipelines.train.job import train
 from tcan.video import read_video, write_image
 
@@ -49,9 +49,8 @@ def demo(out: Path, config: Config) -> None:
     videos = out / "videos"
     render(videos / "train", "dance", 0, TRAIN_CLIPS, TRAIN_FRAMES, config.size)
     for distribution in ("dance", "bizarre"):
-        render(
-            videos / distribution, distribution, HELD_OUT_SEED, HELD_OUT_CLIPS, HELD_OUT_FRAMES, config.size
-        )
+        folder, count = videos / distribution, (HELD_OUT_CLIPS, HELD_OUT_FRAMES)
+        render(folder, distribution, HELD_OUT_SEED, *count, config.size, regions=True)
     preprocess(str(videos / "train"), str(out / "dataset"), config)
     model = Path(train(out / "dataset", out / "run", config))
 
@@ -81,12 +80,21 @@ def demo(out: Path, config: Config) -> None:
     print(f"Runs in MLflow: tcan ui --tracking.folder {tracking.folder}")
 
 
-def render(folder: Path, kind: HeldOut, first_seed: int, clips: int, frames: int, size: int) -> None:
-    """Render clips as mp4, each with its ground-truth keypoints (JSON) and its first frame (PNG)."""
+def render(
+    folder: Path, kind: HeldOut, first_seed: int, clips: int, frames: int, size: int, regions: bool = False
+) -> None:
+    """Render clips as mp4, each with its ground-truth keypoints (JSON) and its first frame (PNG).
+
+    Args:
+        regions: also write the labels of the regions, for their metrics. Only distributions have them, not the variations.
+    """
     missing = [i for i in range(clips) if not (folder / f"{i:02}.png").exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for i in tqdm(missing, desc=f"rendering {folder}", disable=None):
-        clip = sample_held_out(kind, first_seed + i, frames, size)
+        if regions and kind in DISTRIBUTIONS:
+            clip = sample_clip(kind, first_seed + i, frames, size, regions=True)
+        else:
+            clip = sample_held_out(kind, first_seed + i, frames, size)
         write_clip(clip, folder / f"{i:02}", FPS)
         # Written last: marks the clip as complete.
         write_image(clip.frames[0], folder / f"{i:02}.png")

@@ -44,6 +44,7 @@ from tcan.metrics import (
     flicker,
     image_metrics,
     l1_disco,
+    labelled_region_metrics,
     mean_pose,
     part_colours,
     pose_metrics,
@@ -53,6 +54,7 @@ from tcan.metrics import (
     warping_error,
 )
 from tcan.metrics.networks import Networks, load_networks
+from tcan.metrics.region_labels import REGIONS_SUFFIX, read_regions
 from tcan.pipeline import TCANPipeline
 from tcan.pixels import to_uint8
 from tcan.pose import PoseDetector, read_poses, track_main_person
@@ -79,6 +81,7 @@ class Evaluated:
     found: np.ndarray  # [F, 18, 3], detected in the result
     true_poses: np.ndarray | None  # [F, 18, 3], from the JSON file next to the video
     scored: tuple[np.ndarray, np.ndarray] | None = None  # result and truth at the size of a protocol
+    regions: np.ndarray | None = None  # uint8 [F, H, W], labels from the file next to the video
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -200,10 +203,12 @@ def _reconstruct_all(
 
 
 def _local_video(name: str) -> Path:
-    """Local path of a video; downloads it and its true keypoints from a bucket."""
-    keypoints = str(PurePosixPath(name).with_suffix(".json")).replace(":/", "://", 1)
-    if storage.is_remote(name) and storage.exists(keypoints):
-        local_input(keypoints)
+    """Local path of a video; downloads it, its true keypoints and its region labels from a bucket."""
+    if storage.is_remote(name):
+        for suffix in (".json", REGIONS_SUFFIX):
+            other = str(PurePosixPath(name).with_suffix(suffix)).replace(":/", "://", 1)
+            if storage.exists(other):
+                local_input(other)
     return local_input(name)
 
 
@@ -223,6 +228,7 @@ def reconstruct(
     frames, fps = read_video(path, None if protocol else config.evaluate.frames)
     truth = np.stack([fit_image(frame, pipe.height, pipe.width) for frame in frames])
     true_poses = read_true_poses(path.with_suffix(".json"), pipe, len(truth))
+    regions = read_regions(path.with_suffix(REGIONS_SUFFIX), len(truth), pipe.height, pipe.width)
     if config.evaluate.poses == "detected":
         poses = pipe.detect_poses(truth, str(path), config.animate.smoothing_window)
     elif true_poses is not None:
@@ -247,14 +253,23 @@ def reconstruct(
     found = track_main_person(people, pipe.height, pipe.width)[:, BODY]
     scored = (at_protocol_size(result), at_protocol_size(frames)) if protocol else None
     drawn, joints = pipe.draw(driving), poses[:, BODY]
-    return Evaluated(path, fps, truth, joints, drawn, result, found, true_poses, scored)
+    return Evaluated(path, fps, truth, joints, drawn, result, found, true_poses, scored, regions)
 
 
 def read_true_poses(path: Path, pipe: TCANPipeline, num_frames: int) -> np.ndarray | None:
-    """Ground-truth keypoints `[F, 18, 3]` in pixels of the output, from a video's JSON file; None if it is missing."""
+    """Ground-truth keypoints `[F, 18, 3]` in pixels of the output, from a video's JSON file; None if it is missing.
+
+    Raises:
+        UserError: the file has another format or fewer frames.
+    """
     if not path.is_file():
         return None
     truth = read_poses(path)
+    if len(truth.people) < num_frames:
+        raise UserError(
+            f"{path}: {len(truth.people)} frames, but {num_frames} of the video are evaluated; "
+            "add the missing poses, or delete the file"
+        )
     nobody = np.zeros((18, 3), np.float32)
     poses = np.stack([people[0, BODY] if len(people) else nobody for people in truth.people[:num_frames]])
     return pipe.scale_poses(poses, truth.height or pipe.height, truth.width or pipe.width)
@@ -274,6 +289,8 @@ def compute_metrics(evaluated: list[Evaluated]) -> None:
             m |= _suffixed(all_image_metrics(still, truth[1:]), "still")
             still = np.broadcast_to(video.truth[:1], video.truth[1:].shape)
             m |= _suffixed(region_metrics(still, video.truth[1:], video.poses[1:]), "still")
+        if video.regions is not None:
+            m |= labelled_metrics(video.result, video.truth, video.regions)
 
         m |= pose_metrics(video.found, video.poses, height)
         m |= _suffixed(
@@ -299,6 +316,15 @@ def compute_metrics(evaluated: list[Evaluated]) -> None:
         m["colour_distance_other"] = float("nan") if single else float(np.nanmean(others))
         m["identified"] = float("nan") if single else float((distances[i] < np.nanmin(others, axis=0)).mean())
         m["identified_chance"] = float("nan") if single else 1 / len(evaluated)
+
+
+def labelled_metrics(result: np.ndarray, truth: np.ndarray, regions: np.ndarray) -> dict[str, float]:
+    """The PSNR of the labelled regions, and that of the first frame as a still in the other frames."""
+    metrics = labelled_region_metrics(result, truth, regions)
+    if len(truth) > 1:
+        still = np.broadcast_to(truth[:1], truth[1:].shape)
+        metrics |= _suffixed(labelled_region_metrics(still, truth[1:], regions[1:]), "still")
+    return metrics
 
 
 def all_image_metrics(result: np.ndarray, truth: np.ndarray) -> dict[str, float]:

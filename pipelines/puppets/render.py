@@ -1,22 +1,27 @@
 """Render a dancing puppet over a static background, supersampled, as flat shapes with outlines and shading.
 
 Image points are complex numbers x + iy, so that rotating and scaling a shape is a multiplication. Channel 3 of the canvas
-is the coverage of the puppet, from which the mask is computed.
+is the label of the region that was drawn last in a pixel (1 + its index in `REGIONS`), 0 outside of the puppet.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
 
 from pipelines.puppets.character import Character, Colour, Look, blend, shade
 from pipelines.puppets.motion import CAMERA_TILT, KEYS, Choreography, Skeleton, pose_body
+from tcan.metrics.region_labels import REGIONS
 
 MARGIN = 0.02  # fraction of the image around hands, feet and hair
 _ROUND = np.exp(1j * np.linspace(0, 2 * np.pi, 28, endpoint=False))
 _FRONT = np.exp(1j * np.linspace(-np.pi / 2, np.pi / 2, 10))
 _HEAD_TURN = np.linspace(0, 2 * np.pi, 44, endpoint=False)
 _SHIFT = 4  # fractional bits of OpenCV coordinates
+_BODY, _FACE, _HAIR_EARS, _HANDS = (
+    1 + REGIONS.index(name) for name in ("body", "face", "hair_ears", "hands")
+)
 
 
 def render(
@@ -26,12 +31,15 @@ def render(
     seconds: np.ndarray,
     size: int,
     headless: bool = False,
+    regions: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Render frames `[F, size, size, 3]`, keypoints `[F, 18, 3]` and mask `[F, size, size]` at times `seconds` `[F]`.
 
     Args:
         background: size -> (uint8 RGB `[size, size, 3]`, y position of the far edge of the floor).
         headless: omit the head; its points in the keypoints have score 0.
+        regions: return labels instead of the mask, uint8 `[F, size, size]`: 0 outside of the mask, otherwise 1 + the index in
+            `REGIONS` of the region that covers most of the pixel.
     """
     steps = [0.5, 0.5] if size <= 128 else [0.5]  # two steps of 0.5 are much faster than one of 0.25
     factor = 2 ** len(steps)
@@ -43,12 +51,22 @@ def render(
     artist.headless = headless
 
     frames = np.empty((len(seconds), size, size, 3), np.uint8)
-    mask = np.empty((len(seconds), size, size), bool)
-    for index in range(len(seconds)):
-        small = artist.draw(index, still.copy())
+    mask = np.empty((len(seconds), size, size), np.uint8 if regions else bool)
+
+    def shrink(image: np.ndarray) -> np.ndarray:
         for step in steps:
-            small = cv2.resize(small, None, fx=step, fy=step, interpolation=cv2.INTER_AREA)
+            image = cv2.resize(image, None, fx=step, fy=step, interpolation=cv2.INTER_AREA)
+        return image
+
+    for index in range(len(seconds)):
+        canvas = artist.draw(index, still.copy())
+        drawn = canvas[..., 3].copy()
+        canvas[..., 3] = 255 * (drawn > 0).view(np.uint8)  # coverage
+        small = shrink(canvas)
         frames[index], mask[index] = small[..., :3], small[..., 3] > 127
+        if regions:
+            shares = [shrink(255 * (drawn == label).view(np.uint8)) for label in range(1, 1 + len(REGIONS))]
+            mask[index] *= 1 + np.argmax(shares, axis=0).astype(np.uint8)
     return frames, artist.keypoints(size), mask
 
 
@@ -104,6 +122,7 @@ class _Artist:
     """Draws the frames of one puppet. Everything that is constant over frames is computed once."""
 
     headless = False
+    region = _BODY  # label of the shapes that are drawn
 
     def __init__(
         self,
@@ -198,15 +217,22 @@ class _Artist:
 
     # Strokes
 
+    @contextmanager
+    def _labelled(self, region: int) -> Iterator[None]:
+        """Label the shapes that the block draws."""
+        outer, self.region = self.region, region
+        yield
+        self.region = outer
+
     def _fill(self, outline: np.ndarray, colour: Colour) -> None:
-        cv2.fillPoly(self.canvas, (_fixed(outline),), (*colour, 255), cv2.LINE_8, _SHIFT)
+        cv2.fillPoly(self.canvas, (_fixed(outline),), (*colour, self.region), cv2.LINE_8, _SHIFT)
 
     def _shape(self, outline: np.ndarray, colour: Colour, line: Colour | None = None) -> None:
         """Draw a filled shape with an outline outside of it."""
         points = _fixed(outline)
-        edge = (*(line or shade(colour, 0.5)), 255)
+        edge = (*(line or shade(colour, 0.5)), self.region)
         cv2.polylines(self.canvas, (points,), True, edge, max(1, round(2 * self.line)), cv2.LINE_8, _SHIFT)
-        cv2.fillPoly(self.canvas, (points,), (*colour, 255), cv2.LINE_8, _SHIFT)
+        cv2.fillPoly(self.canvas, (points,), (*colour, self.region), cv2.LINE_8, _SHIFT)
 
     def _ball(self, centre: complex, radius: float, colour: Colour, outlined: bool = True) -> None:
         (self._shape if outlined else self._fill)(centre + radius * _ROUND, colour)
@@ -214,7 +240,7 @@ class _Artist:
     def _capsule(self, a: complex, b: complex, ra: float, rb: float, colour: Colour) -> None:
         front = _FRONT * ((b - a) / max(abs(b - a), 1e-6))
         outline = _fixed(np.concatenate([b + rb * front, a - ra * front]))
-        cv2.fillConvexPoly(self.canvas, outline, (*colour, 255), cv2.LINE_8, _SHIFT)
+        cv2.fillConvexPoly(self.canvas, outline, (*colour, self.region), cv2.LINE_8, _SHIFT)
 
     def _limb(self, joints: list[complex], radii: list[float], colour: Colour, light: float = 1.0) -> None:
         """Draw a chain of tapered capsules: outline, shaded side, lit side."""
@@ -229,7 +255,7 @@ class _Artist:
     # The puppet, from back to front
 
     def draw(self, index: int, canvas: np.ndarray) -> np.ndarray:
-        """Draw frame `index` on `canvas` `[H, W, 4]` (RGB, coverage)."""
+        """Draw frame `index` on `canvas` `[H, W, 4]` (RGB, label of the region)."""
         self.canvas = canvas
         self.at = {name: points[index] for name, points in self.points.items()}
         self.face = {name: points[index] for name, points in self.features.items()}
@@ -242,7 +268,8 @@ class _Artist:
         if self.look.tail != "none":
             self._tail()
         if not self.headless:
-            self._back_hair()
+            with self._labelled(_HAIR_EARS):
+                self._back_hair()
 
         depths = {
             name: getattr(self.skeleton, name)[index][..., 2]
@@ -260,7 +287,8 @@ class _Artist:
         self._hips()
         self._torso()
         if not self.headless:
-            self._head()
+            with self._labelled(_FACE):
+                self._head()
         for side in map(int, np.argsort(depths["wrists"])):
             self._arm(side, *behind[side], back=False)
         return canvas
@@ -336,7 +364,8 @@ class _Artist:
         parts = slice(0, 3) if is_one_layer else (slice(0, 2) if do_upper else slice(1, 3))
         self._limb(joints[parts], radii[parts], look.skin, light)
         if do_lower:
-            self._hand(elbow, wrist, light)
+            with self._labelled(_HANDS):
+                self._hand(elbow, wrist, light)
         sleeve = {"tee": 0.62, "long": 1.9, "hoodie": 1.9, "jacket": 1.9}.get(look.top, 0.0)
         if sleeve > 1:
             end = elbow + (wrist - elbow) * (sleeve - 1)
@@ -572,10 +601,11 @@ class _Artist:
 
     def _head(self) -> None:
         look, face = self.look, self.face
-        self._on_top(behind=True)
-        for side in ("right", "left"):
-            if look.ears == "human" and self.depth[f"ear {side}"] <= 0.1:
-                self._ear(side)
+        with self._labelled(_HAIR_EARS):
+            self._on_top(behind=True)
+            for side in ("right", "left"):
+                if look.ears == "human" and self.depth[f"ear {side}"] <= 0.1:
+                    self._ear(side)
         skull = self.at["head"] + self.skull * self.up
         self._shape(skull, shade(look.skin, 0.9))
         self._fill(
@@ -605,11 +635,12 @@ class _Artist:
                     shade(look.hair, 0.8) if sum(look.hair) < 600 else shade(look.hair, 0.6),
                 )
         self._fill(face["nose"], (60, 45, 50) if look.muzzle else shade(look.skin, 0.72))
-        self._hair()
-        for side in ("right", "left"):
-            if look.ears == "human" and self.depth[f"ear {side}"] > 0.1:
-                self._ear(side)
-        self._on_top(behind=False)
+        with self._labelled(_HAIR_EARS):
+            self._hair()
+            for side in ("right", "left"):
+                if look.ears == "human" and self.depth[f"ear {side}"] > 0.1:
+                    self._ear(side)
+            self._on_top(behind=False)
 
     def _ear(self, side: str) -> None:
         centre = self.face[f"ear {side}"][0]

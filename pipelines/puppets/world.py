@@ -18,6 +18,7 @@ from pipelines.puppets.motion import sample_choreography
 from pipelines.puppets.render import render
 from pipelines.puppets.scene import sample_background
 from tcan.atomic_write import atomic_write
+from tcan.metrics.region_labels import REGIONS_SUFFIX, write_regions
 
 FPS = 24
 DISTRIBUTIONS: tuple[Distribution, ...] = ("wide", "dance", "bizarre")
@@ -31,13 +32,15 @@ class Clip:
 
     `frames`: uint8 RGB `[F, H, W, 3]`. `keypoints`: float32 `[F, 18, 3]`, x and y in pixels and a score; the score of eyes
     and ears that are turned away is 0, otherwise 1, and the positions are always valid. `mask`: bool `[F, H, W]` of the
-    puppet. `others`: keypoints like `keypoints` of each further puppet.
+    puppet. `others`: keypoints like `keypoints` of each further puppet. `regions`: None, or uint8 `[F, H, W]`: 0 outside of
+    the mask, otherwise 1 + the index in `REGIONS` of the visible region.
     """
 
     frames: np.ndarray
     keypoints: np.ndarray
     mask: np.ndarray
     others: tuple[np.ndarray, ...] = ()
+    regions: np.ndarray | None = None
 
 
 def sample_clip(
@@ -50,6 +53,7 @@ def sample_clip(
     character_seed: int | None = None,
     motion_seed: int | None = None,
     background_seed: int | None = None,
+    regions: bool = False,
 ) -> Clip:
     """Sample a clip at 24 frames/s. Equal arguments give identical bytes; a shorter clip is a prefix of a longer one.
 
@@ -58,6 +62,7 @@ def sample_clip(
         every: frame stride; skipped frames are not rendered.
         character_seed, motion_seed, background_seed: default to `seed`. Pass the seed of another clip to reuse its
             character, dance or background.
+        regions: label the regions of the puppet.
     """
     kind = DISTRIBUTIONS.index(distribution)
 
@@ -72,12 +77,16 @@ def sample_clip(
         lambda pixels: sample_background(distribution, stream(2, background_seed), pixels),
         np.arange(num_frames) * every / FPS,
         size,
+        regions=regions,
     )
-    return Clip(frames, keypoints, mask)
+    return Clip(frames, keypoints, mask > 0, regions=mask if regions else None)
 
 
 def write_clip(clip: Clip, path: str | os.PathLike, fps: int = FPS) -> None:
-    """Write `path`.mp4 (H.264) and `path`.json (true keypoints in OpenPose's format). Each write is atomic."""
+    """Write `path`.mp4 (H.264) and `path`.json (true keypoints in OpenPose's format). Each write is atomic.
+
+    If the clip has them, also write the labels of the regions to `path`.regions.npz (see `tcan.metrics.region_labels`).
+    """
     num_frames, height, width, _ = clip.frames.shape
     path = Path(path)
     with (
@@ -98,3 +107,5 @@ def write_clip(clip: Clip, path: str | os.PathLike, fps: int = FPS) -> None:
     ]
     with atomic_write(path.with_name(path.name + ".json")) as partial:
         partial.write_text(json.dumps({"fps": fps, "height": height, "width": width, "frames": people}))
+    if clip.regions is not None:
+        write_regions(clip.regions, path.with_name(path.name + REGIONS_SUFFIX))

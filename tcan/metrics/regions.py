@@ -37,11 +37,16 @@ def region_metrics(result: np.ndarray, truth: np.ndarray, poses: np.ndarray) -> 
             for box in boxes_of(frames[2]):
                 a, b = (frame[box].astype(np.float64) for frame in frames[:2])
                 total, count = total + float(((a - b) ** 2).sum()), count + a.size
-        with np.errstate(divide="ignore"):
-            metrics[name] = (
-                float(10 * np.log10(255**2 / np.float64(total / count))) if count else float("nan")
-            )
+        metrics[name] = pooled_psnr(total, count)
     return metrics
+
+
+def pooled_psnr(total: float, count: int) -> float:
+    """PSNR in dB of `count` values in 0..255 whose squared errors add up to `total`: NaN for no values, infinite for no error."""
+    if not count:
+        return float("nan")
+    with np.errstate(divide="ignore"):
+        return float(10 * np.log10(255**2 / np.float64(total / count)))
 
 
 def face_boxes(pose: np.ndarray) -> Iterator[Box]:

@@ -9,6 +9,7 @@ import pytest
 from pipelines.config.parser import load_config
 from pipelines.evaluate import (
     Evaluated,
+    _local_video,
     _write_csv,
     compute_metrics,
     compute_network_metrics,
@@ -22,9 +23,11 @@ from pipelines.inference import load_pipeline
 from pipelines.metrics_table import protocol_lines, table, unavailable_lines
 from pipelines.protocol import at_protocol_size, check_videos, published
 from pipelines.puppets.world import sample_clip, write_clip
+from pipelines.staging import upload
 from tcan.errors import UserError
 from tcan.metrics.networks import load_networks
-from tcan.pose import draw_poses
+from tcan.metrics.region_labels import REGIONS, write_regions
+from tcan.pose import draw_poses, write_poses
 from tcan.pose.skeleton import JOINTS
 from tcan.video import read_video
 from tcan.weights import MINI_MODEL
@@ -196,6 +199,53 @@ def test_joints_of_results_are_found_by_the_configured_detector(tmp_path: Path) 
     with pytest.raises(UserError, match=r"body_pose_model\.pth"):
         evaluate(tmp_path, MINI_MODEL, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+
+
+def test_videos_with_labels_have_the_psnr_of_their_regions(tmp_path: Path) -> None:
+    """Also at another size than the model's. Without a file of labels, the metrics do not exist."""
+    write_clip(sample_clip("dance", 3, 3, 192, every=6, regions=True), tmp_path / "a")
+    write_clip(sample_clip("dance", 3, 3, 192, every=6), tmp_path / "b")
+    config = load_config("--evaluate.frames", "2", "--animate.steps", "1")
+    pipe = load_pipeline(MINI_MODEL, config)
+    videos = [reconstruct(pipe, pipe.pose_detector, tmp_path / f"{name}.mp4", config) for name in "ab"]
+    compute_metrics(videos)
+    labelled, unlabelled = (video.metrics for video in videos)
+    assert videos[0].regions is not None and videos[0].regions.shape == (2, 128, 128)
+    names = ("psnr_face_true", "psnr_hands_true", "psnr_hair_ears_true")
+    keys = {f"{name}{suffix}" for name in names for suffix in ("", "_still")}
+    assert labelled.keys() - unlabelled.keys() == keys
+    assert all(5 < labelled[key] < 50 for key in keys)
+    rows = table(means([labelled, unlabelled])).splitlines()
+    assert len([row for row in rows if "pixels of" in row and "first frame, still" in row]) == 3
+    assert not [row for row in table(unlabelled).splitlines() if "pixels of" in row]
+
+    videos[0].result = videos[0].truth.copy()
+    videos[0].result[videos[0].regions == 1 + REGIONS.index("hair_ears")] //= 2
+    compute_metrics(videos[:1])
+    assert videos[0].metrics["psnr_face_true"] == videos[0].metrics["psnr_hands_true"] == np.inf
+    assert np.isfinite(videos[0].metrics["psnr_hair_ears_true"])
+
+
+def test_poses_and_labels_of_fewer_frames_than_the_video_are_user_errors(tmp_path: Path) -> None:
+    clip = sample_clip("dance", 3, 3, 128, regions=True)
+    write_clip(clip, tmp_path / "a")
+    assert clip.regions is not None
+    config = load_config("--animate.steps", "1")
+    pipe = load_pipeline(MINI_MODEL, config)
+    write_regions(clip.regions[:2], tmp_path / "a.regions.npz")
+    with pytest.raises(UserError, match=r"a\.regions\.npz: 2 frames, but 3 of the video"):
+        reconstruct(pipe, pipe.pose_detector, tmp_path / "a.mp4", config)
+    write_poses(clip.keypoints[:2], tmp_path / "a.json", 128, 128)
+    with pytest.raises(UserError, match=r"a\.json: 2 frames, but 3 of the video"):
+        reconstruct(pipe, pipe.pose_detector, tmp_path / "a.mp4", config)
+
+
+def test_poses_and_labels_of_videos_in_buckets_are_downloaded(any_bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "held-out").mkdir()
+    write_clip(sample_clip("dance", 3, 2, 64, regions=True), tmp_path / "held-out" / "a")
+    upload(tmp_path / "held-out", f"{any_bucket}/held-out")
+    path = _local_video(f"{any_bucket}/held-out/a.mp4")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["a.json", "a.mp4", "a.regions.npz"]
 
 
 def test_protocol_rejects_training_videos_of_tiktok() -> None:

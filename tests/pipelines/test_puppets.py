@@ -7,7 +7,9 @@ import decord
 import numpy as np
 import pytest
 
+from pipelines.demo import render
 from pipelines.puppets.world import DISTRIBUTIONS, FPS, sample_clip, write_clip
+from tcan.metrics.region_labels import REGIONS, read_regions
 
 TOLERANCE = 0.05  # fraction of the image height; joints with a smaller error count as detected
 
@@ -20,7 +22,7 @@ def detected_fraction(keypoints: np.ndarray, prediction: np.ndarray, size: int) 
 
 @pytest.fixture(scope="module", params=DISTRIBUTIONS)
 def clips(request):
-    return [sample_clip(request.param, seed, 24, size=64, every=3) for seed in range(24)]
+    return [sample_clip(request.param, seed, 24, size=64, every=3, regions=True) for seed in range(24)]
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -76,6 +78,43 @@ def test_joints_are_inside_the_puppet_mask(clips):
     assert np.mean(on) > 0.995
 
 
+@pytest.mark.parametrize(("distribution", "size"), [("wide", 96), ("dance", 128), ("bizarre", 192)])
+def test_regions_change_neither_frames_nor_keypoints_nor_mask(distribution, size):
+    clip = sample_clip(distribution, 5, 3, size, every=5)
+    labelled = sample_clip(distribution, 5, 3, size, every=5, regions=True)
+    assert clip.regions is None and labelled.regions.shape == clip.mask.shape
+    assert labelled.regions.dtype == np.uint8
+    for name in ("frames", "keypoints", "mask"):
+        assert getattr(clip, name).tobytes() == getattr(labelled, name).tobytes()
+        assert getattr(clip, name).dtype == getattr(labelled, name).dtype
+
+
+def test_regions_are_the_mask_and_agree_with_the_keypoints(clips):
+    """Elbows and knees are body, the nose is face, eyes are face or below hair, 2 pixels beyond the wrists are hands."""
+    labels_of = {"body": (3, 6, 9, 12), "face": (0,), "head": (14, 15), "hands": (4, 7)}
+    allowed = {"body": {"body"}, "face": {"face"}, "head": {"face", "hair_ears"}, "hands": {"hands"}}
+    found = {name: [] for name in labels_of}
+    far = []
+    for clip in clips:
+        np.testing.assert_array_equal(clip.regions > 0, clip.mask)
+        points = clip.keypoints[..., :2].copy()
+        forearm = points[:, [4, 7]] - points[:, [3, 6]]
+        points[:, [4, 7]] += 2 * forearm / np.linalg.norm(forearm, axis=-1, keepdims=True).clip(1e-6)
+        columns, rows = np.moveaxis(points.clip(0, 63).astype(int), -1, 0)
+        labels = clip.regions[np.arange(len(rows))[:, None], rows, columns]
+        shown = clip.keypoints[..., 2] > 0
+        for name, joints in labels_of.items():
+            wanted = [1 + REGIONS.index(region) for region in allowed[name]]
+            found[name].append(np.isin(labels, wanted)[:, joints][shown[:, joints]])
+        frames, *yx = np.nonzero(clip.regions == 1 + REGIONS.index("hands"))
+        distances = np.stack(yx[::-1], axis=-1)[:, None] - clip.keypoints[frames][:, [4, 7], :2]
+        far.append(np.linalg.norm(distances, axis=-1).min(axis=1))
+    fractions = {name: np.concatenate(values).mean() for name, values in found.items()}
+    assert fractions["body"] > 0.97 and fractions["face"] > 0.98 and fractions["head"] > 0.99
+    assert fractions["hands"] > 0.8  # long sleeves are drawn over the wrists
+    assert np.concatenate(far).max() < 0.12 * 64
+
+
 def test_right_shoulder_is_on_the_left_of_the_image(clips):
     keypoints = np.concatenate([clip.keypoints for clip in clips])
     right_shoulder, left_shoulder = keypoints[:, 2, 0], keypoints[:, 5, 0]
@@ -102,6 +141,23 @@ def test_joint_speed_is_bounded():
     keypoints = sample_clip("dance", 4, 96).keypoints[..., :2]
     step = np.linalg.norm(np.diff(keypoints, axis=0), axis=-1)
     assert step.max() < 0.16 * 128
+
+
+def test_labels_are_written_next_to_the_video_if_the_clip_has_them(tmp_path):
+    clip = sample_clip("dance", 7, 3, size=64, regions=True)
+    write_clip(clip, tmp_path / "a.b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.json", "a.b.mp4", "a.b.regions.npz"]
+    np.testing.assert_array_equal(read_regions(tmp_path / "a.b.regions.npz", 3, 64, 64), clip.regions)
+
+
+def test_held_out_sets_of_the_demo_have_labels_and_its_training_clips_none(tmp_path):
+    render(tmp_path / "train", "dance", 1, 1, 2, 64)
+    render(tmp_path / "dance", "dance", 1, 1, 2, 64, regions=True)
+    render(tmp_path / "light", "light", 1, 1, 2, 64, regions=True)  # a variation, without labels
+    for folder, count in (("train", 0), ("dance", 1), ("light", 0)):
+        assert len(list((tmp_path / folder).glob("*.regions.npz"))) == count
+    videos = [(tmp_path / folder / "00.mp4").read_bytes() for folder in ("train", "dance")]
+    assert videos[0] == videos[1]
 
 
 def test_written_clip_reads_back_with_frames_and_keypoints(tmp_path):
