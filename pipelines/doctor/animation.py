@@ -74,7 +74,7 @@ def short_video(subject: Subject) -> Finding:
 def _pipeline(subject: Subject) -> TCANPipeline:
     """The model, or a TCAN without training, on the subject's networks."""
     dtype = PRECISIONS[subject.config.animate.precision] if subject.device.type == "cuda" else torch.float32
-    networks = subject.networks
+    networks, train = subject.networks, subject.config.train
     pretrained = PretrainedModels(
         **{part: networks[part] for part in PRETRAINED},
         empty_prompt=subject.prompt().cpu(),
@@ -84,7 +84,6 @@ def _pipeline(subject: Subject) -> TCANPipeline:
     if subject.model is not None:
         tcan = load_model(local_model(subject.model, subject.config.tracking), pretrained)
     else:
-        train = subject.config.train
         torch.manual_seed(subject.config.seed)
         tcan = TCAN(
             pretrained.unet,
