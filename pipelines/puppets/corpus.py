@@ -10,6 +10,7 @@ import numpy as np
 
 from pipelines.puppets.world import Distribution, sample_clip
 from tcan.atomic_write import atomic_write
+from tcan.errors import UserError
 
 SIZE = 128
 CHARACTERS = 5000
@@ -54,7 +55,11 @@ def render_held_out(distribution: Distribution, count: int) -> Rendered:
 
 
 def cached(folder: Path, name: str, count: int, frames_each: int, every: int, first_seed: int) -> Rendered:
-    """As `render`, cached in `folder` as memory-mapped arrays. Renders on all cores, 100 clips per task."""
+    """As `render`, cached in `folder` as memory-mapped arrays. Renders on all cores, 100 clips per task.
+
+    Raises:
+        UserError: the folder contains another number of clips.
+    """
     paths = [folder / f"{name}-{part}.npy" for part in ("frames", "keypoints", "masks")]
     if not all(path.exists() for path in paths):
         tasks = [range(first_seed + i, first_seed + min(i + 100, count)) for i in range(0, count, 100)]
@@ -82,7 +87,12 @@ def cached(folder: Path, name: str, count: int, frames_each: int, every: int, fi
                 done += len(task)
             for array in arrays:
                 array.flush()
-    return Rendered(*(np.load(path, mmap_mode="r") for path in paths))
+    rendered = Rendered(*(np.load(path, mmap_mode="r") for path in paths))
+    if len(rendered.frames) != count:
+        raise UserError(
+            f"{folder}: contains {len(rendered.frames)} {name}, not {count}; set the same number, or use another folder"
+        )
+    return rendered
 
 
 def image_corpus(folder: Path, characters: int = CHARACTERS) -> Rendered:

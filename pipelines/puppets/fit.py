@@ -4,7 +4,9 @@ It uses plain PyTorch, because it produces only the pretrained models of the pre
 """
 
 import copy
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +21,15 @@ from tcan.errors import UserError
 
 EMA_DECAY = 0.995
 SAVE_EVERY = 100  # steps
+SAVE_SECONDS = 60.0
+"""Least time between checkpoints. On a GPU, the recipe's steps take so little that checkpoints and metrics would dominate."""
 LOG_EVERY = 25  # steps
 MEASURED_STEPS = 8
-"""Steps that are timed, after one more, to convert minutes into steps."""
+"""Steps that are timed, for each thread that prepares batches, to convert minutes into steps. The steps of the first batches are not
+timed, because all threads prepare these before the first step."""
+
+PREFETCHED = {"cpu": 1, "cuda": 8}
+"""Batches prepared at the same time, each in a thread. A GPU needs several: it computes a batch faster than one core prepares it."""
 
 Batch = dict[str, Any]
 """Tensors, which are copied to the device, and other values, which are not."""
@@ -121,15 +129,15 @@ def fit(
     Args:
         name: name of the part. The run resumes from the checkpoint `work/name.pt` if it exists, with the number of steps
             with which it was started.
-        batch_at: step -> batch in host memory; called in another thread while the device computes.
-        loss_of: (step, batch on the device) -> scalar loss of `module`.
+        batch_at: step -> batch in host memory; called in other threads while the device computes.
+        loss_of: (step, batch on the device) -> scalar loss of `module`. `batch["steps"]` is the number of steps.
         steps: number of optimizer steps, if the setting has no duration.
         lr: peak learning rate of both optimizers.
         work: folder of the checkpoint.
         evaluate: (step, EMA module) -> text to log after every checkpoint, such as metrics.
 
     Raises:
-        UserError: the checkpoint was written with another batch size.
+        UserError: the checkpoint was written with another batch size; the loss is NaN or inf.
     """
     device = torch.device(setting.device)
     run = _Run(module.to(device), lr)
@@ -150,7 +158,7 @@ def fit(
         steps = max(1, round(60 * setting.minutes / seconds))
         setting.log(f"{name}: {steps} steps of {seconds:.2f} s in {setting.minutes:.1f} minutes")
 
-    start_time = time.time()
+    start_time = saved_time = time.time()
     total = torch.zeros((), device=device)
     for step, batch in _batches(batch_at, range(start, steps), device):
         total += run.step(step, steps, batch, loss_of)
@@ -158,33 +166,60 @@ def fit(
         if done % LOG_EVERY == 0:
             step_time = (time.time() - start_time) / (done - start)
             mean = total.item() / LOG_EVERY
+            check_finite(mean, f"{name}: step {done}", checkpoint)
             setting.log(f"{name}: step {done}/{steps} loss {mean:.4f} {step_time:.2f} s/step")
             total.zero_()
-        if done % SAVE_EVERY == 0 or done == steps:
+        due = done % SAVE_EVERY == 0 and time.time() - saved_time >= SAVE_SECONDS
+        if due or done == steps:
+            check_finite(total.item(), f"{name}: step {done}", checkpoint)
             with atomic_write(checkpoint) as partial:
                 torch.save({"step": done, "steps": steps, "batch": setting.batch, **run.state()}, partial)
             if evaluate is not None:
                 setting.log(f"{name}: step {done} {evaluate(done, run.average)}")
+            saved_time = time.time()
     return run.average
+
+
+def check_finite(loss: float, where: str, checkpoint: Path) -> None:
+    """Raises:
+    UserError: the loss is NaN or inf. The checkpoint is not replaced, because the weights are NaN too.
+    """
+    if not math.isfinite(loss):
+        raise UserError(
+            f"{where}: the loss is {loss}; rerun the command with --device cpu, which computes in fp32, to resume from "
+            f"{checkpoint}, or with another --batch and work folder"
+        )
 
 
 def _batches(
     batch_at: Callable[[int], Batch], steps: range, device: torch.device
 ) -> Iterator[tuple[int, Batch]]:
-    """The steps with their batches on the device; the next batch is prepared during a step."""
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(batch_at, steps.start) if steps else None
+    """The steps with their batches on the device; the next batches are prepared during a step."""
+
+    def prepare(step: int) -> Batch:
+        batch = batch_at(step)
+        if device.type == "cuda":
+            batch = {
+                key: value.pin_memory() if isinstance(value, Tensor) else value
+                for key, value in batch.items()
+            }
+        return batch | {"steps": steps.stop}
+
+    workers = PREFETCHED[device.type]
+    pool = ThreadPoolExecutor(workers)
+    try:
+        upcoming = deque(pool.submit(prepare, step) for step in steps[:workers])
         for step in steps:
-            assert upcoming is not None
-            batch = upcoming.result()
-            upcoming = pool.submit(batch_at, step + 1) if step + 1 in steps else None
+            batch = upcoming.popleft().result()
+            if step + workers in steps:
+                upcoming.append(pool.submit(prepare, step + workers))
             yield step, {key: _upload(value, device) for key, value in batch.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _upload(value: Any, device: torch.device) -> Any:
-    if not isinstance(value, Tensor) or device.type == "cpu":
-        return value
-    return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 class _Run:
@@ -231,13 +266,14 @@ class _Run:
     ) -> float:
         """Time some steps, then undo them."""
         before = copy.deepcopy(self.state())
+        first = PREFETCHED[device.type]
+        steps = first * (1 + MEASURED_STEPS)
         began = time.time()
-        for step, batch in _batches(batch_at, range(MEASURED_STEPS + 1), device):
-            loss = self.step(step, MEASURED_STEPS + 1, batch, loss_of).item()  # waits for the device
-            if step == 0:
+        for step, batch in _batches(batch_at, range(steps), device):
+            self.step(step, steps, batch, loss_of).item()  # waits for the device
+            if step + 1 == first:
                 began = time.time()
-        assert loss == loss, "the loss is NaN"
-        seconds = (time.time() - began) / MEASURED_STEPS
+        seconds = (time.time() - began) / (steps - first)
         self.optimizers = self._new_optimizers()
         self.restore({**before, "optimizers": []})
         return seconds

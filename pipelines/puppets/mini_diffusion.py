@@ -112,8 +112,12 @@ class Samples:
         self.keypoints, self.latents, self.pose_style = rendered.keypoints, latents, pose_style
         self.scheduler = new_scheduler()
 
-    def images_at(self, step: int, part: int, batch: int = 1) -> Batch:
-        """Return `IMAGES * batch` clips of one frame. The reference is another frame of the same character."""
+    def images_at(self, step: int, part: int, batch: int = 1, drawn: bool = True) -> Batch:
+        """Return `IMAGES * batch` clips of one frame. The reference is another frame of the same character.
+
+        Args:
+            drawn: whether the batch has pose images; without them, it takes less time.
+        """
         rng = np.random.default_rng([part, step])
         count, frames_each = self.latents.shape[:2]
         size = IMAGES * batch
@@ -124,28 +128,25 @@ class Samples:
             rng,
             self.latents[which, target][:, None].float(),
             self.latents[which, reference].float(),
-            self.keypoints[which.numpy(), target.numpy()][:, None],
+            self.keypoints[which.numpy(), target.numpy()][:, None] if drawn else None,
         )
 
     def clips_at(self, step: int, part: int, batch: int = 1) -> Batch:
-        """Return `CLIPS * batch` clips of 16 frames. The reference is a frame of the same clip."""
+        """Return `CLIPS * batch` clips of 16 frames without pose images. The reference is a frame of the same clip."""
         rng = np.random.default_rng([part, step])
         count, frames = self.latents.shape[:2]
         size = CLIPS * batch
         which = torch.from_numpy(rng.choice(count, size, replace=False))
         reference = torch.from_numpy(rng.integers(frames, size=size))
         latents = self.latents[which].float()
-        return self._noised(
-            rng, latents, latents[torch.arange(size), reference], self.keypoints[which.numpy()]
-        )
+        return self._noised(rng, latents, latents[torch.arange(size), reference], None)
 
     def _noised(
-        self, rng: np.random.Generator, latents: Tensor, reference: Tensor, keypoints: np.ndarray
+        self, rng: np.random.Generator, latents: Tensor, reference: Tensor, keypoints: np.ndarray | None
     ) -> Batch:
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
         timestep = torch.from_numpy(rng.integers(1000, size=len(latents)))
-        poses = np.stack([draw_poses(clip, SIZE, SIZE, STICK_WIDTH, self.pose_style) for clip in keypoints])
-        return {
+        batch = {
             "noisy": self.scheduler.add_noise(latents, noise, timestep),
             "noise": noise,
             "timestep": timestep,
@@ -153,8 +154,11 @@ class Samples:
             "reference_latent": reference,
             # A list, because the networks read it on the host.
             "reference_mask": (rng.random(len(latents)) < REFERENCE_FRACTION).tolist(),
-            "pose": to_controlnet_input(torch.from_numpy(poses)),
         }
+        if keypoints is not None:
+            poses = [draw_poses(clip, SIZE, SIZE, STICK_WIDTH, self.pose_style) for clip in keypoints]
+            batch["pose"] = to_controlnet_input(torch.from_numpy(np.stack(poses)))
+        return batch
 
 
 def noise_loss(prediction: Tensor, batch: Batch) -> Tensor:
@@ -185,7 +189,7 @@ def train_unet(
     return fit(
         "unet",
         unet,
-        lambda step: samples.images_at(step, 3, setting.batch),
+        lambda step: samples.images_at(step, 3, setting.batch, drawn=False),
         loss_of,
         steps=STEPS["unet"],
         lr=LEARNING_RATE["unet"],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipelines.puppets.corpus import SIZE, Rendered, render_held_out
 from pipelines.puppets.fit import RECIPE, Batch, Setting, fit
+from tcan.atomic_write import atomic_write
 from tcan.pixels import to_vae_input
 
 DOWNSAMPLING = 8
@@ -94,13 +95,16 @@ def train_vae(images: Rendered, work: Path, setting: Setting = RECIPE) -> Autoen
         target = to_vae_input(batch["frames"], torch.float32).contiguous(memory_format=torch.channels_last)
         weight = 1 + 2 * batch["masks"].float()[:, None]
         posterior = vae.encode(target).latent_dist
+        recipe_step = (
+            step * STEPS / batch["steps"]
+        )  # the same course of the weights in a longer or shorter training
         # Start with little noise, so that the latents become informative; later sample with the learned variance.
-        latents = posterior.mean + min(1.0, step / 400) * posterior.std * batch["noise"]
+        latents = posterior.mean + min(1.0, recipe_step / 400) * posterior.std * batch["noise"]
         output = vae.decode(latents).sample
         kl = posterior.kl().mean() / latents[0].numel()
         # Weight squared errors more once the coarse image is learned.
-        squared_weight = 4.0 if step < 1400 else 20.0
-        return image_loss(output, target, weight, min(0.5, step / 1400), squared_weight) + 1e-4 * kl
+        squared_weight = 4.0 if recipe_step < 1400 else 20.0
+        return image_loss(output, target, weight, min(0.5, recipe_step / 1400), squared_weight) + 1e-4 * kl
 
     vae = new_vae().to(memory_format=torch.channels_last)
     vae = fit(
@@ -164,5 +168,6 @@ def encode(vae: AutoencoderKL, frames: np.ndarray, cache: Path) -> Tensor:
             for i in range(0, len(flat), 32)
         ]
         encoded = torch.cat(latents).half()
-        torch.save(encoded.view(*frames.shape[:-3], *encoded.shape[1:]), cache)
+        with atomic_write(cache) as partial:
+            torch.save(encoded.view(*frames.shape[:-3], *encoded.shape[1:]), partial)
     return torch.load(cache, weights_only=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelines.puppets import corpus
+from pipelines.puppets import corpus, mini_diffusion
 from pipelines.puppets.fit import Setting, print_line
 from pipelines.puppets.mini_diffusion import (
     Samples,
@@ -35,6 +35,7 @@ from pipelines.puppets.mini_diffusion import (
 )
 from pipelines.puppets.mini_pose import train_pose
 from pipelines.puppets.mini_vae import encode, train_vae
+from tcan.errors import UserError
 from tcan.weights import encode_empty_prompt
 
 SHARES = {"vae": 0.1, "pose": 0.05, "unet": 0.55, "controlnet": 0.15, "motion": 0.15}
@@ -61,7 +62,19 @@ def pretrain(
     Args:
         characters, clips: numbers of rendered characters and clips. The clips are rendered in other processes while the parts
             before the motion modules are trained.
+
+    Raises:
+        UserError: the corpus is smaller than a batch, or the work folder has one of another size; see `fit`.
     """
+    for name, count, least in (
+        ("characters", characters, mini_diffusion.IMAGES),
+        ("clips", clips, mini_diffusion.CLIPS),
+    ):
+        if count < setting.batch * least:
+            raise UserError(
+                f"--{name} {count}: a step of --batch {setting.batch} has {setting.batch * least}; set --{name} to at "
+                "least this number, or --batch to a smaller one"
+            )
     parts = PARTS[: PARTS.index(last) + 1]
     folder = work / "corpus"
     images = corpus.image_corpus(folder, characters)
@@ -133,6 +146,8 @@ def main() -> None:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU available; use auto or cpu")
     arguments.out.mkdir(parents=True, exist_ok=True)
     with open(arguments.out / "training.log", "a", buffering=1) as file:
 
@@ -141,9 +156,12 @@ def main() -> None:
             file.write(f"{line}\n")
 
         setting = Setting(device, arguments.batch, arguments.minutes, log)
-        pretrain(
-            arguments.out, arguments.work, setting, arguments.last, arguments.characters, arguments.clips
-        )
+        try:
+            pretrain(
+                arguments.out, arguments.work, setting, arguments.last, arguments.characters, arguments.clips
+            )
+        except UserError as error:
+            parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":
