@@ -95,14 +95,14 @@ def cached(folder: Path, name: str, count: int, frames_each: int, every: int, fi
     return rendered
 
 
-def image_corpus(folder: Path, characters: int = CHARACTERS) -> Rendered:
+def image_corpus(folder: Path, characters: int) -> Rendered:
     """Three frames each of this number of characters, cached in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     # 17 frames are 0.7 s, enough for another pose of the same dance.
     return cached(folder, "images", characters, FRAMES_EACH, every=17, first_seed=0)
 
 
-def clip_corpus(folder: Path, clips: int = CLIPS, first_seed: int = CHARACTERS) -> Rendered:
+def clip_corpus(folder: Path, clips: int, first_seed: int) -> Rendered:
     """Clips of `CLIP_FRAMES` frames, cached in `folder`. Their seeds follow those of the characters of `image_corpus`."""
     folder.mkdir(parents=True, exist_ok=True)
     return cached(folder, "clips", clips, CLIP_FRAMES, every=1, first_seed=first_seed)

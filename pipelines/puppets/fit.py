@@ -181,13 +181,15 @@ def fit(
 
 
 def check_finite(loss: float, where: str, checkpoint: Path) -> None:
-    """Raises:
-    UserError: the loss is NaN or inf. The checkpoint is not replaced, because the weights are NaN too.
+    """Require a finite loss before the checkpoint is replaced: otherwise the weights are NaN, too.
+
+    Raises:
+        UserError: the loss is NaN or inf.
     """
     if not math.isfinite(loss):
         raise UserError(
-            f"{where}: the loss is {loss}; rerun the command with --device cpu, which computes in fp32, to resume from "
-            f"{checkpoint}, or with another --batch and work folder"
+            f"{where}: the loss is {loss}; rerun the command to resume from {checkpoint}, on a GPU with --device cpu, which "
+            "computes in fp32, or use another --batch and work folder"
         )
 
 

@@ -95,9 +95,8 @@ def train_vae(images: Rendered, work: Path, setting: Setting = RECIPE) -> Autoen
         target = to_vae_input(batch["frames"], torch.float32).contiguous(memory_format=torch.channels_last)
         weight = 1 + 2 * batch["masks"].float()[:, None]
         posterior = vae.encode(target).latent_dist
-        recipe_step = (
-            step * STEPS / batch["steps"]
-        )  # the same course of the weights in a longer or shorter training
+        # The weights of the loss take the same course in a longer or shorter training.
+        recipe_step = step * STEPS / batch["steps"]
         # Start with little noise, so that the latents become informative; later sample with the learned variance.
         latents = posterior.mean + min(1.0, recipe_step / 400) * posterior.std * batch["noise"]
         output = vae.decode(latents).sample
